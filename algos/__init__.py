@@ -1,0 +1,1 @@
+"""Algorithms of PurePO, one per file."""

@@ -1,0 +1,152 @@
+"""The command line: defaults, the task's preset, named presets, then flags."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import tyro
+
+import envs
+from algos import rundir
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Flags of the launch, the same for every algorithm."""
+
+    preset: tuple[str, ...] = ()
+    """presets of the algorithm, applied from left to right after the task's own"""
+    seed: int = 0
+    """first seed; row i of the launch is the run --seed SEED+i --num-seeds 1"""
+    num_seeds: int = 1
+    """seeds trained side by side in one program"""
+    sweep: tuple[str, ...] = ()
+    """fields and values to train side by side too: learning_rate=1e-4,3e-4 gamma=0.9,0.99"""
+    num_evals: int = 20
+    """greedy evaluations spread over the run, besides the one at step 0"""
+    eval_episodes: int = 16
+    """episodes of each evaluation, the same start keys for every seed"""
+    run_dir: str = ""
+    """directory to write; empty: runs/ENV/ALGO/TIME_sSEEDxSEEDS_HASH"""
+    resume: str = ""
+    """run directory to continue from its last checkpoint"""
+    checkpoint_every: int = 5
+    """evaluations between checkpoints; 0: only at the end and at ctrl-C"""
+    track: bool = False
+    """log to Weights & Biases"""
+    wandb_project: str = "purepo"
+    """project there"""
+    wandb_entity: str = ""
+    """account there; empty: your default"""
+    wandb_tags: tuple[str, ...] = ()
+    """tags beside commit, device and jax version"""
+    wandb_seeds: bool = False
+    """also one W&B run for each seed, with charts/ and eval/"""
+    tensorboard: bool = False
+    """write TensorBoard events to the run directory"""
+    verbose: Literal[0, 1, 2] = 1
+    """0: nothing but problems; 1: progress; 2: losses too"""
+    render: bool = False
+    """draw the best, median and worst seed afterwards"""
+
+
+# A resumed run may differ from the saved one in these; everything else would change its past.
+RESUMABLE = {"total_timesteps", "num_evals", "checkpoint_every", "verbose", "render", "resume"}
+RESUMABLE |= {"track", "wandb_project", "wandb_entity", "wandb_tags", "wandb_seeds", "tensorboard"}
+RESUMABLE |= {"run_dir", "preset"}
+
+
+def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str] | None = None):
+    """Read the command line: defaults, the task's preset, named presets, then flags.
+
+    Returns `(config, launch)`. Raises ValueError with one line naming what is wrong.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    argv = [arg.replace("_", "-") if arg.startswith("--") else arg for arg in argv]
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--env")
+    first.add_argument("--preset", nargs="*", default=[])
+    first.add_argument("--resume", default="")
+    try:
+        chosen = first.parse_known_args(argv)[0]
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
+
+    if chosen.resume:
+        run_dir = find_run(chosen.resume)
+        saved = json.loads((run_dir / "config.json").read_text())
+        if saved["algo"] != name:
+            raise ValueError(f"{run_dir} is a run of {saved['algo']}: resume it with that file")
+        config = rundir.from_json(config_type, saved["config"])
+        launch = rundir.from_json(Launch, saved["launch"])
+        launch = dataclasses.replace(launch, run_dir=str(run_dir))
+    else:
+        config, launch = config_type(), Launch()
+        config = dataclasses.replace(config, env=chosen.env or config.env)
+        config = dataclasses.replace(config, **preset_of(config.env, presets))
+    for preset in chosen.preset:
+        if preset not in presets:
+            raise ValueError(f"unknown preset {preset!r}: {nearest(preset, presets)}")
+        config = dataclasses.replace(config, **presets[preset])
+
+    class Arguments(NamedTuple):
+        config: Annotated[config_type, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+        launch: Annotated[Launch, tyro.conf.arg(name="")]
+
+    arguments, unknown = tyro.cli(
+        Arguments,
+        prog=f"python algos/{name}.py",
+        default=Arguments(config, launch),
+        args=argv,
+        return_unknown_args=True,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    if unknown:
+        fields = [*dataclasses.fields(config), *dataclasses.fields(launch)]
+        flags = ["--" + field.name.replace("_", "-") for field in fields]
+        raise ValueError(f"unknown argument {unknown[0]!r}: {nearest(unknown[0], flags)}")
+    if chosen.resume:
+        check_resumable(config, arguments.config)
+        check_resumable(launch, arguments.launch)
+    return arguments
+
+
+def preset_of(env: str, presets: dict[str, dict]) -> dict[str, Any]:
+    """The task's own preset, under whichever of its names it is filed; {} if there is none."""
+    task = envs.canonical(env).split("?")[0]
+    for name, preset in presets.items():
+        if name == env or envs.ALIASES.get(name, name) == task:
+            return preset
+    return {}
+
+
+def nearest(word: str, known: Any) -> str:
+    """Phrase that lists the nearest of the `known` words."""
+    near = difflib.get_close_matches(word, list(known), n=4, cutoff=0.4)
+    return f"did you mean {', '.join(near)}?" if near else f"choose from {', '.join(known)}"
+
+
+def check_resumable(saved: Any, wanted: Any) -> None:
+    """ValueError if a field changed that a resumed run must keep."""
+    for field in dataclasses.fields(saved):
+        old, new = getattr(saved, field.name), getattr(wanted, field.name)
+        if old != new and field.name not in RESUMABLE:
+            raise ValueError(
+                f"cannot resume with {field.name}={new!r}, the run has {old!r}: "
+                "drop the flag or start a new run"
+            )
+
+
+def find_run(path: str) -> Path:
+    """The run directory at `path`; ValueError if it is none or has nothing to resume."""
+    run_dir = Path(path)
+    if not (run_dir / "config.json").exists():
+        raise ValueError(f"{path} is not a run directory: it has no config.json")
+    if not rundir.checkpoints(run_dir):
+        raise ValueError(f"{path} has no checkpoint to resume from: start the run again")
+    return run_dir

@@ -1,0 +1,519 @@
+"""The host side of a run: rows, devices, the loop around the compiled program.
+
+    keys  = key(seed + i) for i in range(num_seeds)    # seed i of a launch is the run --seed i
+    state = jit(vmap(init))(keys)
+    until the next evaluation: state, metrics = jit(vmap(n updates))(state)
+    evaluate; log; save
+
+Nothing here knows an algorithm, and nothing calls back to the host from inside the program.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import operator
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+import envs
+from algos import common, logs, rundir
+from algos.cli import Launch, parse
+
+# --- rows: every seed of every swept value ---
+
+
+class Rows(NamedTuple):
+    """What distinguishes the R runs of a launch."""
+
+    seeds: np.ndarray  # [R]
+    hparams: dict[str, np.ndarray]  # field -> [R]
+    labels: list[str]  # swept values of each row, or ""
+
+
+def make_rows(launch: Launch, config: Any, traceable: tuple[str, ...]) -> Rows:
+    """Seeds times swept values, values outermost."""
+    grid = {}
+    for item in launch.sweep:
+        field, _, values = item.partition("=")
+        common.traceable({field: None}, traceable)
+        try:
+            grid[field] = [float(value) for value in values.split(",")]
+        except ValueError:
+            raise ValueError(f"cannot read --sweep {item!r}: write {field}=VALUE,VALUE") from None
+        for value in grid[field]:
+            dataclasses.replace(config, **{field: value}).validate()
+    if launch.num_seeds < 1 or launch.num_evals < 1 or launch.eval_episodes < 1:
+        raise ValueError("--num-seeds, --num-evals and --eval-episodes must be at least 1")
+    points = list(itertools.product(*grid.values()))
+    repeated = np.repeat(np.array(points, np.float32).reshape(len(points), -1), launch.num_seeds, 0)
+    labels = [" ".join(f"{k}={v:g}" for k, v in zip(grid, point, strict=True)) for point in points]
+    return Rows(
+        seeds=np.tile(np.arange(launch.seed, launch.seed + launch.num_seeds), len(points)),
+        hparams={field: repeated[:, i] for i, field in enumerate(grid)},
+        labels=[label for label in labels for _ in range(launch.num_seeds)],
+    )
+
+
+# --- devices ---
+
+
+def setup_jax(num_rows: int) -> None:
+    """Settings that must be made before jax starts its backends."""
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        jax.distributed.initialize(
+            os.environ["JAX_COORDINATOR_ADDRESS"],
+            int(os.environ["JAX_NUM_PROCESSES"]),
+            int(os.environ["JAX_PROCESS_ID"]),
+        )
+    # One host device per core: on a CPU, seeds run faster side by side than with shared threads.
+    if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # the backend is already up, as in tests
+            jax.config.update("jax_num_cpu_devices", max(1, min(num_rows, os.cpu_count() or 1)))
+    jax.config.update("jax_default_matmul_precision", "highest")  # physics fails under TF32
+    if not jax.config.jax_compilation_cache_dir:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "purepo"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def local_rows(rows: Rows) -> Rows:
+    """The part of the rows that this host trains."""
+    count, index = jax.process_count(), jax.process_index()
+    if len(rows.seeds) % count:
+        raise ValueError(f"{len(rows.seeds)} rows cannot be shared by {count} hosts equally")
+    part = slice(index * len(rows.seeds) // count, (index + 1) * len(rows.seeds) // count)
+    hparams = {k: v[part] for k, v in rows.hparams.items()}
+    return Rows(rows.seeds[part], hparams, rows.labels[part])
+
+
+def gather(rows: np.ndarray) -> np.ndarray:
+    """Rows [R / hosts, ...] of this host -> the rows [R, ...] of all."""
+    if jax.process_count() == 1:
+        return rows
+    return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
+
+
+# --- the compiled program ---
+
+
+class Program(NamedTuple):
+    """Functions of all rows of this host, sharded over its devices."""
+
+    init: Callable  # keys [R], hparams -> state
+    train: Callable  # state (donated), hparams, number of updates -> state, sums of metrics [R]
+    evaluate: Callable  # state, key -> returns [R, K], lengths [R, K]
+    policies: Callable  # state -> policies [R, ...]
+    num_devices: int
+
+
+def make_program(config: Any, launch: Launch, build: Callable, rows: Rows) -> Program:
+    """Lay the rows over the local devices; nothing is compiled yet."""
+    devices = jax.local_devices()
+    num_devices = max(d for d in range(1, len(devices) + 1) if len(rows.seeds) % d == 0)
+    mesh = jax.sharding.Mesh(devices[:num_devices], "row")
+    eval_env = envs.make(config.env, launch.eval_episodes, stagger=False, reset_mode="cached")
+    algo = build(config)
+    state = jax.eval_shape(algo.init, jax.random.key(0))
+    # All fields of the state have a leading row axis but the counter, which the rows share.
+    axes = type(state)(*[0] * len(state))._replace(update=None)
+    row, shared = PartitionSpec("row"), PartitionSpec()
+    specs = type(state)(*[row] * len(state))._replace(update=shared)
+
+    def algo_of(hparams):
+        return build(dataclasses.replace(config, **hparams)) if hparams else algo
+
+    def init(keys, hparams):
+        # One row after the other: batched QR (orthogonal initialisers) on several host devices
+        # deadlocks in XLA's CPU thread pool.
+        state = jax.lax.map(lambda row: algo_of(row[1]).init(row[0]), (keys, hparams))
+        return jax.tree.map(strong, state._replace(update=state.update[0]))
+
+    def train(state, hparams, num_updates):
+        algo = algo_of(hparams)
+
+        def step(_, carry):
+            state, sums = carry
+            state, metrics = algo.update(state)
+            return state, {k: reduction(k)(sums[k], metrics[k]) for k in sums}
+
+        names = jax.eval_shape(algo.update, state)[1]
+        sums = {k: jnp.float32(-np.inf if reduction(k) is max_of else 0) for k in names}
+        return jax.lax.fori_loop(0, num_updates, step, (state, sums))
+
+    def evaluate(state, key):
+        return common.evaluate(algo.act, algo.policy_of(state), eval_env, key)
+
+    def shard(function, in_specs, out_specs, **options):
+        # shard_map, not a plain jit: each device loops over its own rows and waits for no other.
+        mapped = jax.shard_map(
+            function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
+        place = lambda tree: jax.tree.map(lambda spec: NamedSharding(mesh, spec), tree)
+        shardings = {"in_shardings": place(in_specs), "out_shardings": place(out_specs)}
+        return jax.jit(mapped, **shardings, **options)
+
+    return Program(
+        init=shard(init, (row, row), specs),
+        train=shard(
+            jax.vmap(train, (axes, 0, None), (axes, 0)),
+            (specs, row, shared),
+            (specs, row),
+            donate_argnums=0,
+        ),
+        evaluate=shard(jax.vmap(evaluate, (axes, None)), (specs, shared), (row, row)),
+        policies=shard(jax.vmap(algo.policy_of, (axes,)), (specs,), row),
+        num_devices=num_devices,
+    )
+
+
+def row_inputs(rows: Rows) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Keys [R] and swept values [R] of the rows."""
+    keys = jax.vmap(jax.random.key)(jnp.asarray(rows.seeds, jnp.uint32))
+    return keys, {k: jnp.asarray(v) for k, v in rows.hparams.items()}
+
+
+def strong(x: jax.Array) -> jax.Array:
+    """`x` without a weak type, so that an update returns the types it was given."""
+    return x if rundir.is_key(x) else jax.lax.convert_element_type(x, x.dtype)
+
+
+def reduction(name: str) -> Callable:
+    """How a metric is reduced over updates: the largest of `.../max`, sums of all others."""
+    return max_of if name.endswith("/max") else operator.add
+
+
+def max_of(a, b):
+    """Elementwise maximum of jax or numpy arrays."""
+    return (jnp if isinstance(a, jax.Array) else np).maximum(a, b)
+
+
+def compile_ahead(program: Program, rows: Rows) -> tuple[Program, Any]:
+    """Compile all functions, two at a time; returns the compiled program and the first state."""
+    keys, hparams = row_inputs(rows)
+    state = jax.eval_shape(program.init, keys, hparams)
+    lowered = (
+        program.train.lower(state, hparams, jnp.int32(1)),
+        program.evaluate.lower(state, jax.random.key(0)),
+        program.init.lower(keys, hparams),
+    )
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        train, evaluate, init = pool.map(lambda x: x.compile(), lowered)
+    compiled = program._replace(
+        train=lambda state, num_updates: train(state, hparams, jnp.int32(num_updates)),
+        evaluate=evaluate,
+    )
+    return compiled, jax.block_until_ready(init(keys, hparams))
+
+
+# --- the run ---
+
+SLICE_SECONDS = 1.0  # device time between two looks at ctrl-C and the progress bar
+
+
+def main(
+    name: str,
+    config_type: type,
+    presets: dict[str, dict],
+    traceable: tuple[str, ...],
+    build: Callable,
+    argv: list[str] | None = None,
+) -> None:
+    """Train from the command line; bad input is one line on stderr and exit status 2."""
+    try:
+        config, launch = parse(name, config_type, presets, argv)
+        rows = make_rows(launch, config, traceable)
+        setup_jax(len(rows.seeds))
+        program = make_program(config, launch, build, local_rows(rows))
+        session = Session(name, config, launch, rows, program)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    session.run()
+
+
+class Session:
+    """One launch from its run directory to its last line."""
+
+    def __init__(self, name: str, config: Any, launch: Launch, rows: Rows, program: Program):
+        self.name, self.config, self.launch, self.rows = name, config, launch, rows
+        self.program = program
+        self.lead = jax.process_index() == 0  # the host that writes and speaks
+        self.update = 0
+        self.seconds = {"compile": 0.0, "train": 0.0, "eval": 0.0}
+        self.evals: dict[str, list] = {"steps": [], "seconds": [], "returns": [], "lengths": []}
+        self.dead = np.zeros(len(rows.seeds), bool)
+        self.restored = None
+        self.stop = False
+        self.started, self.first_update = time.time(), 0
+        if launch.resume:
+            self.run_dir = Path(launch.run_dir)
+            self.restore()
+        else:
+            self.run_dir = Path(launch.run_dir or self.default_run_dir())
+            if (self.run_dir / "config.json").exists():
+                raise ValueError(
+                    f"{self.run_dir} already holds a run: --resume it or choose another --run-dir"
+                )
+        if self.lead:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self.write_description()
+        self.log = logs.Log(self.run_dir, name, config, launch, rows, self.lead)
+
+    def default_run_dir(self) -> str:
+        """`runs/<env>/<algo>/<time>_s<seed>x<seeds>_<hash>`."""
+        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.config)).encode()).hexdigest()
+        env = envs.canonical(self.config.env).replace("/", "-").replace(":", "-")
+        seeds = f"s{self.launch.seed}x{self.launch.num_seeds}"
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        return f"runs/{env}/{self.name}/{stamp}_{seeds}_{digest[:6]}"
+
+    def write_description(self) -> None:
+        """config.json, from which the launch can be run again, and meta.json."""
+        description = {
+            "algo": self.name,
+            "config": dataclasses.asdict(self.config),
+            "launch": dataclasses.asdict(dataclasses.replace(self.launch, resume="", run_dir="")),
+            "rows": {"seeds": self.rows.seeds.tolist(), "labels": self.rows.labels},
+        }
+        rundir.write_json(self.run_dir / "config.json", description)
+        meta = {
+            "command": " ".join(sys.argv),
+            "commit": logs.commit(),
+            "versions": logs.versions(),
+            "device": jax.devices()[0].device_kind,
+            "num_devices": self.program.num_devices * jax.process_count(),
+            "cores": os.cpu_count(),
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        }
+        rundir.write_json(self.run_dir / "meta.json", meta)
+
+    # the steps of a run
+
+    def run(self) -> None:
+        """Compile, train, evaluate, save; exit status 130 if interrupted, 1 if every seed died."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+        self.say_plan()
+        with self.log.waiting("compiling"):
+            start = time.time()
+            self.program, state = compile_ahead(self.program, local_rows(self.rows))
+            self.seconds["compile"] = time.time() - start
+        if self.restored is not None:
+            state = self.place(self.restored, state)
+            self.restored = None
+        steps_per_update = self.config.steps_per_update
+        total = self.config.num_updates * steps_per_update * len(self.rows.seeds)
+        with self.log.progress(total, self.update * steps_per_update * len(self.rows.seeds)):
+            for i, point in self.eval_points():
+                state = self.train_until(point, state)
+                if self.stop:
+                    break
+                self.evaluate(state)
+                every = self.launch.checkpoint_every
+                last = point == self.config.num_updates
+                if last or (every and i % every == 0 and i > 0):
+                    self.save(state)
+                if self.dead.all():
+                    break
+        if self.stop:
+            self.save(state)
+            self.log.say(f"stopped and saved; go on with --resume {self.run_dir}", 0)
+        else:
+            self.finish(state)
+        self.log.close()
+        if self.stop or self.dead.all():
+            raise SystemExit(130 if self.stop else 1)
+
+    def eval_points(self):
+        """Evaluations still to come: (number, finished updates)."""
+        count, num_updates = self.launch.num_evals, self.config.num_updates
+        points = {round(i * num_updates / count): i for i in range(count + 1)}
+        done = self.evals["steps"][-1] if self.evals["steps"] else -1
+        return [(i, p) for p, i in points.items() if p * self.config.steps_per_update > done]
+
+    def train_until(self, point: int, state: Any) -> Any:
+        """Train in slices of about SLICE_SECONDS until `point` updates are done, then log."""
+        totals, first, start = None, self.update, self.seconds["train"]
+        length = 1
+        while self.update < point and not self.stop:
+            length = min(length, point - self.update)
+            clock = time.time()
+            state, sums = self.program.train(state, length)
+            sums = {k: np.asarray(v, np.float64) for k, v in sums.items()}
+            clock = time.time() - clock
+            totals = {k: reduction(k)(totals[k], sums[k]) for k in sums} if totals else sums
+            self.update += length
+            self.seconds["train"] += clock
+            self.log.advance(length * self.config.steps_per_update * len(self.rows.seeds))
+            length = max(1, int(length * SLICE_SECONDS / max(clock, 1e-6)))
+        if totals:
+            self.log_training(totals, self.update - first, self.seconds["train"] - start)
+        return state
+
+    def log_training(self, totals: dict, num_updates: int, seconds: float) -> None:
+        """Turn sums over updates into means, and name the seeds that died."""
+        totals = {k: gather(v) for k, v in totals.items()}
+        died = (totals["health/finite"] < num_updates) & ~self.dead
+        for seed in self.rows.seeds[died]:
+            self.log.say(f"seed {seed} is dead: parameters or loss not finite; left out", 0)
+        self.dead |= died
+        count = totals.pop("episodes/count", None)
+        values = {}
+        if count is not None:
+            ended = np.where(count > 0, count, np.nan)
+            values["charts/episodic_return"] = totals.pop("episodes/return") / ended
+            values["charts/episodic_length"] = totals.pop("episodes/length") / ended
+        for k, total in totals.items():
+            values[k] = (
+                total if k == "health/env_nan" or k.endswith("/max") else total / num_updates
+            )
+        values = {k: np.where(self.dead, np.nan, v) for k, v in values.items()}
+        values["health/finite"] = (~self.dead).astype(float)
+        values["health/seeds_alive"] = float((~self.dead).sum())
+        steps = num_updates * self.config.steps_per_update * len(self.rows.seeds)
+        values["charts/SPS"] = steps / seconds
+        self.write(values)
+
+    def evaluate(self, state: Any) -> None:
+        """Greedy evaluation of every row, to the log, eval.npz and the console."""
+        clock = time.time()
+        returns, lengths = self.program.evaluate(state, jax.random.key(0))
+        returns = np.where(self.dead[:, None], np.nan, gather(np.asarray(returns)))
+        lengths = np.where(self.dead[:, None], np.nan, gather(np.asarray(lengths)))
+        self.seconds["eval"] += time.time() - clock
+        step = self.update * self.config.steps_per_update
+        for key, value in zip(
+            self.evals, (step, self.seconds["train"], returns, lengths), strict=True
+        ):
+            self.evals[key].append(value)
+        self.write(
+            {"eval/episodic_return": returns.mean(1), "eval/episodic_length": lengths.mean(1)}
+        )
+        if self.lead:
+            rundir.write_evals(self.run_dir, self.evals)
+        elapsed = time.time() - self.started
+        rate = (self.update - self.first_update) / max(elapsed - self.seconds["compile"], 1e-6)
+        left = (self.config.num_updates - self.update) / rate if rate else None
+        self.log.evaluation(step, returns.mean(1), lengths.mean(1), self.dead, elapsed, left)
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Log `values` with the times so far."""
+        times = {f"time/{k}": v for k, v in self.seconds.items()}
+        times["time/wall"] = time.time() - self.started
+        self.log.write(self.update * self.config.steps_per_update, values | times)
+
+    def save(self, state: Any) -> None:
+        """Write a checkpoint of all rows of all hosts."""
+        arrays = {k: np.asarray(v) for k, v in rundir.flatten(state).items()}
+        arrays = {k: v if k == ".update" else gather(v) for k, v in arrays.items()}
+        meta = {"update": self.update, "seconds": self.seconds, "dead": self.dead.tolist()}
+        if self.lead:
+            rundir.save_checkpoint(self.run_dir, arrays, meta)
+
+    def restore(self) -> None:
+        """Read the last checkpoint and forget what was logged after it."""
+        template = jax.eval_shape(self.program.init, *row_inputs(self.rows))
+        path = rundir.checkpoints(self.run_dir)[-1]
+        self.restored, meta = rundir.load_tree(path, template)
+        self.update, self.seconds = meta["update"], meta["seconds"]
+        self.first_update = self.update
+        self.dead = np.array(meta["dead"])
+        if self.update >= self.config.num_updates:
+            raise ValueError(
+                f"{self.run_dir} is complete ({self.update} updates): "
+                "raise --total-timesteps to train on"
+            )
+        step = self.update * self.config.steps_per_update
+        self.evals = rundir.rewind(self.run_dir, step)
+
+    def place(self, tree: Any, like: Any) -> Any:
+        """Put this host's rows of `tree` where those of `like` lie."""
+        count, index = jax.process_count(), jax.process_index()
+
+        def put(x, y):
+            if x.ndim:
+                part = len(x) // count
+                x = x[index * part : (index + 1) * part]
+            return jax.device_put(x, y.sharding)
+
+        return jax.tree.map(put, tree, like)
+
+    def finish(self, state: Any) -> None:
+        """Export the policies, draw the curve, write done.json last."""
+        policies = rundir.flatten(self.program.policies(state))
+        policies = {k: gather(np.asarray(v)) for k, v in policies.items()}
+        if not self.lead:
+            return
+        for i in range(len(self.rows.seeds)):
+            row = {k: v[i] for k, v in policies.items()}
+            meta = {"seed": int(self.rows.seeds[i]), "label": self.rows.labels[i]}
+            rundir.save_arrays(self.run_dir / f"policy_s{i:03d}.npz", row, meta)
+        run = rundir.read_run(self.run_dir)
+        rundir.plot_curves(
+            [(label or self.name, run, index) for label, index in rundir.groups(run)],
+            self.run_dir / "plots" / "curve.png",
+            f"{self.name} on {self.config.env}",
+        )
+        done = {"steps": int(run.steps[-1]), "alive": int((~self.dead).sum()), "results": []}
+        for label, index in rundir.groups(run):
+            final = run.returns[index, -1].mean(-1)
+            lo, hi = rundir.iqm_interval(final)
+            result = {
+                "label": label,
+                "n": len(index),
+                "iqm": rundir.iqm(final),
+                "interval": [lo, hi],
+            }
+            done["results"].append(result | {"per_seed": logs.jsonable(final)})
+            self.log.say(
+                f"{label or 'final greedy return'}: IQM {rundir.iqm(final):.1f} "
+                f"[{lo:.1f}, {hi:.1f}], n={np.isfinite(final).sum()}/{len(index)}"
+            )
+        done["seconds"] = self.seconds | {"wall": time.time() - self.started}
+        rundir.write_json(self.run_dir / "done.json", done)
+        self.log.say(
+            "seconds: "
+            + ", ".join(f"{k} {v:.1f}" for k, v in done["seconds"].items())
+            + f"\ncurve: {self.run_dir / 'plots' / 'curve.png'}"
+        )
+        if self.launch.render:
+            from experiments import render
+
+            render.render_run(self.run_dir)
+
+    def say_plan(self) -> None:
+        """What will run, where, how much memory and, on a CPU, about how long."""
+        config, rows = self.config, len(self.rows.seeds)
+        state = jax.eval_shape(self.program.init, *row_inputs(self.rows))
+        state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+        device = jax.devices()[0].device_kind
+        actual = config.num_updates * config.steps_per_update
+        self.log.say(
+            f"{self.name} on {envs.canonical(config.env)}: {rows} seeds x {actual:,} steps "
+            f"({config.num_updates:,} updates of {config.steps_per_update:,}) "
+            f"on {self.program.num_devices} x {device}\n"
+            f"run directory {self.run_dir}\n"
+            f"memory about {state_bytes / 2**20:,.0f} MiB of train state and twice that at its peak"
+        )
+
+    def on_signal(self, number, frame) -> None:
+        """First ctrl-C: stop after the slice. Second: stop at once, losing what is not saved."""
+        if self.stop:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            raise KeyboardInterrupt
+        self.stop = True
+        self.log.say("stopping after this slice of training; ctrl-C again to stop at once", 0)

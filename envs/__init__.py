@@ -1,0 +1,247 @@
+"""Environments behind one signature: `make(name, num_envs)`; see docs/environments.md.
+
+Names are `source/Task?option=value&option=value`; ALIASES holds the short ones, and
+`module.path:factory` calls a function of your own that returns a RawEnv. Adapters are imported only
+when one of their tasks is asked for.
+"""
+
+import difflib
+import importlib
+from typing import Any
+
+from envs.wrappers import RESET_MODES, Env, RawEnv, wrap
+
+__all__ = ["ALIASES", "Env", "RawEnv", "canonical", "make"]
+
+BRAX_BACKENDS = ("mjx", "generalized", "spring", "positional")
+
+TASKS: dict[str, tuple[str, ...]] = {
+    "brax": (
+        "ant",
+        "halfcheetah",
+        "hopper",
+        "humanoid",
+        "humanoidstandup",
+        "inverted_double_pendulum",
+        "inverted_pendulum",
+        "pusher",
+        "reacher",
+        "swimmer",
+        "walker2d",
+    ),
+    "playground": (
+        # DeepMind Control
+        "AcrobotSwingup",
+        "AcrobotSwingupSparse",
+        "BallInCup",
+        "CartpoleBalance",
+        "CartpoleBalanceSparse",
+        "CartpoleSwingup",
+        "CartpoleSwingupSparse",
+        "CheetahRun",
+        "FingerSpin",
+        "FingerTurnEasy",
+        "FingerTurnHard",
+        "FishSwim",
+        "HopperHop",
+        "HopperStand",
+        "HumanoidRun",
+        "HumanoidStand",
+        "HumanoidWalk",
+        "PendulumSwingup",
+        "PointMass",
+        "ReacherEasy",
+        "ReacherHard",
+        "SwimmerSwimmer6",
+        "WalkerRun",
+        "WalkerStand",
+        "WalkerWalk",
+        # humanoid robots that follow a joystick
+        "ApolloJoystickFlatTerrain",
+        "BerkeleyHumanoidJoystickFlatTerrain",
+        "BerkeleyHumanoidJoystickRoughTerrain",
+        "G1JoystickFlatTerrain",
+        "G1JoystickRoughTerrain",
+        "H1InplaceGaitTracking",
+        "H1JoystickGaitTracking",
+        "Op3Joystick",
+        "T1JoystickFlatTerrain",
+        "T1JoystickRoughTerrain",
+    ),
+    "gymnax": (
+        "CartPole-v1",
+        "Pendulum-v1",
+        "Acrobot-v1",
+        "MountainCar-v0",
+        "MountainCarContinuous-v0",
+        "Asterix-MinAtar",
+        "Breakout-MinAtar",
+        "Freeway-MinAtar",
+        "Seaquest-MinAtar",
+        "SpaceInvaders-MinAtar",
+        "Catch-bsuite",
+        "DeepSea-bsuite",
+        "DiscountingChain-bsuite",
+        "MemoryChain-bsuite",
+        "SimpleBandit-bsuite",
+        "UmbrellaChain-bsuite",
+    ),
+    "probe": (
+        "value",
+        "value-continuous",
+        "observation",
+        "discount",
+        "action",
+        "action-continuous",
+        "both",
+        "both-continuous",
+        "truncation",
+        "truncation-continuous",
+        "termination",
+        "termination-continuous",
+        "rare",
+    ),
+}
+
+MODULES = {
+    "brax": "envs.brax",
+    "playground": "envs.playground",
+    "gymnax": "envs.gymnax",
+    "probe": "envs.probes",
+}
+
+# option -> allowed values, or `int` for any positive integer
+OPTIONS: dict[str, dict[str, Any]] = {
+    "brax": {"backend": BRAX_BACKENDS, "iterations": int, "ls_iterations": int},
+    "playground": {"iterations": int, "ls_iterations": int, "privileged": ("0", "1")},
+    "gymnax": {},
+    "probe": {},
+}
+
+ALIASES: dict[str, str] = {
+    "cartpole": "gymnax/CartPole-v1",
+    "pendulum": "gymnax/Pendulum-v1",
+    "acrobot": "gymnax/Acrobot-v1",
+    "mountaincar": "gymnax/MountainCar-v0",
+    "mountaincar_continuous": "gymnax/MountainCarContinuous-v0",
+    "asterix": "gymnax/Asterix-MinAtar",
+    "breakout": "gymnax/Breakout-MinAtar",
+    "freeway": "gymnax/Freeway-MinAtar",
+    "seaquest": "gymnax/Seaquest-MinAtar",
+    "space_invaders": "gymnax/SpaceInvaders-MinAtar",
+    **{task: f"brax/{task}" for task in TASKS["brax"]},
+    **{task: f"playground/{task}" for task in TASKS["playground"]},
+}
+
+
+def make(
+    name: str,
+    num_envs: int,
+    *,
+    stagger: bool = True,
+    reset_mode: str | None = None,
+    max_steps: int | None = None,
+) -> Env:
+    """Build `num_envs` environments with time limit, auto-reset and episode log.
+
+    stagger draws each environment's elapsed time at reset uniformly in [0, max_steps), so that they
+    do not time out together; pass False for evaluation. reset_mode and max_steps override what the
+    task asks for. Raises ValueError for an unknown name, option or value, and ImportError when an
+    optional package is missing.
+    """
+    if num_envs < 1:
+        raise ValueError(f"num_envs={num_envs}: at least 1 is needed")
+    if reset_mode is not None and reset_mode not in RESET_MODES:
+        raise ValueError(f"reset_mode={reset_mode!r}: choose one of {', '.join(RESET_MODES)}")
+    if max_steps is not None and max_steps < 1:
+        raise ValueError(f"max_steps={max_steps}: at least 1 is needed")
+    raw = _load(canonical(name))
+    raw = raw._replace(
+        reset_mode=reset_mode or raw.reset_mode, max_steps=max_steps or raw.max_steps
+    )
+    return wrap(raw, num_envs, stagger)
+
+
+def canonical(name: str) -> str:
+    """Full name: aliases resolved, options checked and sorted, defaults left out."""
+    if ":" in name:
+        return name
+    source, task, options = _parse(name)
+    if options.get("backend") == _default_backend(task):
+        del options["backend"]
+    if options.get("privileged") == "0":
+        del options["privileged"]
+    query = "&".join(f"{option}={options[option]}" for option in sorted(options))
+    return f"{source}/{task}" + (f"?{query}" if query else "")
+
+
+def _load(name: str) -> RawEnv:
+    if ":" in name:
+        return _load_factory(name)
+    source, task, options = _parse(name)
+    if source == "brax":
+        options.setdefault("backend", _default_backend(task))
+    module = importlib.import_module(MODULES[source])
+    return module.make(task, **options)._replace(name=name)
+
+
+def _load_factory(name: str) -> RawEnv:
+    path, _, factory = name.partition(":")
+    try:
+        raw = getattr(importlib.import_module(path), factory)()
+    except (ModuleNotFoundError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name not in (path, path.split(".")[0]):
+            raise
+        raise ValueError(
+            f"{name!r}: no such function; the module must be importable (its folder on PYTHONPATH)"
+        ) from error
+    if not isinstance(raw, RawEnv):
+        raise ValueError(f"{name!r} returned {type(raw).__name__}; it must return envs.RawEnv")
+    return raw._replace(name=name)
+
+
+def _default_backend(task: str) -> str:
+    return "generalized" if task == "swimmer" else "mjx"  # Brax refuses any other for swimmer
+
+
+def _parse(name: str) -> tuple[str, str, dict[str, Any]]:
+    base, _, query = name.partition("?")
+    source, _, task = ALIASES.get(base, base).partition("/")
+    if task not in TASKS.get(source, ()):
+        known = [*ALIASES, *(f"{source}/{task}" for source in TASKS for task in TASKS[source])]
+        raise ValueError(f"unknown environment {name!r}; did you mean {_nearest(base, known)}?")
+    options = {}
+    for item in filter(None, query.split("&")):
+        option, _, value = item.partition("=")
+        options[option] = _option(source, option, value, name)
+    if task == "swimmer" and options.get("backend", "generalized") != "generalized":
+        raise ValueError(f"{name!r}: Brax implements swimmer for backend=generalized only")
+    return source, task, options
+
+
+def _option(source: str, option: str, value: str, name: str):
+    allowed = OPTIONS[source].get(option)
+    if allowed is None:
+        listed = ", ".join(OPTIONS[source]) or "none"
+        raise ValueError(f"{name!r}: unknown option {option!r}; {source} has: {listed}")
+    if allowed is int:
+        if not value.isdigit() or int(value) < 1:
+            raise ValueError(f"{name!r}: {option}={value!r} must be a positive integer")
+        return int(value)
+    if value not in allowed:
+        raise ValueError(f"{name!r}: {option}={value!r} must be one of {', '.join(allowed)}")
+    return value
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    """Up to five known names like this one, letter case and source aside."""
+    score = {
+        other: max(
+            difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio(),
+            difflib.SequenceMatcher(
+                None, name.lower().split("/")[-1], other.lower().split("/")[-1]
+            ).ratio(),
+        )
+        for other in known
+    }
+    return ", ".join(sorted(known, key=lambda other: (-score[other], len(other)))[:5])

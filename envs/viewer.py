@@ -1,0 +1,145 @@
+"""Drawing of MuJoCo models without a display: a GIF where a GL library is there, else one
+self-contained HTML page.
+
+The page holds shapes, poses and about a hundred lines of script that draw them on a canvas; it
+loads nothing, so it works offline. Drag turns the camera, the wheel zooms, space pauses.
+"""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import mujoco
+import numpy as np
+
+FPS = 30  # of what is shown; frames are dropped or kept to play at the task's own speed
+SIZE = (480, 360)
+PAGE = Path(__file__).with_name("viewer.html")
+
+
+def frame(physics: dict) -> dict:
+    """What one picture needs of an integration state."""
+    return {field: physics[field] for field in ("qpos", "mocap_pos", "mocap_quat")}
+
+
+def render(model: mujoco.MjModel, frames: dict, path: str | Path, dt: float) -> Path:
+    """Write frames (leaves [T, ...], dt seconds apart) to path.gif, or path.html without GL."""
+    stride = max(1, round(1 / (FPS * dt)))
+    frames = {field: np.asarray(value)[::stride] for field, value in frames.items()}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    gif = path.with_name(path.name + ".gif")
+    backends = [os.environ["MUJOCO_GL"]] if "MUJOCO_GL" in os.environ else ["egl", "osmesa"]
+    if any(_render_gif(backend, model, frames, gif, dt * stride) for backend in backends):
+        return gif
+    return write_html(model, frames, path.with_name(path.name + ".html"), dt * stride)
+
+
+def write_gif(images, path: Path, dt: float) -> Path:
+    """Write a list of Pillow images as a looping GIF, dt seconds apart."""
+    milliseconds = max(20, round(1000 * dt / 10) * 10)  # viewers slow down anything shorter
+    images[0].save(
+        path, save_all=True, append_images=images[1:], duration=milliseconds, loop=0, optimize=True
+    )
+    return path
+
+
+def _poses(model, frames):
+    """Yield an MjData posed for each frame."""
+    data = mujoco.MjData(model)
+    for t in range(len(frames["qpos"])):
+        data.qpos[:] = frames["qpos"][t]
+        if model.nmocap and "mocap_pos" in frames:
+            data.mocap_pos[:] = frames["mocap_pos"][t].reshape(model.nmocap, 3)
+            data.mocap_quat[:] = frames["mocap_quat"][t].reshape(model.nmocap, 4)
+        mujoco.mj_forward(model, data)
+        yield data
+
+
+# --- GIF through MuJoCo's renderer ---
+
+
+def _render_gif(backend, model, frames, path, dt):
+    """Draw in another process, as MuJoCo binds to a GL library on import; say if it worked."""
+    with tempfile.TemporaryDirectory() as folder:
+        mujoco.mj_saveModel(model, f"{folder}/model.mjb")
+        np.savez(f"{folder}/frames.npz", **frames)
+        run = subprocess.run(
+            [sys.executable, __file__, folder, str(path), str(dt)],
+            env={**os.environ, "MUJOCO_GL": backend},
+            capture_output=True,
+            check=False,
+        )
+    return run.returncode == 0
+
+
+def _draw_gif(folder, path, dt):
+    from PIL import Image
+
+    model = mujoco.MjModel.from_binary_path(f"{folder}/model.mjb")
+    frames = dict(np.load(f"{folder}/frames.npz"))
+    with mujoco.Renderer(model, height=SIZE[1], width=SIZE[0]) as renderer:
+        images = []
+        for data in _poses(model, frames):
+            renderer.update_scene(data, 0 if model.ncam else -1)
+            images.append(Image.fromarray(renderer.render()).quantize(64))
+    write_gif(images, Path(path), float(dt))
+
+
+# --- self-contained page ---
+
+
+def write_html(model: mujoco.MjModel, frames: dict, path: Path, dt: float) -> Path:
+    """Write the page: geoms, float32 poses [T, geoms, 7] (position, quaternion), script."""
+    shown = [
+        g
+        for g in range(model.ngeom)
+        if model.geom_group[g] < 3 and _colour(model, g)[3] > 0  # MuJoCo's default visibility
+    ]
+    geoms = [_geom(model, g) for g in shown]
+    poses = np.array(
+        [np.hstack([data.geom_xpos[shown], _quats(data, shown)]) for data in _poses(model, frames)]
+    )
+    scene = {
+        "geoms": geoms,
+        "poses": base64.b64encode(poses.astype("<f4").tobytes()).decode(),
+        "dt": dt,
+        "extent": float(model.stat.extent),
+    }
+    path.write_text(PAGE.read_text().replace("SCENE", json.dumps(scene)))
+    return path
+
+
+def _colour(model, g):
+    material = model.geom_matid[g]
+    return model.mat_rgba[material] if material >= 0 else model.geom_rgba[g]
+
+
+def _geom(model, g):
+    kind = mujoco.mjtGeom(model.geom_type[g])
+    name, size = kind.name.removeprefix("mjGEOM_").lower(), model.geom_size[g]
+    centre = [0.0, 0.0, 0.0]
+    if name not in ("plane", "sphere", "capsule", "cylinder", "ellipsoid", "box"):
+        name, centre, size = "box", model.geom_aabb[g, :3].tolist(), model.geom_aabb[g, 3:]
+    return {
+        "type": name,
+        "size": [round(float(x), 5) for x in size],
+        "centre": centre,
+        "rgb": [int(255 * x) for x in _colour(model, g)[:3]],
+        "fixed": bool(model.geom_bodyid[g] == 0),
+    }
+
+
+def _quats(data, shown):
+    quats = np.zeros((len(shown), 4))
+    for i, g in enumerate(shown):
+        mujoco.mju_mat2Quat(quats[i], data.geom_xmat[g])
+    return quats
+
+
+if __name__ == "__main__":
+    _draw_gif(*sys.argv[1:])

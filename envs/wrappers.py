@@ -1,0 +1,247 @@
+"""What happens between an adapter and an algorithm, and at the end of an episode.
+
+Stack from the inside: raw adapter - NaN guard - time limit - auto-reset - episode log - vmap. Each
+layer takes and returns the pure functions `reset` and `step` of one environment; its state is a
+frozen dataclass that holds the inner state. No layer stores a key: whatever is random comes from
+the key of the call.
+
+terminated: the task ended, the value after it is zero. truncated: stopped by the clock, the value
+goes on. Never both.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+RESET_MODES = ("fresh", "cached", "refreshed")
+
+
+class RawEnv(NamedTuple):
+    """One environment without reset, time limit or vmap: what an adapter returns."""
+
+    name: str
+    reset: Callable  # key -> obs [obs_size], state
+    step: Callable  # key, state, action -> obs, state, reward, terminated, info
+    obs_size: int
+    obs_shape: tuple[int, ...]  # before flattening; (obs_size,) for vectors
+    action_size: int  # number of actions if discrete, else their dimension
+    discrete: bool  # continuous actions are in [-1, 1]; the adapter clips and rescales
+    max_steps: int  # time limit of the task, in steps
+    reset_mode: str  # default auto-reset: "fresh" | "cached" | "refreshed"
+    privileged_size: int = 0  # trailing entries of obs that only a critic may see
+    frame: Callable | None = None  # state -> small pytree, all that drawing it needs
+    render: Callable | None = None  # frames (leaves [T, ...], numpy), path without suffix -> path
+
+
+class Env(NamedTuple):
+    """`num_envs` environments (N) with the whole stack.
+
+    step's info has, on every step: "final_observation" [N, obs_size], the true successor, before
+    any reset; "returned" [N] bool, an episode ended; "episode_return" and "episode_length" [N] of
+    the running episode with this step, to be read where returned; "env_nan" [N] bool, the physics
+    went non-finite on this step.
+    """
+
+    name: str
+    num_envs: int
+    reset: Callable  # key -> obs [N, obs_size], state
+    step: Callable  # key, state, action -> obs, state, reward, terminated, truncated, info
+    refresh: Callable  # key, state -> state: re-draw cached start states; once per rollout
+    obs_size: int
+    obs_shape: tuple[int, ...]
+    action_size: int
+    discrete: bool
+    max_steps: int
+    reset_mode: str
+    privileged_size: int = 0
+    frame: Callable | None = None  # raw state of one environment -> small pytree
+    render: Callable | None = None
+
+
+@struct.dataclass
+class TimeLimitState:
+    """Steps since the last reset, plus the staggered start of the first episode."""
+
+    inner: Any
+    elapsed: jax.Array  # int32
+
+
+@struct.dataclass
+class AutoResetState:
+    """`start`: cached (obs, TimeLimitState) of the next episode; None in fresh mode."""
+
+    inner: TimeLimitState
+    start: Any
+
+
+@struct.dataclass
+class EpisodeState:
+    """Return and true length of the running episode."""
+
+    inner: AutoResetState
+    episode_return: jax.Array  # float32
+    episode_length: jax.Array  # int32
+
+
+def wrap(raw: RawEnv, num_envs: int, stagger: bool) -> Env:
+    """Put the whole stack around one raw environment."""
+    reset, step = _nan_guard(raw.reset, raw.step)
+    reset, step = _time_limit(reset, step, raw.max_steps)
+    reset, step, refresh = _auto_reset(reset, step, raw.reset_mode)
+    if stagger:
+        reset = _stagger(reset, raw.max_steps)
+    reset, step, refresh = _episode_log(reset, step, refresh)
+
+    def reset_all(key):
+        return jax.vmap(reset)(jax.random.split(key, num_envs))
+
+    def step_all(key, state, action):
+        return jax.vmap(step)(jax.random.split(key, num_envs), state, action)
+
+    def refresh_all(key, state):
+        if raw.reset_mode != "refreshed":
+            return state
+        return jax.vmap(refresh)(jax.random.split(key, num_envs), state)
+
+    return Env(
+        name=raw.name,
+        num_envs=num_envs,
+        reset=reset_all,
+        step=step_all,
+        refresh=refresh_all,
+        obs_size=raw.obs_size,
+        obs_shape=raw.obs_shape,
+        action_size=raw.action_size,
+        discrete=raw.discrete,
+        max_steps=raw.max_steps,
+        reset_mode=raw.reset_mode,
+        privileged_size=raw.privileged_size,
+        frame=raw.frame,
+        render=raw.render,
+    )
+
+
+def raw_state(state: EpisodeState):
+    """The adapter's own state inside the stack: what `frame` takes."""
+    return state.inner.inner.inner
+
+
+def select(condition, on_true, on_false):
+    """Leaf-wise jnp.where over two trees of the same structure; condition is a scalar."""
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), on_true, on_false)
+
+
+def strong(tree):
+    """The same tree without weak types: a stable scan carry, and nothing compiles twice."""
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), tree)
+
+
+# --- layers, from the inside ---
+
+
+def _nan_guard(reset, step):
+    """A non-finite step terminates: reward 0, finite final observation, `env_nan`."""
+
+    def guarded_reset(key):
+        return strong(reset(key))
+
+    def guarded_step(key, state, action):
+        obs, state, reward, terminated, info = strong(step(key, state, action))
+        reward = reward.astype(jnp.float32)
+        finite = jnp.isfinite(obs)
+        # an adapter may know of trouble that its observation hides, such as a clipped velocity
+        nan = ~jnp.all(finite) | ~jnp.isfinite(reward) | info.get("env_nan", False)
+        obs = jnp.where(finite, obs, jnp.zeros_like(obs))
+        info = {**info, "env_nan": nan}
+        return obs, state, jnp.where(nan, 0.0, reward), terminated | nan, info
+
+    return guarded_reset, guarded_step
+
+
+def _time_limit(reset, step, max_steps):
+    """Truncate at max_steps; an episode that terminates on its last step is only terminated."""
+
+    def limited_reset(key):
+        obs, inner = reset(key)
+        return obs, TimeLimitState(inner, jnp.int32(0))
+
+    def limited_step(key, state, action):
+        obs, inner, reward, terminated, info = step(key, state.inner, action)
+        elapsed = state.elapsed + 1
+        truncated = (elapsed >= max_steps) & ~terminated
+        return obs, TimeLimitState(inner, elapsed), reward, terminated, truncated, info
+
+    return limited_reset, limited_step
+
+
+def _auto_reset(reset, step, mode):
+    """Begin the next episode within the step that ends one, and keep the true successor in info.
+
+    fresh: a real reset in every step. cached: always the environment's first start state.
+    refreshed: cached, and re-drawn by `refresh`.
+    """
+    fresh = mode == "fresh"
+
+    def auto_reset(key):
+        start = reset(key)
+        return start[0], AutoResetState(start[1], None if fresh else start)
+
+    def auto_step(key, state, action):
+        if fresh:
+            key, key_reset = jax.random.split(key)
+            start = reset(key_reset)
+        else:
+            start = state.start
+        obs, inner, reward, terminated, truncated, info = step(key, state.inner, action)
+        info = {**info, "final_observation": obs}
+        obs, inner = select(terminated | truncated, start, (obs, inner))
+        return obs, AutoResetState(inner, state.start), reward, terminated, truncated, info
+
+    def refresh(key, state):
+        return state.replace(start=reset(key))
+
+    return auto_reset, auto_step, refresh
+
+
+def _stagger(reset, max_steps):
+    """Let the first episode begin at a uniformly drawn elapsed time."""
+
+    def staggered_reset(key):
+        key_reset, key_elapsed = jax.random.split(key)
+        obs, state = reset(key_reset)
+        elapsed = jax.random.randint(key_elapsed, (), 0, max_steps)
+        return obs, state.replace(inner=state.inner.replace(elapsed=elapsed))
+
+    return staggered_reset
+
+
+def _episode_log(reset, step, refresh):
+    """Running return and length; staggering does not change the length."""
+
+    def logged_reset(key):
+        obs, inner = reset(key)
+        return obs, EpisodeState(inner, jnp.float32(0), jnp.int32(0))
+
+    def logged_step(key, state, action):
+        obs, inner, reward, terminated, truncated, info = step(key, state.inner, action)
+        done = terminated | truncated
+        episode_return = state.episode_return + reward
+        episode_length = state.episode_length + 1
+        info = {
+            **info,
+            "returned": done,
+            "episode_return": episode_return,
+            "episode_length": episode_length,
+        }
+        state = EpisodeState(
+            inner, jnp.where(done, 0.0, episode_return), jnp.where(done, 0, episode_length)
+        )
+        return obs, state, reward, terminated, truncated, info
+
+    def logged_refresh(key, state):
+        return state.replace(inner=refresh(key, state.inner))
+
+    return logged_reset, logged_step, logged_refresh

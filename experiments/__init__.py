@@ -1,0 +1,1 @@
+"""What a researcher runs on top of the algorithms."""

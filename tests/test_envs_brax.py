@@ -1,0 +1,260 @@
+"""Brax: parity with Brax's own step and with MuJoCo C, the line search caps, and drawing."""
+
+import base64
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import mujoco
+import numpy as np
+import pytest
+
+import envs
+from envs import brax, viewer, wrappers
+from envs.wrappers import raw_state
+
+NUM_ENVS, NUM_STEPS = 8, 50
+
+# Default suite: one model without and one with contacts on mjx, one on another backend.
+FAST = [("inverted_pendulum", "mjx"), ("hopper", "mjx"), ("inverted_pendulum", "spring")]
+MODELS = [
+    pytest.param(
+        task,
+        backend,
+        id=f"{task}-{backend}",
+        marks=() if (task, backend) in FAST else pytest.mark.slow,
+    )
+    for task in envs.TASKS["brax"]
+    for backend in (("generalized",) if task == "swimmer" else envs.BRAX_BACKENDS)
+]
+
+
+def rollout(reset, step, actions):
+    """Outputs [N, T, ...] of vmapped reset(key) -> state, step(state, action) -> state, outputs."""
+
+    def one(key, actions):
+        def body(state, action):
+            state, out = step(state, action)
+            return wrappers.strong(state), out
+
+        return jax.lax.scan(body, wrappers.strong(reset(key)), actions)[1]
+
+    keys = jax.random.split(jax.random.key(0), NUM_ENVS)
+    return jax.tree.map(np.asarray, jax.jit(jax.vmap(one))(keys, actions))
+
+
+def random_actions(size):
+    return jax.random.uniform(
+        jax.random.key(1), (NUM_ENVS, NUM_STEPS, size), minval=-1.2, maxval=1.2
+    )
+
+
+@pytest.fixture(scope="module")
+def ours():
+    """Memo of our adapter's trajectories, so that a compile is shared between tests."""
+    done = {}
+
+    def get(task, backend="mjx", **options):
+        name = (task, backend, *sorted(options.items()))
+        if name not in done:
+            raw = brax.make(task, backend, **options)
+
+            def step(state, action):
+                obs, state, reward, terminated, info = raw.step(jax.random.key(0), state, action)
+                physics = state.pipeline if backend == "mjx" else {}
+                return state, (obs, reward, terminated, info["env_nan"], physics)
+
+            actions = random_actions(raw.action_size)
+            done[name] = rollout(lambda key: raw.reset(key)[1], step, actions)
+        return done[name]
+
+    return get
+
+
+# --- parity with Brax, at the model's own settings: also the test of the line search caps ---
+
+
+@pytest.mark.parametrize(("task", "backend"), MODELS)
+def test_parity_with_brax(task, backend, ours):
+    obs, reward, terminated, env_nan, _ = ours(task, backend)
+    source = brax.brax_envs.get_environment(task, backend=backend)
+
+    def step(state, action):
+        state = source.step(state, jnp.clip(action, -1, 1))
+        return state, (state.obs, state.reward, state.done)
+
+    source_obs, source_reward, done = rollout(
+        source.reset, step, random_actions(source.action_size)
+    )
+    np.testing.assert_allclose(obs, source_obs, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(reward, source_reward, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(terminated, done > 0.5)
+    assert not env_nan.any()
+
+
+def test_the_line_search_cap_is_what_runs():
+    assert brax.make("hopper", "mjx").name == "brax/hopper"
+    caps = {task: brax_model(task).opt.ls_iterations for task in ("hopper", "inverted_pendulum")}
+    assert caps == {task: brax.LS_ITERATIONS[task] for task in caps}
+
+
+def brax_model(task, **options):
+    """The mjx model that an adapter steps."""
+    seen = {}
+    set_solver = brax.mjx.set_solver
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            brax.mjx, "set_solver", lambda *args: seen.setdefault("model", set_solver(*args))
+        )
+        brax.make(task, "mjx", **options)
+    return seen["model"]
+
+
+def test_solver_options_reach_the_model():
+    opt = brax_model("inverted_pendulum", iterations=3, ls_iterations=7).opt
+    assert (opt.iterations, opt.ls_iterations) == (3, 7)
+
+
+def test_solver_options_need_mjx():
+    with pytest.raises(ValueError, match="need backend=mjx"):
+        envs.make("hopper?backend=spring&iterations=2", 1)
+
+
+# --- MuJoCo C ---
+
+# Largest |difference| / (1 + |value|) of qpos and qvel after one environment step from the same
+# state, MJX in float32 against MuJoCo C in float64 with the same solver limits.
+C_TOLERANCE = {"inverted_pendulum": 1e-5, "hopper": 1e-3}
+
+
+@pytest.mark.parametrize("task", C_TOLERANCE)
+def test_step_agrees_with_mujoco_c(task, ours):
+    physics = ours(task)[-1]
+    source = brax.brax_envs.get_environment(task, backend="mjx")
+    model = source.sys.mj_model
+    model.opt.ls_iterations = brax.LS_ITERATIONS[task]
+    worst, moved = 0.0, 0.0
+    data = mujoco.MjData(model)
+    for n in range(NUM_ENVS):
+        for t in range(NUM_STEPS - 1):
+            for field in ("qpos", "qvel", "qacc_warmstart"):
+                getattr(data, field)[:] = physics[field][n, t]
+            data.ctrl[:] = physics["ctrl"][n, t + 1]
+            for _ in range(source._n_frames):
+                mujoco.mj_step(model, data)
+            for field in ("qpos", "qvel"):
+                mjx = physics[field][n, t + 1]
+                error = np.abs(getattr(data, field) - mjx) / (1 + np.abs(mjx))
+                worst = max(worst, error.max())
+                moved = max(moved, np.abs(mjx - physics[field][n, t]).max())
+    assert moved > 0.1
+    assert worst < C_TOLERANCE[task]
+
+
+# --- the whole stack on real physics ---
+
+
+@pytest.fixture(scope="module")
+def stacked():
+    """Five-step episodes of inverted_pendulum, refreshed after ten steps, and the raw adapter."""
+    env = envs.make("inverted_pendulum", 3, stagger=False, max_steps=5)
+    step, refresh = jax.jit(env.step), jax.jit(env.refresh)
+    obs, state = jax.jit(env.reset)(jax.random.key(0))
+    rows, first = [], (obs, raw_state(state))
+    for t in range(15):
+        action = jnp.zeros((3, 1))
+        obs, state, _, terminated, truncated, info = step(jax.random.key(t), state, action)
+        rows.append((obs, info["final_observation"], terminated, truncated))
+        if t == 9:
+            state = refresh(jax.random.key(100), state)
+    return first, [np.stack(column) for column in zip(*rows, strict=True)]
+
+
+def test_final_observation_is_that_of_the_raw_environment(stacked):
+    (_, state), (obs, final, terminated, truncated) = stacked
+    raw = brax.make("inverted_pendulum", "mjx")
+    step = jax.jit(jax.vmap(raw.step, in_axes=(None, 0, 0)))
+    for t in range(5):
+        expected, state, *_ = step(jax.random.key(0), state, jnp.zeros((3, 1)))
+        np.testing.assert_allclose(final[t], expected, rtol=1e-6, atol=1e-6)
+    assert truncated[4].all()
+    assert not terminated.any()
+    assert (np.abs(obs[4] - final[4]).max(axis=-1) > 1e-4).all()
+
+
+def test_refreshed_starts_really_differ(stacked):
+    (start, _), (obs, _, _, truncated) = stacked
+    assert np.flatnonzero(truncated[:, 0]).tolist() == [4, 9, 14]
+    np.testing.assert_array_equal(obs[4], start)
+    np.testing.assert_array_equal(obs[9], start)
+    assert (np.abs(obs[14] - start).max(axis=-1) > 1e-4).all()
+
+
+def test_state_is_small_and_holds_no_key():
+    raw = brax.make("hopper", "mjx")
+    _, state = jax.eval_shape(raw.reset, jax.random.key(0))
+    leaves = jax.tree.leaves(state)
+    assert sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) < 1000  # mjx.Data: 4648
+    assert not any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves)
+
+
+# --- NaN ---
+
+
+def test_hidden_nan_is_reported():
+    """A step from a non-finite velocity: hopper clips velocities, and infinity would pass as 10."""
+    raw = brax.make("hopper", "spring")
+    _, state = jax.jit(raw.reset)(jax.random.key(0))
+    q = jnp.full_like(state.pipeline.xd.vel, jnp.inf)
+    bad = state._replace(pipeline=state.pipeline.tree_replace({"xd.vel": q, "xd_i.vel": q}))
+    step = jax.jit(raw.step)
+    info = step(jax.random.key(1), bad, jnp.zeros(3))[-1]
+    assert info["env_nan"]
+    assert not step(jax.random.key(1), state, jnp.zeros(3))[-1]["env_nan"]
+
+
+# --- drawing ---
+
+
+@pytest.fixture(scope="module")
+def hopper():
+    model = brax.brax_envs.get_environment("hopper", backend="mjx").sys.mj_model
+    qpos = np.tile(model.qpos0, (20, 1))
+    qpos[:, 0] = np.linspace(0, 1, 20)
+    return model, {"qpos": qpos}
+
+
+def test_page_is_self_contained_and_holds_the_poses(hopper, tmp_path):
+    model, frames = hopper
+    page = viewer.write_html(model, frames, tmp_path / "a.html", dt=0.01).read_text()
+    assert not re.search(r"https?:|src=|import ", page)
+    scene = json.loads(re.search(r"const scene = (\{.*\});", page).group(1))
+    poses = np.frombuffer(base64.b64decode(scene["poses"]), "<f4").reshape(20, -1, 7)
+    assert poses.shape[1] == len(scene["geoms"]) == model.ngeom
+    data = mujoco.MjData(model)
+    data.qpos[:] = frames["qpos"][7]
+    mujoco.mj_kinematics(model, data)
+    np.testing.assert_allclose(poses[7, :, :3], data.geom_xpos, atol=1e-6)
+    rotation = np.zeros(9)
+    for g in range(model.ngeom):
+        mujoco.mju_quat2Mat(rotation, poses[7, g, 3:].astype(float))
+        np.testing.assert_allclose(rotation, data.geom_xmat[g], atol=1e-6)
+    assert [geom["type"] for geom in scene["geoms"]][:2] == ["plane", "capsule"]
+
+
+def test_without_gl_the_page_is_written(hopper, tmp_path, monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "disable")
+    path = viewer.render(*hopper, tmp_path / "b", dt=0.01)
+    assert path == tmp_path / "b.html"
+    assert path.exists()
+
+
+def test_an_environment_draws_its_own_frames(tmp_path):
+    env = envs.make("inverted_pendulum?backend=spring", 1)
+    _, state = jax.jit(env.reset)(jax.random.key(0))
+    frame = env.frame(raw_state(jax.tree.map(lambda x: x[0], state)))
+    frames = jax.tree.map(lambda x: np.stack([x, x]), frame)
+    path = env.render(frames, tmp_path / "c")
+    assert path.suffix in (".gif", ".html")
+    assert path.stat().st_size > 100

@@ -1,0 +1,174 @@
+"""Playground: parity with its own step, privileged observations, missing assets and package."""
+
+import importlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import envs
+from envs import wrappers
+
+pytest.importorskip("mujoco_playground")
+
+from mujoco_playground import State, registry
+
+from envs import playground
+
+NUM_STEPS = 30
+DMC = [t for t in envs.TASKS["playground"] if not t.startswith(tuple(playground.MENAGERIE))]
+JOYSTICK = [t for t in envs.TASKS["playground"] if t not in DMC]
+
+
+def test_the_tasks_are_those_of_playground():
+    assert sorted(DMC) == sorted(registry.dm_control_suite.ALL_ENVS)
+    assert len(DMC) == 25
+    assert set(JOYSTICK) <= set(registry.locomotion.ALL_ENVS)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        pytest.param(task, marks=() if task == "CartpoleBalance" else pytest.mark.slow)
+        for task in DMC
+    ],
+)
+def test_parity_with_playground(task):
+    raw = playground.make(task)
+    source = registry.load(task, config_overrides={"impl": "jax"})
+    actions = jax.random.uniform(
+        jax.random.key(1), (4, NUM_STEPS, raw.action_size), minval=-1.2, maxval=1.2
+    )
+
+    def ours(key, actions):
+        def step(state, action):
+            obs, state, reward, terminated, info = raw.step(key, state, action)
+            return wrappers.strong(state), (obs, reward, terminated, info["env_nan"])
+
+        obs, state = raw.reset(key)
+        return obs, jax.lax.scan(step, wrappers.strong(state), actions)[1]
+
+    def theirs(key, actions):
+        def step(state, action):
+            state = wrappers.strong(source.step(state, jnp.clip(action, -1, 1)))
+            return state, (state.obs, state.reward, state.done)
+
+        state = wrappers.strong(source.reset(key))
+        return state.obs, jax.lax.scan(step, state, actions)[1]
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    start, (obs, reward, terminated, env_nan) = jax.jit(jax.vmap(ours))(keys, actions)
+    source_start, (source_obs, source_reward, done) = jax.jit(jax.vmap(theirs))(keys, actions)
+    np.testing.assert_allclose(start, source_start, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(obs, source_obs, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(reward, source_reward, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(terminated, done > 0.5)
+    assert not env_nan.any()
+    assert raw.max_steps == source._config.episode_length
+    assert source._config.action_repeat == 1
+
+
+# --- privileged observations, on a stand-in with the interface of a joystick task ---
+
+
+class Joystick:
+    """Observes the step and the noise drawn from its own key; keeps notes in info, in place."""
+
+    action_size = 2
+    dt = 0.02
+
+    def __init__(self):
+        self.cartpole = registry.load("CartpoleBalance", config_overrides={"impl": "jax"})
+        self.mj_model = self.cartpole.mj_model
+
+    def _obs(self, data, info):
+        noise = jax.random.uniform(info["rng"])
+        state = jnp.array([info["step"], noise])
+        return {"state": state, "privileged_state": jnp.hstack([state, data.qpos])}
+
+    def reset(self, key):
+        state = self.cartpole.reset(key)
+        info = {"rng": key, "step": 0}
+        return State(
+            state.data, self._obs(state.data, info), state.reward, state.done, {"m": 0.0}, info
+        )
+
+    def step(self, state, action):
+        state.info["rng"], _ = jax.random.split(state.info["rng"])
+        state.info["step"] += 1
+        state.metrics["m"] = action.sum()
+        obs = self._obs(state.data, state.info)
+        return state.replace(obs=obs, reward=action.sum(), done=jnp.float32(0))
+
+
+@pytest.fixture(scope="module")
+def joystick():
+    return Joystick()
+
+
+def test_only_the_policys_observation_by_default(joystick):
+    raw = playground.adapt("fake", joystick, 1000, privileged=False)
+    assert (raw.obs_size, raw.privileged_size) == (2, 0)
+    assert jax.eval_shape(raw.reset, jax.random.key(0))[0].shape == (2,)
+
+
+def test_privileged_part_is_at_the_end_and_no_key_is_kept(joystick):
+    raw = playground.adapt("fake", joystick, 1000, privileged=True)
+    assert (raw.obs_size, raw.privileged_size) == (6, 4)
+    env = wrappers.wrap(raw, 3, stagger=False)
+    obs, state = jax.jit(env.reset)(jax.random.key(0))
+    assert obs.shape == (3, 6)
+    for leaf in jax.tree.leaves(state):
+        assert not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    step = jax.jit(env.step)
+    seen = []
+    for t in range(3):
+        obs, state, reward, *_ = step(jax.random.key(t), state, 3 * jnp.ones((3, 2)))
+        np.testing.assert_array_equal(obs[:, :2], obs[:, 2:4])
+        np.testing.assert_array_equal(obs[:, 0], t + 1)
+        np.testing.assert_array_equal(reward, 2.0)  # actions are clipped
+        seen.append(obs[:, 1])
+    assert len(np.unique(seen)) == 9  # noise comes from the key of the step
+
+
+def test_privileged_is_refused_where_there_is_none():
+    with pytest.raises(ValueError, match="no privileged observation"):
+        envs.make("CartpoleBalance?privileged=1", 1)
+
+
+# --- what is missing ---
+
+
+@pytest.mark.parametrize("task", JOYSTICK)
+def test_missing_assets_are_an_error_and_never_a_download(task, monkeypatch, tmp_path):
+    monkeypatch.setattr(playground.mjx_env, "MENAGERIE_PATH", tmp_path / "none")
+    refuse = lambda *args, **kwargs: pytest.fail("tried to download")
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    monkeypatch.setattr(subprocess, "run", refuse)
+    with pytest.raises(ValueError, match=f"{task} needs the model .* not downloaded for you"):
+        envs.make(task, 1)
+
+
+def test_missing_playground_names_the_extra(monkeypatch):
+    monkeypatch.delitem(sys.modules, "envs.playground")
+    monkeypatch.setitem(sys.modules, "mujoco_playground", None)
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[playground\]"'):
+        envs.make("CartpoleBalance", 1)
+    monkeypatch.undo()
+    importlib.import_module("envs.playground")
+
+
+@pytest.mark.skipif(
+    not playground.mjx_env.MENAGERIE_PATH.exists(), reason="robot models are not installed"
+)
+@pytest.mark.slow
+@pytest.mark.parametrize("task", JOYSTICK)
+def test_joystick_tasks_run_where_their_models_are(task):
+    env = envs.make(f"{task}?privileged=1", 2)
+    obs, state = jax.jit(env.reset)(jax.random.key(0))
+    obs = jax.jit(env.step)(jax.random.key(1), state, jnp.zeros((2, env.action_size)))[0]
+    assert obs.shape == (2, env.obs_size)
+    assert jnp.isfinite(obs).all()

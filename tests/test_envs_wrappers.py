@@ -1,0 +1,322 @@
+"""The wrapper stack, on an environment simple enough to follow by hand, and the names of `make`."""
+
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import envs
+from envs import wrappers
+from envs.wrappers import RawEnv
+
+
+def counter(max_steps=5, reset_mode="fresh", ends_at=1000, nan_at=1000, hidden_nan_at=1000):
+    """Observation [start, t, action]: a random start, the step of the episode, the last action."""
+
+    def observe(state, action):
+        return jnp.array([state["start"], state["t"], action], jnp.float32)
+
+    def reset(key):
+        state = {"start": jax.random.uniform(key), "t": 0}  # t is weakly typed on purpose
+        return observe(state, 0.0), state
+
+    def step(key, state, action):
+        state = {"start": state["start"], "t": state["t"] + 1}
+        obs = observe(state, action[0])
+        obs = jnp.where(state["t"] == nan_at, obs.at[1].set(jnp.nan), obs)
+        reward = jnp.where(state["t"] == nan_at, jnp.inf, 2.0)
+        info = {"env_nan": state["t"] == hidden_nan_at}
+        return obs, state, reward, state["t"] == ends_at, info
+
+    return RawEnv("counter", reset, step, 3, (3,), 1, False, max_steps, reset_mode)
+
+
+def run(raw, num_steps, num_envs=4, stagger=False, refresh_every=0):
+    """Everything that step returns, [T, N, ...], with action t at step t."""
+    env = wrappers.wrap(raw, num_envs, stagger)
+    step = jax.jit(env.step)
+    obs, state = jax.jit(env.reset)(jax.random.key(0))
+    rows = []
+    for t in range(num_steps):
+        key_step, key_refresh = jax.random.split(jax.random.key(t + 1))
+        previous = obs
+        action = jnp.full((num_envs, 1), t, jnp.float32)
+        obs, state, reward, terminated, truncated, info = step(key_step, state, action)
+        rows.append(
+            {
+                "obs": previous,
+                "next": obs,
+                "reward": reward,
+                "terminated": terminated,
+                "truncated": truncated,
+                **info,
+            }
+        )
+        if refresh_every and (t + 1) % refresh_every == 0:
+            state = env.refresh(key_refresh, state)
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+# --- time limit and final observation ---
+
+
+def test_time_limit_truncates_and_keeps_the_final_observation():
+    out = run(counter(max_steps=5), 12)
+    assert out["truncated"].all(axis=1).tolist() == 2 * (4 * [False] + [True]) + 2 * [False]
+    assert not out["terminated"].any()
+    # the true successor on every step, also where the next observation is already a reset one
+    t = np.array([1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 1, 2])
+    np.testing.assert_array_equal(out["final_observation"][:, 0, 1], t)
+    np.testing.assert_array_equal(out["next"][:, 0, 1], t % 5)
+    np.testing.assert_array_equal(
+        out["final_observation"][..., 2], np.tile(np.arange(12), (4, 1)).T
+    )
+    np.testing.assert_array_equal(out["final_observation"][..., 0], out["obs"][..., 0])
+
+
+def test_terminating_on_the_last_step_is_not_truncation():
+    out = run(counter(max_steps=5, ends_at=5), 5)
+    assert out["terminated"][4].all()
+    assert not out["truncated"].any()
+    assert out["returned"][4].all()
+
+
+def test_terminated_and_truncated_never_coincide():
+    out = run(counter(max_steps=5, ends_at=3), 40, num_envs=64, stagger=True)
+    assert out["truncated"].any()
+    assert out["terminated"].any()
+    assert not (out["terminated"] & out["truncated"]).any()
+
+
+# --- auto-reset ---
+
+
+def starts(out):
+    """Starts of all episodes that an auto-reset began, [episodes, N]."""
+    return out["next"][out["returned"][:, 0], :, 0]
+
+
+def test_fresh_draws_a_new_start_every_time():
+    drawn = starts(run(counter(), 20))
+    assert len(np.unique(drawn)) == drawn.size == 16
+
+
+def test_cached_always_begins_in_the_same_start():
+    out = run(counter(reset_mode="cached"), 20, refresh_every=5)
+    np.testing.assert_array_equal(starts(out), np.tile(out["obs"][0, :, 0], (4, 1)))
+    assert len(np.unique(out["obs"][0, :, 0])) == 4  # one per environment
+
+
+def test_refreshed_changes_with_refresh_and_only_then():
+    out = run(counter(reset_mode="refreshed"), 30, refresh_every=10)
+    drawn = starts(out)  # ends at 5, 10 | 15, 20 | 25, 30; refreshed after 10 and 20
+    np.testing.assert_array_equal(drawn[0], out["obs"][0, :, 0])
+    np.testing.assert_array_equal(drawn[0::2], drawn[1::2])
+    assert len(np.unique(drawn[0::2])) == 12
+
+
+def test_refresh_leaves_the_running_episode_alone():
+    env = wrappers.wrap(counter(reset_mode="refreshed"), 4, stagger=True)
+    _, state = env.reset(jax.random.key(0))
+    refreshed = env.refresh(jax.random.key(1), state)
+    for before, after in zip(
+        jax.tree.leaves(state.replace(inner=state.inner.replace(start=None))),
+        jax.tree.leaves(refreshed.replace(inner=refreshed.inner.replace(start=None))),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.parametrize("mode", ["fresh", "cached"])
+def test_refresh_is_the_identity_in_other_modes(mode):
+    env = wrappers.wrap(counter(reset_mode=mode), 4, stagger=False)
+    _, state = env.reset(jax.random.key(0))
+    assert env.refresh(jax.random.key(1), state) is state
+
+
+# --- staggering and the episode log ---
+
+
+def test_stagger_spreads_the_first_time_outs_uniformly():
+    out = run(counter(max_steps=8), 8, num_envs=4000, stagger=True)
+    first = out["truncated"].argmax(axis=0)
+    counts = np.bincount(first, minlength=8)
+    assert out["truncated"].any(axis=0).all()
+    np.testing.assert_allclose(counts, 500, atol=5 * np.sqrt(500))
+
+
+def test_episode_log_counts_real_steps():
+    out = run(counter(max_steps=5), 10, num_envs=64, stagger=True)
+    length = np.zeros(64)
+    for t in range(10):
+        length += 1
+        np.testing.assert_array_equal(out["episode_length"][t], length)
+        np.testing.assert_array_equal(out["episode_return"][t], 2 * length)
+        length *= ~out["returned"][t]
+    np.testing.assert_array_equal(out["returned"], out["terminated"] | out["truncated"])
+    assert (out["episode_length"][out["returned"]] < 5).any()  # cut short by staggering
+
+
+# --- NaN ---
+
+
+def test_nan_terminates_with_zero_reward_and_a_finite_observation():
+    out = run(counter(max_steps=100, nan_at=3), 9)
+    np.testing.assert_array_equal(out["env_nan"][:, 0], 3 * ([False, False, True]))
+    np.testing.assert_array_equal(out["terminated"], out["env_nan"])
+    assert not out["truncated"].any()
+    np.testing.assert_array_equal(out["reward"][:, 0], 3 * [2.0, 2.0, 0.0])
+    np.testing.assert_array_equal(out["final_observation"][:, 0, 1], 3 * [1.0, 2.0, 0.0])
+    np.testing.assert_array_equal(out["final_observation"][2, :, 2], 4 * [2.0])  # the rest is kept
+    np.testing.assert_array_equal(out["next"][:, 0, 1], 3 * [1.0, 2.0, 0.0])  # really reset
+    np.testing.assert_array_equal(out["episode_return"][out["returned"]], 4.0)
+
+
+@pytest.mark.parametrize("mode", wrappers.RESET_MODES)
+def test_nan_that_an_adapter_reports_is_reset_in_every_mode(mode):
+    out = run(counter(max_steps=100, hidden_nan_at=3, reset_mode=mode), 6)
+    assert out["terminated"].all(axis=1).tolist() == 2 * [False, False, True]
+    np.testing.assert_array_equal(out["next"][:, 0, 1], 2 * [1.0, 2.0, 0.0])
+
+
+# --- types and keys ---
+
+
+@pytest.mark.parametrize("mode", wrappers.RESET_MODES)
+def test_state_is_a_stable_carry_without_keys_or_weak_types(mode):
+    env = wrappers.wrap(counter(reset_mode=mode), 4, stagger=True)
+    obs, state = jax.eval_shape(env.reset, jax.random.key(0))
+    action = jax.ShapeDtypeStruct((4, 1), jnp.float32)
+    after = jax.eval_shape(env.step, jax.random.key(0), state, action)
+    assert jax.tree.structure(after[1]) == jax.tree.structure(state)
+    for x, y in zip(jax.tree.leaves(after[:2]), jax.tree.leaves((obs, state)), strict=True):
+        assert (x.shape, x.dtype, x.weak_type) == (y.shape, y.dtype, False)
+        assert not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def test_no_key_is_used_twice():
+    with jax.debug_key_reuse(True):
+        env = envs.make("probe/both", 3)
+        key_reset, key_step, key_refresh = jax.random.split(jax.random.key(0), 3)
+        _, state = jax.jit(env.reset)(key_reset)
+        state = jax.jit(env.step)(key_step, state, jnp.zeros(3, jnp.int32))[1]
+        jax.jit(env.refresh)(key_refresh, state)
+
+
+# --- names ---
+
+
+@pytest.mark.parametrize(
+    ("name", "full"),
+    [
+        ("ant", "brax/ant"),
+        ("brax/ant?backend=mjx", "brax/ant"),
+        ("ant?ls_iterations=6&backend=mjx", "brax/ant?ls_iterations=6"),
+        ("hopper?ls_iterations=6&iterations=2", "brax/hopper?iterations=2&ls_iterations=6"),
+        ("brax/hopper?backend=spring", "brax/hopper?backend=spring"),
+        ("swimmer?backend=generalized", "brax/swimmer"),
+        ("cartpole", "gymnax/CartPole-v1"),
+        ("breakout", "gymnax/Breakout-MinAtar"),
+        ("CheetahRun", "playground/CheetahRun"),
+        ("G1JoystickFlatTerrain?privileged=1", "playground/G1JoystickFlatTerrain?privileged=1"),
+        ("G1JoystickFlatTerrain?privileged=0", "playground/G1JoystickFlatTerrain"),
+        ("probe/truncation", "probe/truncation"),
+        ("my.module:factory", "my.module:factory"),
+    ],
+)
+def test_canonical(name, full):
+    assert envs.canonical(name) == full
+    assert envs.canonical(full) == full
+
+
+def test_every_alias_is_a_known_task():
+    for alias, full in envs.ALIASES.items():
+        assert envs.canonical(alias) == full
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("antt", "ant"),
+        ("cheetahrun", "CheetahRun"),
+        ("brax/Hopper", "brax/hopper"),
+        ("gymnax/CartPole", "gymnax/CartPole-v1"),
+        ("probe/trunc", "probe/truncation"),
+        ("nosuch/ant", "ant"),
+    ],
+)
+def test_unknown_name_lists_the_nearest(name, expected):
+    with pytest.raises(ValueError, match=f"unknown environment '{name}'.*\\b{expected}\\b"):
+        envs.make(name, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("hopper?backend=mjxx", "backend='mjxx' must be one of mjx, generalized"),
+        ("hopper?sparse=1", "unknown option 'sparse'; brax has: backend"),
+        ("cartpole?x=1", "gymnax has: none"),
+        ("hopper?ls_iterations=0", "positive integer"),
+        ("hopper?iterations=four", "positive integer"),
+        ("CheetahRun?privileged=yes", "must be one of 0, 1"),
+        ("swimmer?backend=mjx", "generalized only"),
+    ],
+)
+def test_bad_options_are_named(name, message):
+    with pytest.raises(ValueError, match=message):
+        envs.make(name, 1)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"num_envs": 0}, {"max_steps": 0}, {"reset_mode": "always"}], ids=lambda bad: str(bad)
+)
+def test_bad_arguments_are_named(bad):
+    (field, value), *_ = bad.items()
+    with pytest.raises(ValueError, match=f"{field}={value!r}"):
+        envs.make("probe/value", **{"num_envs": 1, **bad})
+
+
+def test_overrides_reach_the_environment():
+    env = envs.make("probe/truncation", 2, stagger=False, max_steps=3, reset_mode="cached")
+    assert (env.max_steps, env.reset_mode) == (3, "cached")
+    _, state = env.reset(jax.random.key(0))
+    for t in range(3):
+        _, state, _, _, truncated, _ = env.step(jax.random.key(t), state, jnp.zeros(2, jnp.int32))
+        assert truncated.all() == (t == 2)
+
+
+# --- a user's own environment ---
+
+
+@pytest.fixture
+def user_module(monkeypatch):
+    module = types.ModuleType("user_module")
+    module.factory = counter
+    module.number = lambda: 3
+    monkeypatch.setitem(sys.modules, "user_module", module)
+
+
+def test_a_users_factory_gets_the_whole_stack(user_module):
+    env = envs.make("user_module:factory", 2)
+    assert env.name == "user_module:factory"
+    _, state = env.reset(jax.random.key(0))
+    info = env.step(jax.random.key(1), state, jnp.zeros((2, 1)))[-1]
+    assert set(info) == {
+        "final_observation", "returned", "episode_return", "episode_length", "env_nan"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("user_module:nothing", "no such function"),
+        ("no_such_module:factory", "no such function"),
+        ("user_module:number", "must return envs.RawEnv"),
+    ],
+)
+def test_a_wrong_factory_is_named(user_module, name, message):
+    with pytest.raises(ValueError, match=message):
+        envs.make(name, 2)
