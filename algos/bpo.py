@@ -585,8 +585,12 @@ def mu_loss_discrete(log_mu, log_target):
     return -(jnp.exp(log_target) * log_mu).sum(-1).mean()
 
 
-def mu_loss_continuous(log_mu, log_pi, moment):
-    """Reverse KL to pi sqrt(moment), up to log Z, from reparameterised actions of mu."""
+def mu_loss_continuous(log_mu, log_pi, moment, official=False):
+    """Reverse KL to pi sqrt(moment), up to log Z, from reparameterised actions of mu [B].
+
+    The `official` code takes the smallest moment of the minibatch for all actions (B2).
+    """
+    moment = moment.min() if official else moment
     return (log_mu - log_pi - 0.5 * jnp.log(moment)).mean()
 
 
@@ -779,9 +783,8 @@ def build(config: Config) -> common.Algo:
             log_pi, log_mu = (jax.nn.log_softmax(x.logits) for x in (batch.policy, mu))
             loss = mu_loss_discrete(log_mu, mu_target(log_pi, moment))
         else:
-            moment = moment.min() if official else moment
             log_pi = batch.policy.log_prob(action)
-            loss = mu_loss_continuous(mu.log_prob(action), log_pi, moment)
+            loss = mu_loss_continuous(mu.log_prob(action), log_pi, moment, official)
         return loss - config.ent_coef * mu.entropy().mean(), 0.0
 
     def fit(state, name, loss_fn, data, key, num_epochs, num_minibatches):

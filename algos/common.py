@@ -44,7 +44,7 @@ class Stats(NamedTuple):
 
     mean: jax.Array  # [...]
     var: jax.Array  # [...]
-    count: jax.Array  # []
+    count: jax.Array  # []  # type: ignore[assignment]  (hides tuple.count)
 
 
 def init_stats(shape: tuple[int, ...]) -> Stats:

@@ -84,7 +84,7 @@ def setup_jax(num_rows: int) -> None:
         with contextlib.suppress(RuntimeError):  # the backend is already up, as in tests
             jax.config.update("jax_num_cpu_devices", max(1, min(num_rows, os.cpu_count() or 1)))
     jax.config.update("jax_default_matmul_precision", "highest")  # physics fails under TF32
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "purepo"
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
@@ -113,10 +113,10 @@ def gather(rows: np.ndarray) -> np.ndarray:
 class Program(NamedTuple):
     """Functions of all rows of this host, sharded over its devices."""
 
-    init: Callable  # keys [R], hparams -> state
-    train: Callable  # state (donated), hparams, number of updates -> state, sums of metrics [R]
-    evaluate: Callable  # state, key -> returns [R, K], lengths [R, K]
-    policies: Callable  # state -> policies [R, ...]
+    init: Any  # keys [R], hparams -> state
+    train: Any  # state (donated), hparams, number of updates -> state, sums of metrics [R]
+    evaluate: Any  # state, key -> returns [R, K], lengths [R, K]
+    policies: Any  # state -> policies [R, ...]
     num_devices: int
 
 
@@ -468,7 +468,7 @@ class Session:
             self.run_dir / "plots" / "curve.png",
             f"{self.name} on {self.config.env}",
         )
-        done = {"steps": int(run.steps[-1]), "alive": int((~self.dead).sum()), "results": []}
+        done: dict[str, Any] = {"steps": int(run.steps[-1]), "alive": int((~self.dead).sum()), "results": []}
         for label, index in rundir.groups(run):
             final = run.returns[index, -1].mean(-1)
             lo, hi = rundir.iqm_interval(final)

@@ -35,7 +35,7 @@ class Log:
         if lead and launch.track:
             with self.wandb_guard():
                 self.wandb_runs = start_wandb(run_dir, name, config, launch, rows)
-        self.bar = None
+        self.bar: Any = None
 
     # console
 

@@ -136,7 +136,65 @@ TRACEABLE = ("learning_rate", "max_grad_norm", "gamma", "gae_lambda", "clip_eps"
 
 # --- presets ---
 
-PRESETS: dict[str, dict[str, Any]] = {}
+# fmt: off
+# Origins are in docs/presets.md. First the two families that several presets share.
+PHYSICS = {
+    "num_envs": 64, "num_steps": 64, "num_epochs": 8, "num_minibatches": 16, "anneal_lr": True,
+    "normalize_obs": True, "normalize_reward": True, "total_timesteps": 1_000_000,
+}
+MANY_ENVS = {
+    "num_envs": 512, "num_steps": 32, "num_epochs": 4, "num_minibatches": 16, "anneal_lr": True,
+    "normalize_obs": True, "normalize_reward": True, "hidden": (256, 256),
+    "total_timesteps": 2_000_000,
+}
+PAPER = {  # everything a task's own preset may have changed, back to the published default
+    "shuffle": "rows", "learning_rate": 3e-4, "anneal_lr": False, "gamma": 0.99, "gae_lambda": 0.95,
+    "clip_eps": 0.2, "anneal_clip": False, "ent_coef": 0.0, "vf_coef": 0.5, "normalize_obs": False,
+    "normalize_reward": False, "exploration": "iid", "noise_interval": 1, "hidden": (64, 64),
+    "policy_gain": 1.0, "log_std_init": 0.0,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    # tasks
+    "cartpole": {
+        "total_timesteps": 100_000, "num_envs": 8, "num_steps": 32, "num_epochs": 20,
+        "num_minibatches": 1, "gamma": 0.98, "gae_lambda": 0.8, "learning_rate": 1e-3,
+        "anneal_lr": True, "anneal_clip": True, "policy_gain": 1.0, "kernel_init": "lecun_normal",
+    },
+    "pendulum": {
+        "total_timesteps": 300_000, "num_envs": 16, "num_steps": 128, "num_epochs": 10,
+        "num_minibatches": 16, "gamma": 0.9, "learning_rate": 1e-3, "anneal_lr": True,
+        "normalize_reward": True,
+    },
+    "inverted_pendulum": {**PHYSICS, "total_timesteps": 300_000, "learning_rate": 1e-3},
+    "hopper": PHYSICS,
+    "walker2d": PHYSICS,
+    "halfcheetah": PHYSICS,
+    "reacher": {**PHYSICS, "gamma": 0.95},
+    "CartpoleBalance": {**PHYSICS, "learning_rate": 1e-3},
+    "ant": MANY_ENVS,
+    "breakout": {
+        "total_timesteps": 5_000_000, "num_envs": 128, "num_steps": 32, "num_epochs": 4,
+        "num_minibatches": 8, "learning_rate": 1e-3, "anneal_lr": True, "ent_coef": 0.01,
+        "hidden": (128, 128), "activation": "relu",
+    },
+    # the PPO baselines of Goodall et al. 2026 (BPO), their published values
+    "cartpole_ppo": {
+        **PAPER, "total_timesteps": 100_000, "num_envs": 8, "num_steps": 32, "num_epochs": 20,
+        "num_minibatches": 1, "gamma": 0.98, "gae_lambda": 0.8, "learning_rate": 1e-3,
+        "anneal_lr": True, "anneal_clip": True, "activation": "tanh", "kernel_init": "lecun_normal",
+    },
+    "mujoco_ppo": {
+        **PAPER, "total_timesteps": 1_500_000, "num_envs": 1, "num_steps": 2048, "num_epochs": 10,
+        "num_minibatches": 32, "ent_coef": 0.001, "activation": "relu", "kernel_init": "orthogonal",
+    },
+    "mujoco_ppo_gsde": {
+        **PAPER, "total_timesteps": 2_000_000, "num_envs": 16, "num_steps": 512, "num_epochs": 20,
+        "num_minibatches": 64, "gae_lambda": 0.9, "clip_eps": 0.4, "learning_rate": 3e-5,
+        "exploration": "sticky", "noise_interval": 4, "hidden": (256, 256), "activation": "relu",
+        "kernel_init": "lecun_normal", "log_std_init": -1.0,
+    },
+}
+# fmt: on
 
 
 # --- networks ---

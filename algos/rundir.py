@@ -184,7 +184,7 @@ def load_policy(path: Path | str) -> Callable:
 def write_evals(run_dir: Path, evals: dict[str, list]) -> None:
     """Write eval.npz: steps [E], seconds [E], returns [R, E, K], lengths [R, E, K]."""
     arrays = {name: np.stack(values, min(1, np.ndim(values[0]))) for name, values in evals.items()}
-    write_atomic(run_dir / "eval.npz", lambda file: np.savez(file, **arrays))
+    write_atomic(run_dir / "eval.npz", lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
 
 
 def rewind(run_dir: Path, step: int) -> dict[str, list]:

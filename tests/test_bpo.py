@@ -1,0 +1,812 @@
+"""Behaviour policy optimisation: estimators, fitted Q evaluation, mu, and what an update does.
+
+Numbers without a derivation next to them are exact results of dynamic programming.
+"""
+
+from dataclasses import replace
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from algos import bpo
+from algos.ppo import gae
+from experiments import return_variance as tabular
+
+INF = jnp.inf
+ESTIMATORS = [bpo.step_estimator, bpo.trajectory_estimator]
+
+
+def random_rollout(seed, shape=(12, 5)):
+    """Arrays of one rollout: reward, value, next_value, terminated, done, log_ratio."""
+    rng = np.random.default_rng(seed)
+    ended = rng.random(shape) < 0.3
+    terminated = ended & (rng.random(shape) < 0.5)
+    arrays = [rng.normal(size=shape).astype(np.float32) for _ in range(3)]
+    return *arrays, terminated, ended, rng.normal(size=shape).astype(np.float32) * 0.5
+
+
+def close(actual, desired, rtol=1e-5, atol=1e-5):
+    np.testing.assert_allclose(actual, desired, rtol=rtol, atol=atol)
+
+
+# --- estimators ---
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("clips", [(1.0, 1.0), (1.5, 1.0), (3.0, 1.7)])
+def test_on_policy_is_gae(estimator, clips):
+    *rollout, log_ratio = random_rollout(0)
+    advantage, target = estimator(*rollout, 0 * log_ratio, 0.97, 0.9, *clips)
+    expected = gae(*rollout, 0.97, 0.9)
+    close(advantage, expected)
+    close(target, expected + rollout[1])
+
+
+@pytest.mark.parametrize(
+    ("estimator", "weighted", "expected"),
+    [
+        (bpo.step_estimator, False, [[1.625, 1.0], [2.825, 1.5]]),
+        (bpo.step_estimator, True, [[2.4375, 0.5], [2.825, 1.5]]),
+        (bpo.trajectory_estimator, False, [[1.625, 1.0], [2.9375, 1.5]]),
+        (bpo.trajectory_estimator, True, [[2.4375, 0.5], [2.9375, 1.5]]),
+    ],
+)
+def test_two_steps_by_hand(estimator, weighted, expected):
+    args = two_steps()
+    close(jnp.stack(estimator(*args, 0.9, 0.5, 1.5, 1.0, weighted))[..., 0], expected)
+
+
+def two_steps():
+    column = lambda *x: jnp.array(x)[:, None]
+    last = column(False, True)
+    log_ratio = jnp.log(column(2.0, 0.5))
+    return column(1.0, 2.0), column(0.5, 1.0), column(1.0, 7.0), last, last, log_ratio
+
+
+def test_official_trajectory_clipping_drops_the_last_step_of_an_episode():
+    advantage, _ = bpo.trajectory_estimator(*two_steps(), 0.9, 0.5, 1.5, 1.0, official=True)
+    close(advantage[:, 0], [1.4, 1.0])
+
+
+def test_estimators_match_double_loop():
+    reward, value, next_value, terminated, done, log_ratio = random_rollout(1)
+    gamma, lam, clip_rho, clip_c = 0.97, 0.9, 1.4, 1.1
+    rho = np.exp(log_ratio)
+    delta = reward + gamma * np.where(terminated, 0, next_value) - value
+    T, N = reward.shape
+    for estimator in ESTIMATORS:
+        advantage = np.zeros((T, N))
+        target = np.zeros((T, N))
+        for n in range(N):
+            for t in range(T):
+                for k in range(t, T):
+                    later = rho[t + 1 : k + 1, n]
+                    product = np.prod(later)
+                    if estimator is bpo.trajectory_estimator:
+                        weight = first = min(clip_c, product)
+                        first *= min(clip_rho, rho[t, n])
+                    else:
+                        c = np.minimum(rho[t:k, n], clip_c)
+                        last = min(clip_rho, rho[k, n])
+                        weight = 1.0 if k == t else np.prod(c[1:]) * last
+                        first = np.prod(c) * last
+                    advantage[t, n] += (gamma * lam) ** (k - t) * weight * delta[k, n]
+                    target[t, n] += (gamma * lam) ** (k - t) * first * delta[k, n]
+                    if done[k, n]:
+                        break
+        actual = estimator(
+            reward, value, next_value, terminated, done, log_ratio, gamma, lam, clip_rho, clip_c
+        )
+        close(actual[0], advantage, rtol=1e-4)
+        close(actual[1], value + target, rtol=1e-4)
+
+
+def test_structure_of_estimators():
+    rollout = random_rollout(2)
+    reward, value, next_value, terminated, done, log_ratio = rollout
+    rho = np.minimum(np.exp(log_ratio), 1.3)
+    # equal clips
+    advantage, target = bpo.step_estimator(*rollout, 0.97, 0.9, 1.3, 1.3)
+    close(rho * advantage, target - value)
+    # no clips: the trajectory form is the step form
+    step, traj = (estimator(*rollout, 0.97, 0.9, INF, INF) for estimator in ESTIMATORS)
+    close(step, traj, rtol=1e-4)
+    # lambda = 0
+    delta = reward + 0.97 * np.where(terminated, 0, next_value) - value
+    for estimator in ESTIMATORS:
+        advantage, target = estimator(*rollout, 0.97, 0.0, 1.3, 1.1)
+        close(advantage, delta)
+        close(target, value + rho * delta)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("truncated", [False, True])
+def test_nothing_flows_back_over_the_end_of_an_episode(estimator, truncated):
+    rollout = [x.copy() for x in random_rollout(3)]
+    rollout[3][:], rollout[4][:] = False, False
+    rollout[4][6] = True
+    rollout[3][6] = not truncated
+    before = jnp.stack(estimator(*rollout, 0.97, 0.9, 1.5, 1.2))
+    for i in (0, 1, 2, 5):  # reward, value, next_value, log_ratio
+        rollout[i][7:] += 1.0
+    after = jnp.stack(estimator(*rollout, 0.97, 0.9, 1.5, 1.2))
+    np.testing.assert_array_equal(before[:, :7], after[:, :7])
+    assert (before[:, 7:] != after[:, 7:]).any()
+    # and it is next_value that a time limit looks at, and a failure does not
+    rollout[2][6] += 1.0
+    changed = jnp.stack(estimator(*rollout, 0.97, 0.9, 1.5, 1.2))[:, 6] != after[:, 6]
+    assert changed.all() == truncated
+    assert changed.any() == truncated
+
+
+def test_trajectory_clipping_does_not_overflow():
+    reward, value, next_value, terminated, done, _ = random_rollout(4, (64, 3))
+    log_ratio = jnp.full((64, 3), 20.0)
+    for c in (1.0, INF):
+        advantage, target = bpo.trajectory_estimator(
+            reward, value, next_value, terminated, done, log_ratio, 0.99, 0.95, 1.5, c
+        )
+        if c == 1.0:
+            assert jnp.isfinite(advantage).all()
+            assert jnp.isfinite(target).all()
+        assert not jnp.isnan(advantage).any()
+
+
+# --- variance, on the tabular task X ---
+
+X = tabular.MDP_X
+V = np.array([3.484026, 2.924920])
+MU_HAT = np.array([[0.660448, 0.339552], [0.444130, 0.555870]])
+MU_CENTRED = np.array([[0.580681, 0.419319], [0.365025, 0.634975]])
+
+
+def test_exact_moments_and_policies():
+    exact = tabular.solve(X)
+    close(exact.v, V, rtol=1e-6)
+    close(exact.q, [[3.984665, 2.733067], [4.884026, 2.085304]])
+    close(exact.r_hat, [[6.969329, 0.0], [15.536102, -5.170607]])
+    close(exact.qhat, [[19.754685, 11.748694], [27.906794, 8.029414]])
+    close(exact.mu_hat, MU_HAT)
+    close(exact.mu_centred, MU_CENTRED)
+    close((X.policy * exact.qhat).sum(-1) - exact.v**2, [4.413855, 5.437470])
+
+
+def test_exact_variances():
+    zero = np.zeros(2)
+    best = tabular.best_pdis_policy(X)
+    for mu, expected in [
+        (X.policy, (4.413855, 5.437470)),
+        (MU_HAT, (0.662513, 0.738152)),
+        (best, (0.338383, 0.352795)),
+    ]:
+        close(tabular.variance(X, mu, zero), expected, rtol=1e-4)
+    for mu, expected in [
+        (X.policy, (4.413855, 5.437470)),
+        (MU_HAT, (4.966579, 5.943458)),
+        (MU_CENTRED, (4.201226, 5.141199)),
+    ]:
+        close(tabular.variance(X, mu, V), expected, rtol=1e-4)
+
+
+@lru_cache
+def sampled_rollouts(name):
+    """State [T, N], reward, next state and log-ratio; half of the columns start in each state."""
+    mu = {"pi": X.policy, "hat": MU_HAT, "centred": MU_CENTRED}[name]
+    rng = np.random.default_rng(0)
+    T, N = 70, 60_000
+    state = np.repeat([0, 1], N // 2)
+    rows = []
+    for _ in range(T):
+        action = (rng.random(N) > mu[state, 0]).astype(int)
+        next_state = (rng.random(N) > X.transition[state, action, 0]).astype(int)
+        log_ratio = np.log(X.policy[state, action] / mu[state, action])
+        rows.append((state, X.reward[state, action], next_state, log_ratio))
+        state = next_state
+    return [np.stack(x) for x in zip(*rows, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("mu", "value", "lam", "mean", "variance"),
+    [
+        ("pi", (0, 0), 1.0, V, (4.413855, 5.437470)),
+        ("hat", (0, 0), 1.0, V, (0.662513, 0.738152)),
+        ("pi", V, 1.0, V, (4.413855, 5.437470)),
+        ("hat", V, 1.0, V, (4.966579, 5.943458)),
+        ("centred", V, 1.0, V, (4.201226, 5.141199)),
+        ("hat", V, 0.5, V, None),
+        ("pi", (0, 0), 0.9, (1.941637, 1.371047), None),
+        ("hat", (0, 0), 0.9, (1.941637, 1.371047), None),
+    ],
+)
+def test_estimator_has_exact_mean_and_variance(mu, value, lam, mean, variance):
+    state, reward, next_state, log_ratio = sampled_rollouts(mu)
+    value = np.asarray(value, np.float32)
+    no = np.zeros(state.shape, bool)
+    _, target = jax.jit(bpo.step_estimator)(
+        reward, value[state], value[next_state], no, no, log_ratio, X.gamma, lam, INF, INF
+    )
+    samples = np.asarray(target[0]).reshape(2, -1)
+    error = samples.std(-1) / np.sqrt(samples.shape[1])
+    assert (np.abs(samples.mean(-1) - mean) < 4.5 * error + 3e-3).all()
+    if variance is not None:
+        close(samples.var(-1), variance, rtol=0.05)
+
+
+def test_pdis_makes_mu_hat_pay_with_a_baseline_that_is_exact_at_the_end():
+    """With lambda = 1 the baseline telescopes away, and PDIS without a baseline is left."""
+    state, reward, next_state, log_ratio = sampled_rollouts("hat")
+    no = np.zeros(state.shape, bool)
+    value = np.asarray(V, np.float32)
+    _, target = bpo.step_estimator(
+        *(reward, value[state], value[next_state], no, no, log_ratio, X.gamma, 1.0, INF, INF),
+        pdis=True,
+    )
+    samples = np.asarray(target[0]).reshape(2, -1)
+    close(samples.mean(-1), V, rtol=0.01)
+    close(samples.var(-1), (0.662513, 0.738152), rtol=0.05)
+
+
+# --- bandits and chains ---
+
+
+def bandit_variance(pi, mu, outcomes, value):
+    """Variance of the target of one terminating step; `outcomes` are (action, reward, chance)."""
+    action, reward, chance = (np.array(x) for x in zip(*outcomes, strict=True))
+    pi, mu = np.asarray(pi), np.asarray(mu)
+    yes = np.ones((1, len(action)), bool)
+    ones = np.ones((1, len(action)))
+    _, target = bpo.step_estimator(
+        *(reward[None], value * ones, 9 * ones, yes, yes, np.log(pi / mu)[action][None]),
+        *(1.0, 1.0, INF, INF),
+    )
+    p = mu[action] * chance
+    mean = (p * target[0]).sum()
+    return (p * (target[0] - mean) ** 2).sum()
+
+
+def test_bandit_with_noise():
+    pi = np.array([0.5, 0.5])
+    outcomes = [(0, -1.0, 0.5), (0, 1.0, 0.5), (1, 2.0, 1.0)]
+    qhat, q = jnp.array([1.0, 4.0]), jnp.array([0.0, 2.0])
+    mu = np.exp(bpo.mu_target(jnp.log(pi), qhat))
+    close(mu, [1 / 3, 2 / 3])
+    close(bandit_variance(pi, pi, outcomes, 0.0), 1.5)
+    close(bandit_variance(pi, mu, outcomes, 0.0), 1.25)
+    centred = np.exp(bpo.mu_target(jnp.log(pi), bpo.centred_moment(qhat, q, 1.0)))
+    close(centred, [0.585786, 0.414214])
+    close(bandit_variance(pi, pi, outcomes, 1.0), 1.5)
+    close(bandit_variance(pi, mu, outcomes, 1.0), 1.875)
+    close(bandit_variance(pi, centred, outcomes, 1.0), 1.457107)
+
+
+def test_bandit_without_noise_has_no_variance_left():
+    pi, reward = np.array([0.5, 0.5]), jnp.array([1.0, 3.0])
+    mu = np.exp(bpo.mu_target(jnp.log(pi), bpo.second_moment_reward(reward, reward)))
+    close(mu, [0.25, 0.75])
+    outcomes = [(0, 1.0, 1.0), (1, 3.0, 1.0)]
+    close(bandit_variance(pi, mu, outcomes, 0.0), 0.0, atol=1e-10)
+
+
+def test_centred_moment_is_bounded_below():
+    close(bpo.centred_moment(jnp.array(3.0), jnp.array(2.0), jnp.array(2.0)), 1e-6, atol=0)
+
+
+def test_second_moment_recursion():
+    # a deterministic chain 0 -> 1 -> end with rewards 2 and -3: the second moment is the square
+    reward, terminated = jnp.array([2.0, -3.0]), jnp.array([False, True])
+    following = lambda x: jnp.array([x[1], 99.0])
+    q = qhat = jnp.zeros(2)
+    for _ in range(3):
+        q = bpo.fqe_target(reward, terminated, following(q), 0.9)
+        r_hat = bpo.second_moment_reward(reward, q)
+        qhat = bpo.fqe_target(r_hat, terminated, following(qhat), 0.81)
+    close(q, [-0.7, -3.0])
+    close(qhat, q**2)
+    # reward 1, survives with chance 0.9
+    chance, ends, gamma = jnp.array([0.9, 0.1]), jnp.array([False, True]), 0.98
+    v = second = raw = 0.0
+    for _ in range(400):
+        v = chance @ bpo.fqe_target(1.0, ends, v, gamma)
+        r_hat = bpo.second_moment_reward(1.0, v)
+        second = chance @ bpo.fqe_target(r_hat, ends, second, gamma**2)
+        raw = chance @ bpo.fqe_target(1.0, ends, raw, gamma**2)
+    close(v, 8.474576)
+    close(r_hat, 15.949153)
+    close(second, 117.584433)
+    close(second - v**2, 45.765990, rtol=1e-4)
+    close(raw, 7.372457)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_clipped_fixed_point_is_between_pi_and_mu(estimator):
+    pi, mu = np.array([0.9, 0.1]), np.array([0.5, 0.5])
+    reward, yes = np.array([[1.0, 0.0]]), np.ones((1, 2), bool)
+    value = 0.0
+    for _ in range(100):
+        _, target = estimator(
+            *(reward, np.full((1, 2), value), yes * 9.0, yes, yes, np.log(pi / mu)[None]),
+            *(0.9, 1.0, 1.0, 1.0),
+        )
+        value = float((mu * target[0]).sum())
+    close(value, 5 / 6)
+
+
+# --- fitted Q evaluation ---
+
+
+def test_fqe_target_bootstraps_unless_terminated():
+    terminated = jnp.array([True, False, False])  # failed, time limit, neither
+    close(bpo.fqe_target(jnp.ones(3), terminated, jnp.full(3, 5.0), 0.9), [1.0, 5.5, 5.5])
+
+
+def test_symlog():
+    magnitudes = jnp.logspace(-6, 6, 200)
+    x = jnp.concatenate([-magnitudes[::-1], magnitudes])
+    close(bpo.symexp(bpo.symlog(x)), x, atol=0)
+    close(bpo.symlog(-x), -bpo.symlog(x), atol=0)
+    assert (jnp.diff(bpo.symlog(x)) > 0).all()
+    close(bpo.symlog(jnp.e - 1.0), 1.0)
+
+
+def test_fqe_loss():
+    # (1 - 3)^2 + 0.5 (1 - 2)^2 = 4.5 and (2 - 2)^2 + 0.5 (2 - 0)^2 = 2, weighted 2 and 1
+    output, target, anchor = jnp.array([1.0, 2.0]), jnp.array([3.0, 2.0]), jnp.array([2.0, 0.0])
+    close(bpo.fqe_loss(output, target, anchor, jnp.array([2.0, 1.0]), 0.5), 5.5)
+
+
+def test_td_weight():
+    log_ratio = jnp.log(jnp.array([0.01, 0.5, 2.0, 50.0]))
+    expected = np.array([0.1, 0.5, 2.0, 10.0]) / 3.15
+    close(bpo.td_weight(log_ratio), expected)
+    close(bpo.td_weight(log_ratio).mean(), 1.0)
+    assert jnp.isfinite(bpo.td_weight(jnp.array([-300.0, 300.0]))).all()
+
+
+@pytest.mark.parametrize("positive", [False, True])
+def test_zero_final_networks_start_without_preference(positive):
+    config = bpo.Config(hidden=(8, 8), zero_norm_final=True)
+    net = bpo.ActionCritic(config, 3, positive=positive)
+    x = jax.random.normal(jax.random.key(1), (20, 5))
+    params = net.init(jax.random.key(0), x)
+    close(bpo.symexp(net.apply(params, x)), 1.000002 if positive else 0.0, rtol=1e-6, atol=1e-7)
+    assert any("LayerNorm" in name for name in params["params"]["Torso_0"])
+
+
+def test_q_networks_have_their_own_initialiser():
+    def first_kernel(net):
+        params = net.init(jax.random.key(0), jnp.zeros((1, 16)))["params"]
+        return params["Torso_0"]["Dense_0"]["kernel"]
+
+    config = bpo.Config(
+        hidden=(16,), kernel_init="lecun_normal", q_kernel_init="orthogonal", zero_norm_final=False
+    )
+    kernel = first_kernel(bpo.ActionCritic(config, 1, positive=False))
+    close(kernel @ kernel.T, np.eye(16), atol=1e-5)
+    kernel = first_kernel(bpo.Critic(config))
+    assert np.abs(kernel @ kernel.T - np.eye(16)).max() > 0.1
+
+
+# --- behaviour policy ---
+
+
+def test_discrete_mu_fits_its_target():
+    log_pi = jnp.log(jnp.array([[0.5, 0.5]]))
+    target = bpo.mu_target(log_pi, jnp.array([[1.0, 9.0]]))
+    close(jnp.exp(target), [[0.25, 0.75]])
+    loss = lambda logits, target: bpo.mu_loss_discrete(jax.nn.log_softmax(logits), target)
+    close(loss(target, target), 0.562335)
+    close(jax.grad(loss)(target, target), 0.0, atol=1e-6)
+    constant = bpo.mu_target(log_pi, jnp.full((1, 2), 7.0))
+    close(constant, log_pi)
+    close(jax.grad(loss)(log_pi, constant), 0.0, atol=1e-6)
+
+
+def gaussian_mu_loss(mean, log_std, ent_coef=0.0):
+    """Loss of mu = N(mean, exp(log_std)^2) for pi = N(0.3, 0.25) and Q^ = exp(1.6 a)."""
+    noise = jnp.asarray(stats.norm.ppf((np.arange(20_000) + 0.5) / 20_000))[:, None]
+    broadcast = lambda x: jnp.broadcast_to(x, noise.shape)
+    mu = bpo.Gaussian(broadcast(mean), broadcast(log_std))
+    pi = bpo.Gaussian(broadcast(0.3), broadcast(jnp.log(0.5)))
+    action = mu.sample(noise)
+    moment = jnp.exp(1.6 * action[:, 0])
+    loss = bpo.mu_loss_continuous(mu.log_prob(action), pi.log_prob(action), moment)
+    return loss - ent_coef * mu.entropy().mean()
+
+
+@pytest.mark.parametrize("ent_coef", [0.0, 0.2])
+def test_gaussian_mu_fits_its_target(ent_coef):
+    log_std = jnp.log(0.5 * jnp.sqrt(1.0 + ent_coef))
+    gradient = jax.grad(gaussian_mu_loss, (0, 1))
+    close(jnp.stack(gradient(jnp.array(0.5), log_std, ent_coef)), 0.0, atol=2e-3)
+    assert jnp.abs(jnp.stack(gradient(jnp.array(0.3), log_std, ent_coef)))[0] > 0.5
+    assert jnp.abs(jnp.stack(gradient(jnp.array(0.5), log_std + 0.1, ent_coef)))[1] > 0.1
+    if not ent_coef:
+        close(gaussian_mu_loss(jnp.array(0.5), log_std), -0.32)
+
+
+def test_every_action_feels_its_own_second_moment():
+    log_prob, moment = jnp.zeros(4), jnp.array([4.0, 2.0, 1.0, 3.0])
+    gradient = lambda official: jax.grad(bpo.mu_loss_continuous, 2)(
+        log_prob, log_prob, moment, official
+    )
+    close(gradient(False), -0.125 / moment)
+    close(gradient(True), [0, 0, -0.5, 0])
+
+
+def test_surrogate_weights_the_first_action():
+    # at pi = pi_old the ratio is pi / mu, and a sample beyond the clip has no gradient
+    log_pi, log_mu = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.4, 0.45]))
+    gradient = lambda log_pi, advantage: jax.grad(
+        lambda x: bpo.policy_loss(x, log_mu, advantage, 0.2)[0]
+    )(log_pi)
+    close(gradient(log_pi, jnp.ones(2)), [0.0, -0.5 / 0.45 / 2])
+    close(gradient(log_pi, -jnp.ones(2)), [0.625, 0.5 / 0.45 / 2])
+    close(gradient(log_mu, jnp.array([3.0, -1.0])), [-1.5, 0.5])  # -A grad log pi / 2
+
+
+# --- an update ---
+
+SMALL = bpo.Config(
+    num_envs=4,
+    num_steps=8,
+    num_epochs=2,
+    num_minibatches=2,
+    num_vf_epochs=3,
+    num_vf_minibatches=4,
+    num_mu_epochs=1,
+    num_mu_minibatches=8,
+    replay_rollouts=2,
+    hidden=(8, 8),
+    learning_rate=1e-2,
+    total_timesteps=32 * 10,
+)
+FROZEN = {"learning_rate": 0.0}
+
+
+@lru_cache
+def compiled(config):
+    algo = bpo.build(config)
+    return algo, jax.jit(algo.init), jax.jit(algo.update)
+
+
+def run(config, num_updates, change=lambda state: state, seed=0):
+    """States after each update, the first one being the initial state, and metrics."""
+    _, init, update = compiled(config)
+    states, metrics = [change(init(jax.random.key(seed)))], []
+    for _ in range(num_updates):
+        state, metric = update(states[-1])
+        states.append(state)
+        metrics.append(metric)
+    return states, metrics
+
+
+def shifted(name, amount=0.3):
+    """A change of the initial state: other parameters for network `name`."""
+
+    def change(state):
+        leaves, tree = jax.tree.flatten(state.params[name])
+        keys = jax.random.split(jax.random.key(9), len(leaves))
+        draw = lambda x, key: x + amount * jax.random.normal(key, x.shape)
+        moved = tree.unflatten(map(draw, leaves, keys))
+        return state._replace(params=state.params | {name: moved})
+
+    return change
+
+
+def equal(a, b):
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), a, b)))
+
+
+def counts(state):
+    return {name: int(x[1].count) for name, x in state.opt_state.items()}
+
+
+def test_mu_starts_as_pi():
+    state = compiled(SMALL)[1](jax.random.key(3))
+    assert equal(state.params["mu"], state.params["actor"])
+    assert equal(state.target_params, {name: state.params[name] for name in ("q", "qhat")})
+    _, metrics = run(SMALL, 2)
+    close(metrics[0]["ratios/mean"], 1.0)
+    close(metrics[0]["ratios/ess"], 1.0)
+    assert metrics[1]["ratios/ess"] < 1.0
+
+
+def test_gradient_steps_of_an_update():
+    states, _ = run(SMALL, 3)
+    # 2 x 2 of pi and V; passes over a replay that holds 1 of 2 rollouts, then 2
+    for state, fit, mu in zip(states[1:], (6, 18, 30), (4, 12, 20), strict=True):
+        pi = 4 * int(state.update)
+        assert counts(state) == {"actor": pi, "critic": pi, "q": fit, "qhat": fit, "mu": mu}
+
+
+def test_replay_keeps_the_last_rollouts():
+    states, _ = run(SMALL, 3)
+    T = SMALL.num_steps
+    first, second, third = (state.replay for state in states[1:])
+    part = lambda replay, i: jax.tree.map(lambda x: x[i * T : (i + 1) * T], replay)
+    assert equal(part(first, 0), part(second, 0))
+    assert not part(first, 1).obs.any()
+    assert equal(part(second, 1), part(third, 1))
+    assert not equal(part(second, 0), part(third, 0))  # the oldest went
+    # rows are consecutive, and the rollout goes on where the last one ended
+    rows = part(third, 0)
+    np.testing.assert_array_equal(rows.obs[0], states[2].obs)
+    same = ~rows.done[:-1]
+    np.testing.assert_array_equal(rows.next_obs[:-1][same], rows.obs[1:][same])
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.0])
+def test_target_networks_move_by_tau_or_at_the_end_of_a_pass(tau):
+    change = lambda state: state._replace(
+        target_params=jax.tree.map(lambda x: x + 1.0, state.target_params)
+    )
+    states, _ = run(replace(SMALL, polyak_tau=tau, **FROZEN), 1, change)
+    remains = (1 - tau) ** counts(states[1])["q"] if tau else 0.0
+    for name in ("q", "qhat"):
+        online, target = states[1].params[name], states[1].target_params[name]
+        assert equal(online, states[0].params[name])
+        jax.tree.map(lambda x, y: close(y - x, remains), online, target)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_surrogate_ratio_is_against_mu_unless_the_advantage_is_weighted(weighted):
+    config = replace(SMALL, weight_on_adv=weighted, **FROZEN)
+    _, [metric] = run(config, 1, shifted("mu"))
+    assert metric["health/kl_mu_pi"] > 1e-3
+    close(metric["losses/approx_kl"], 0.0 if weighted else metric["health/kl_mu_pi"], rtol=1e-4)
+
+
+def test_mu_acts_and_pi_is_evaluated():
+    algo, init, _ = compiled(SMALL)
+    states, _ = run(replace(SMALL, **FROZEN), 1, shifted("mu", 2.0))
+    T = SMALL.num_steps
+    rows = jax.tree.map(lambda x: x[:T], states[1].replay)
+    actor = bpo.Actor(SMALL, 2, True)
+    log_mu = actor.apply(states[0].params["mu"], rows.obs).log_prob(rows.action)
+    close(rows.log_prob, log_mu)
+    policy = algo.policy_of(init(jax.random.key(0)))
+    shifted_policy = algo.policy_of(shifted("mu", 2.0)(init(jax.random.key(0))))
+    assert equal(policy, shifted_policy)
+
+
+CONTINUOUS = replace(SMALL, env="pendulum", num_vf_minibatches=2, num_mu_minibatches=2)
+
+
+def replay_noise(config, state, params):
+    """Standardised noise of the actions of the first rollout [T, N, action_size]."""
+    rows = jax.tree.map(lambda x: x[: config.num_steps], state.replay)
+    policy = bpo.Actor(config, 1, False).apply(params, rows.obs)
+    deviation = np.exp(policy.log_std)
+    density = stats.norm(policy.mean, deviation).logpdf(rows.action).sum(-1)
+    close(rows.log_prob, density, rtol=1e-4, atol=1e-4)
+    return (rows.action - policy.mean) / deviation
+
+
+@pytest.mark.parametrize("exploration", ["sticky", "iid"])
+def test_sticky_noise(exploration):
+    config = replace(CONTINUOUS, exploration=exploration, noise_interval=4, log_std_init=-0.7)
+    states, _ = run(config, 1, shifted("mu"))
+    noise = np.asarray(replay_noise(config, states[1], states[0].params["mu"]))
+    within = np.abs(np.diff(noise.reshape(2, 4, -1), axis=1)).max((1, 2))
+    if exploration == "sticky":
+        close(within, 0.0, atol=1e-4)
+        first = noise[::4].ravel()
+        assert len(np.unique(first.round(3))) == first.size  # over blocks and environments
+    else:
+        steps = np.abs(np.diff(noise, axis=0))
+        assert (steps > 1e-4).all()
+
+
+def test_gsde_of_mu_is_scored_by_its_marginal():
+    config = replace(CONTINUOUS, exploration="gsde", noise_interval=4)
+    states, metrics = run(config, 2, shifted("mu"))
+    replay_noise(config, states[1], states[0].params["mu"])
+    assert all(metric["health/finite"] for metric in metrics)
+
+
+def test_replay_holds_raw_rewards_of_time_limits():
+    config = replace(SMALL, env="probe/truncation", num_steps=16, gamma=0.9)
+    states, _ = run(config, 3)
+    replay = states[-1].replay
+    assert (replay.reward == 1.0).all()
+    assert replay.done.any()
+    assert not replay.terminated.any()
+    close(states[-1].reward_range, [0.0, 1.0])
+
+
+@lru_cache
+def two_step_moments(**changes):
+    """Q and Q^ at both states of the task: two steps, reward 1 at the end."""
+    config = replace(
+        SMALL,
+        **{
+            "env": "probe/discount",
+            "num_envs": 16,
+            "num_epochs": 1,
+            "gamma": 0.9,
+            "num_vf_epochs": 8,
+            "learning_rate": 3e-3,
+            "hidden": (16, 16),
+            **changes,
+        },
+    )
+    state = run(config, 40)[0][-1]
+    obs = jnp.array([[0.0], [1.0]])
+    value = bpo.symexp if config.symlog_targets else lambda x: x
+    heads = ("q", False), ("qhat", True)
+    return [
+        value(bpo.ActionCritic(config, 2, positive).apply(state.params[name], obs))
+        for name, positive in heads
+    ]
+
+
+def test_second_moment_is_learned():
+    q, qhat = two_step_moments()
+    close(q, [[0.9, 0.9], [1.0, 1.0]], atol=0.05)
+    close(qhat, [[0.81, 0.81], [1.0, 1.0]], atol=0.05)
+
+
+def test_second_moment_without_symlog():
+    q, qhat = two_step_moments(symlog_targets=False, polyak_tau=0.0, weight_td=True)
+    close(q, [[0.9, 0.9], [1.0, 1.0]], atol=0.05)
+    close(qhat, [[0.81, 0.81], [1.0, 1.0]], atol=0.05)
+
+
+def test_official_second_moment_is_not():
+    """Half of the rewards are 1, of whatever transition: 0.5 + 0.81 x 0.5 and 0.5."""
+    _, qhat = two_step_moments(fidelity="official")
+    assert (np.abs(qhat[1] - 1.0) > 0.2).all()
+
+
+def test_annealing_follows_progress():
+    annealed = replace(SMALL, anneal_lr=True)
+    _, metrics = run(annealed, 5)
+    close([m["charts/learning_rate"] for m in metrics], 1e-2 * (1 - np.arange(5) / 10))
+    # the authors' code: pi makes 40 gradient steps in all, and mu 8 in each update
+    official, _ = run(replace(annealed, fidelity="official"), 10)
+    moved = [not equal(a.params["mu"], b.params["mu"]) for a, b in zip(official, official[1:])]
+    assert moved[4]
+    assert not any(moved[6:])
+    fixed, _ = run(annealed, 10)
+    assert not equal(fixed[-2].params["mu"], fixed[-1].params["mu"])
+
+
+def test_clip_targets_bounds_targets():
+    # V may not exceed what rewards of at most 1 can add up to, even if the network says so
+    config = replace(SMALL, env="probe/truncation", gamma=0.5, clip_targets=True, **FROZEN)
+    scaled = lambda state: state._replace(
+        params=state.params
+        | {"q": jax.tree.map(lambda x: x + 5.0, state.params["q"])}  # q is far too large
+    )
+    _, [clipped] = run(config, 1, scaled)
+    _, [free] = run(replace(config, clip_targets=False), 1, scaled)
+    assert clipped["health/q_target_clip_fraction"] == 1.0
+    assert free["health/q_target_clip_fraction"] == 0.0
+    assert clipped["losses/q_loss"] > free["losses/q_loss"]
+
+
+def test_largest_second_moment_reward_ignores_empty_rows_and_scale():
+    config = replace(SMALL, env="probe/truncation", normalize_reward=True, gamma=0.9)
+    states, _ = run(config, 3)
+    assert all(0.9 < float(state.r_hat_max) < 25.0 for state in states[1:])
+    close(states[0].r_hat_max, 1e-8, atol=0)
+
+
+@pytest.mark.parametrize("loss", ["kl_qhat", "kl", "centred"])
+@pytest.mark.parametrize("env", ["cartpole", "pendulum"])
+def test_mu_losses_and_clip_actions(env, loss):
+    config = replace(CONTINUOUS if env == "pendulum" else SMALL, mu_loss=loss)
+    states, metrics = run(config, 2)
+    assert all(metric["health/finite"] for metric in metrics)
+    assert not equal(states[1].params["mu"], states[2].params["mu"])
+
+
+def test_entropy_bonus_acts_on_mu_alone():
+    plain, _ = run(SMALL, 1)
+    bonus, _ = run(replace(SMALL, ent_coef=0.5), 1)
+    for name in ("actor", "critic", "q", "qhat"):
+        assert equal(plain[1].params[name], bonus[1].params[name])
+    assert not equal(plain[1].params["mu"], bonus[1].params["mu"])
+
+
+def test_transitions_and_rows_see_the_same_data():
+    for shuffle in ("transitions", "rows"):
+        config = replace(SMALL, shuffle=shuffle, **FROZEN)
+        _, [metric] = run(config, 1, shifted("mu"))
+        close(metric["losses/approx_kl"], metric["health/kl_mu_pi"], rtol=1e-4)
+
+
+def test_jit_changes_nothing():
+    config = replace(SMALL, num_vf_epochs=1, num_vf_minibatches=2, num_mu_minibatches=2)
+    jitted = run(config, 1)[0][1]
+    with jax.disable_jit():
+        algo = bpo.build(config)
+        plain, _ = algo.update(jax.tree.map(lambda x: x, run(config, 0)[0][0]))
+    jax.tree.map(lambda x, y: close(x, y, rtol=1e-4, atol=1e-5), jitted.params, plain.params)
+
+
+def test_seeds_side_by_side_are_the_seeds_alone():
+    algo, init, _ = compiled(SMALL)
+    keys = jax.vmap(jax.random.key)(jnp.arange(3, dtype=jnp.uint32))
+    axes = bpo.TrainState(*[0] * len(bpo.TrainState._fields))._replace(update=None)
+    states = jax.vmap(init, out_axes=axes)(keys)
+    update = jax.jit(jax.vmap(algo.update, (axes,), (axes, 0)))
+    for _ in range(3):
+        states, _ = update(states)
+    alone = run(SMALL, 3, seed=2)[0][-1]
+    assert states.update.shape == ()
+    jax.tree.map(
+        lambda x, y: close(x[2], y, rtol=1e-3, atol=1e-4), states.params, alone.params
+    )
+
+
+# --- configuration ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_minibatches": 5}, "num_minibatches=5"),
+        ({"num_vf_minibatches": 3}, "num_vf_minibatches=3"),  # cuts no single rollout
+        ({"num_mu_minibatches": 128}, "num_mu_minibatches=128"),
+        ({"clip_traj": True, "estimator": "pdis"}, "clip_traj=False"),
+    ],
+)
+def test_bad_settings_name_themselves(changes, message):
+    with pytest.raises(ValueError, match=message):
+        bpo.build(replace(SMALL, **changes))
+
+
+@pytest.mark.parametrize("preset", bpo.PRESETS)
+def test_presets_are_valid(preset):
+    for base in ({}, bpo.PRESETS["ant"]):
+        replace(bpo.Config(), **base, **{}).validate()
+    if not preset.startswith("ppo_bpo"):
+        replace(bpo.Config(), **bpo.PRESETS[preset]).validate()
+
+
+def test_paper_presets_make_the_papers_gradient_steps():
+    """(pi, Q, mu) per full update, and the transitions of a minibatch."""
+    expected = {
+        "cartpole_ppo": ((20, 40, 80), (256, 256, 128)),
+        "mujoco_ppo": ((320, 640, 1280), (64, 256, 128)),
+        "mujoco_ppo_gsde": ((1280, 2560, 2560), (128, 128, 128)),
+    }
+    for name, (steps, sizes) in expected.items():
+        # on top of a task's preset, none of whose values may survive
+        config = replace(bpo.Config(), **(bpo.PRESETS["ant"] | bpo.PRESETS[name]))
+        replay = config.replay_rollouts * config.steps_per_update
+        passes = [
+            (config.num_epochs, config.num_minibatches, config.steps_per_update),
+            (config.num_vf_epochs, config.num_vf_minibatches, replay),
+            (config.num_mu_epochs, config.num_mu_minibatches, replay),
+        ]
+        assert tuple(epochs * n for epochs, n, _ in passes) == steps
+        assert tuple(size // n for _, n, size in passes) == sizes
+        assert set(bpo.PRESETS["ant"]) <= set(bpo.PRESETS[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "clips"),
+    [
+        ("ppo_bpo", (1.5, 1.5, False)),
+        ("ppo_bpo_zero", (1.5, 1.5, False)),
+        ("ppo_bpo_zero1.0", (1.0, 1.0, False)),
+        ("ppo_bpo_zero1.0_1.5", (1.5, 1.0, False)),
+        ("ppo_bpo_zero1.0_1.4", (1.4, 1.0, False)),
+        ("ppo_bpo_zero1.0_traj", (1.0, 1.0, True)),
+        ("ppo_bpo_zero1.5_traj", (1.5, 1.5, True)),
+    ],
+)
+def test_add_on_presets(name, clips):
+    config = replace(bpo.Config(), **(bpo.PRESETS["mujoco_ppo_gsde"] | bpo.PRESETS[name]))
+    config.validate()
+    assert (config.clip_rho, config.clip_c, config.clip_traj) == clips
+    assert config.symlog_targets
+    assert config.polyak_tau == 0.02
+    assert config.zero_norm_final == (name != "ppo_bpo")
+    assert config.q_kernel_init == ("orthogonal" if config.zero_norm_final else "lecun_normal")
