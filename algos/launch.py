@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import operator
 import os
 import signal
@@ -118,6 +119,7 @@ class Program(NamedTuple):
     evaluate: Any  # state, key -> returns [R, K], lengths [R, K]
     policies: Any  # state -> policies [R, ...]
     num_devices: int
+    eval_max_steps: int
 
 
 def make_program(config: Any, launch: Launch, build: Callable, rows: Rows) -> Program:
@@ -177,6 +179,7 @@ def make_program(config: Any, launch: Launch, build: Callable, rows: Rows) -> Pr
         evaluate=shard(jax.vmap(evaluate, (axes, None)), (specs, shared), (row, row)),
         policies=shard(jax.vmap(algo.policy_of, (axes,)), (specs,), row),
         num_devices=num_devices,
+        eval_max_steps=eval_env.max_steps,
     )
 
 
@@ -201,26 +204,57 @@ def max_of(a, b):
     return (jnp if isinstance(a, jax.Array) else np).maximum(a, b)
 
 
-def compile_ahead(program: Program, rows: Rows) -> tuple[Program, Any]:
-    """Compile all functions, two at a time; returns the compiled program and the first state."""
+def trace(program: Program, rows: Rows) -> Program:
+    """All functions traced for these rows."""
     keys, hparams = row_inputs(rows)
     state = jax.eval_shape(program.init, keys, hparams)
-    lowered = (
-        program.train.lower(state, hparams, jnp.int32(1)),
-        program.evaluate.lower(state, jax.random.key(0)),
-        program.init.lower(keys, hparams),
+    return program._replace(
+        init=program.init.trace(keys, hparams),
+        train=program.train.trace(state, hparams, jnp.int32(1)),
+        evaluate=program.evaluate.trace(state, jax.random.key(0)),
     )
+
+
+def compile_ahead(traced: Program, rows: Rows) -> tuple[Program, Any]:
+    """Compile all functions, two at a time; returns the compiled program and the first state."""
+    keys, hparams = row_inputs(rows)
+    lowered = [x.lower() for x in (traced.train, traced.evaluate, traced.init)]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         train, evaluate, init = pool.map(lambda x: x.compile(), lowered)
-    compiled = program._replace(
+    compiled = traced._replace(
         train=lambda state, num_updates: train(state, hparams, jnp.int32(num_updates)),
         evaluate=evaluate,
     )
     return compiled, jax.block_until_ready(init(keys, hparams))
 
 
+def peak_bytes(jaxpr: Any) -> int:
+    """Most bytes alive at once when the equations run in order: an estimate, fusion needs less."""
+    size = lambda v: math.prod(v.aval.shape) * getattr(v.aval.dtype, "itemsize", 8)
+    variables = lambda vs: {v for v in vs if not hasattr(v, "val")}  # without literals
+    last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in variables(eqn.invars)}
+    last |= {v: len(jaxpr.eqns) for v in variables(jaxpr.outvars)}
+    live = peak = sum(map(size, (*jaxpr.invars, *jaxpr.constvars)))
+    for i, eqn in enumerate(jaxpr.eqns):
+        inner = [getattr(p, "jaxpr", p) for p in jax.tree.leaves(list(eqn.params.values()))]
+        inside = max((peak_bytes(p) for p in inner if hasattr(p, "eqns")), default=0)
+        made = sum(map(size, eqn.outvars))
+        peak = max(peak, live + max(made, inside))
+        live += made - sum(size(v) for v in variables(eqn.invars) if last[v] == i)
+        live -= sum(size(v) for v in eqn.outvars if v not in last)
+    return peak
+
+
 # --- the run ---
 
+# Environment steps per second and CPU core, from experiments/benchmark.py: for the first estimate.
+CPU_STEPS_PER_SECOND = {
+    "brax/ant": 4000,
+    "brax/halfcheetah": 3000,
+    "brax/hopper": 9000,
+    "brax/walker2d": 4500,
+    "brax/humanoid": 500,
+}
 SLICE_SECONDS = 1.0  # device time between two looks at ctrl-C and the progress bar
 
 
@@ -308,10 +342,14 @@ class Session:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
         self.say_plan()
+        start, rows = time.time(), local_rows(self.rows)
+        with self.log.waiting("tracing"):
+            traced = trace(self.program, rows)
+        gibibytes = peak_bytes(traced.train.jaxpr.jaxpr) / 2**30
+        self.log.say(f"memory: at most about {gibibytes:.2f} GiB on each device")
         with self.log.waiting("compiling"):
-            start = time.time()
-            self.program, state = compile_ahead(self.program, local_rows(self.rows))
-            self.seconds["compile"] = time.time() - start
+            self.program, state = compile_ahead(traced, rows)
+        self.seconds["compile"] += time.time() - start
         if self.restored is not None:
             state = self.place(self.restored, state)
             self.restored = None
@@ -468,7 +506,11 @@ class Session:
             self.run_dir / "plots" / "curve.png",
             f"{self.name} on {self.config.env}",
         )
-        done: dict[str, Any] = {"steps": int(run.steps[-1]), "alive": int((~self.dead).sum()), "results": []}
+        done: dict[str, Any] = {
+            "steps": int(run.steps[-1]),
+            "alive": int((~self.dead).sum()),
+            "results": [],
+        }
         for label, index in rundir.groups(run):
             final = run.returns[index, -1].mean(-1)
             lo, hi = rundir.iqm_interval(final)
@@ -496,19 +538,24 @@ class Session:
             render.render_run(self.run_dir)
 
     def say_plan(self) -> None:
-        """What will run, where, how much memory and, on a CPU, about how long."""
-        config, rows = self.config, len(self.rows.seeds)
-        state = jax.eval_shape(self.program.init, *row_inputs(self.rows))
-        state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-        device = jax.devices()[0].device_kind
+        """What will run, where and, for physics on a CPU, about how long."""
+        config, launch, rows = self.config, self.launch, len(self.rows.seeds)
         actual = config.num_updates * config.steps_per_update
         self.log.say(
             f"{self.name} on {envs.canonical(config.env)}: {rows} seeds x {actual:,} steps "
             f"({config.num_updates:,} updates of {config.steps_per_update:,}) "
-            f"on {self.program.num_devices} x {device}\n"
-            f"run directory {self.run_dir}\n"
-            f"memory about {state_bytes / 2**20:,.0f} MiB of train state and twice that at its peak"
+            f"on {self.program.num_devices} x {jax.devices()[0].device_kind}\n"
+            f"run directory: {self.run_dir}"
         )
+        rate = CPU_STEPS_PER_SECOND.get(envs.canonical(config.env), 0) * (os.cpu_count() or 1)
+        if rate and jax.default_backend() == "cpu":
+            evaluation = launch.num_evals * launch.eval_episodes * self.program.eval_max_steps
+            least = logs.clock(rows * (actual - self.first_update) / rate)
+            most = logs.clock(rows * (actual + evaluation) / rate)
+            self.log.say(
+                f"on this CPU the physics alone takes about {least} of training, and up to {most} "
+                "with evaluations: fewer seeds, --total-timesteps or --num-evals make it shorter"
+            )
 
     def on_signal(self, number, frame) -> None:
         """First ctrl-C: stop after the slice. Second: stop at once, losing what is not saved."""

@@ -156,9 +156,8 @@ PAPER = {  # everything a task's own preset may have changed, back to the publis
 PRESETS: dict[str, dict[str, Any]] = {
     # tasks
     "cartpole": {
-        "total_timesteps": 100_000, "num_envs": 8, "num_steps": 32, "num_epochs": 20,
-        "num_minibatches": 1, "gamma": 0.98, "gae_lambda": 0.8, "learning_rate": 1e-3,
-        "anneal_lr": True, "anneal_clip": True, "policy_gain": 1.0, "kernel_init": "lecun_normal",
+        "total_timesteps": 200_000, "num_envs": 32, "num_steps": 32, "num_epochs": 4,
+        "num_minibatches": 4, "learning_rate": 2.5e-3, "anneal_lr": True,
     },
     "pendulum": {
         "total_timesteps": 300_000, "num_envs": 16, "num_steps": 128, "num_epochs": 10,
