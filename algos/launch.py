@@ -289,6 +289,7 @@ class Session:
         self.update = 0
         self.seconds = {"compile": 0.0, "train": 0.0, "eval": 0.0}
         self.evals: dict[str, list] = {"steps": [], "seconds": [], "returns": [], "lengths": []}
+        self.speed = 0.0  # environment steps per second of all rows, in the last interval
         self.dead = np.zeros(len(rows.seeds), bool)
         self.restored = None
         self.stop = False
@@ -298,7 +299,7 @@ class Session:
             self.restore()
         else:
             self.run_dir = Path(launch.run_dir or self.default_run_dir())
-            if (self.run_dir / "config.json").exists():
+            if self.lead and (self.run_dir / "config.json").exists():
                 raise ValueError(
                     f"{self.run_dir} already holds a run: --resume it or choose another --run-dir"
                 )
@@ -345,8 +346,8 @@ class Session:
         start, rows = time.time(), local_rows(self.rows)
         with self.log.waiting("tracing"):
             traced = trace(self.program, rows)
-        gibibytes = peak_bytes(traced.train.jaxpr.jaxpr) / 2**30
-        self.log.say(f"memory: at most about {gibibytes:.2f} GiB on each device")
+        mebibytes = peak_bytes(traced.train.jaxpr.jaxpr) / 2**20
+        self.log.say(f"memory: at most about {mebibytes:,.0f} MiB on each device")
         with self.log.waiting("compiling"):
             self.program, state = compile_ahead(traced, rows)
         self.seconds["compile"] += time.time() - start
@@ -358,6 +359,7 @@ class Session:
         with self.log.progress(total, self.update * steps_per_update * len(self.rows.seeds)):
             for i, point in self.eval_points():
                 state = self.train_until(point, state)
+                self.stop = bool(gather(np.array([self.stop])).any())
                 if self.stop:
                     break
                 self.evaluate(state)
@@ -387,7 +389,8 @@ class Session:
         """Train in slices of about SLICE_SECONDS until `point` updates are done, then log."""
         totals, first, start = None, self.update, self.seconds["train"]
         length = 1
-        while self.update < point and not self.stop:
+        # Hosts must stay in step, so several of them stop only where they meet: at evaluations.
+        while self.update < point and not (self.stop and jax.process_count() == 1):
             length = min(length, point - self.update)
             clock = time.time()
             state, sums = self.program.train(state, length)
@@ -423,7 +426,7 @@ class Session:
         values["health/finite"] = (~self.dead).astype(float)
         values["health/seeds_alive"] = float((~self.dead).sum())
         steps = num_updates * self.config.steps_per_update * len(self.rows.seeds)
-        values["charts/SPS"] = steps / seconds
+        values["charts/SPS"] = self.speed = steps / seconds
         self.write(values)
 
     def evaluate(self, state: Any) -> None:
@@ -443,10 +446,10 @@ class Session:
         )
         if self.lead:
             rundir.write_evals(self.run_dir, self.evals)
-        elapsed = time.time() - self.started
-        rate = (self.update - self.first_update) / max(elapsed - self.seconds["compile"], 1e-6)
-        left = (self.config.num_updates - self.update) / rate if rate else None
-        self.log.evaluation(step, returns.mean(1), lengths.mean(1), self.dead, elapsed, left)
+        spent = self.seconds["train"] + self.seconds["eval"]
+        left = spent * (self.config.num_updates / self.update - 1) if self.update else None
+        clocks = time.time() - self.started, left
+        self.log.evaluation(step, returns.mean(1), lengths.mean(1), self.dead, self.speed, *clocks)
 
     def write(self, values: dict[str, Any]) -> None:
         """Log `values` with the times so far."""
@@ -476,7 +479,7 @@ class Session:
                 "raise --total-timesteps to train on"
             )
         step = self.update * self.config.steps_per_update
-        self.evals = rundir.rewind(self.run_dir, step)
+        self.evals = rundir.rewind(self.run_dir, step, write=self.lead)
 
     def place(self, tree: Any, like: Any) -> Any:
         """Put this host's rows of `tree` where those of `like` lie."""

@@ -80,8 +80,8 @@ class Log:
         """Move the progress bar."""
         self.bar.update(steps)
 
-    def evaluation(self, step, returns, lengths, seeds_dead, elapsed, left) -> None:
-        """One aligned line: greedy return over live seeds, length, clock."""
+    def evaluation(self, step, returns, lengths, seeds_dead, speed, elapsed, left) -> None:
+        """One aligned line: greedy return over live seeds, length, training speed, clock."""
         alive = np.flatnonzero(~seeds_dead)
         if not len(alive):
             return self.say(f"step {step:>11,} | no seed is alive", 0)
@@ -89,7 +89,8 @@ class Log:
         return self.say(
             f"step {step:>11,} | return {returns.mean():9.2f} "
             f"[{returns.min():9.2f}, {returns.max():9.2f}] | length {lengths.mean():6.1f} | "
-            f"seeds {len(alive)}/{len(seeds_dead)} | {clock(elapsed)} elapsed, {clock(left)} left"
+            f"seeds {len(alive)}/{len(seeds_dead)} | {speed:9,.0f} steps/s | "
+            f"{clock(elapsed)} elapsed, {clock(left)} left"
         )
 
     # records

@@ -187,11 +187,14 @@ def write_evals(run_dir: Path, evals: dict[str, list]) -> None:
     write_atomic(run_dir / "eval.npz", lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
 
 
-def rewind(run_dir: Path, step: int) -> dict[str, list]:
-    """Drop what was logged after `step`; returns the evaluations that remain."""
+def rewind(run_dir: Path, step: int, write: bool) -> dict[str, list]:
+    """The evaluations up to `step`; if `write`, drop what metrics.jsonl has after it."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
     kept = "".join(x for x in lines if x.endswith("\n") and json.loads(x)["global_step"] <= step)
-    write_atomic(run_dir / "metrics.jsonl", lambda file: file.write(kept.encode()))
+    if write:
+        write_atomic(run_dir / "metrics.jsonl", lambda file: file.write(kept.encode()))
+    if not (run_dir / "eval.npz").exists():  # stopped before the first evaluation
+        return {"steps": [], "seconds": [], "returns": [], "lengths": []}
     run = read_run(run_dir)
     keep = np.flatnonzero(run.steps <= step)
     return {
