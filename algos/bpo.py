@@ -215,13 +215,17 @@ PHYSICS = {
 PRESETS: dict[str, dict[str, Any]] = {
     # tasks
     "cartpole": {
-        "total_timesteps": 300_000, "num_envs": 32, "num_epochs": 4, "num_minibatches": 4,
-        "shuffle": "rows", "learning_rate": 1e-3, "anneal_lr": True, "gamma": 0.98,
-        "num_vf_epochs": 2, "num_vf_minibatches": 2, "num_mu_epochs": 2, "num_mu_minibatches": 2,
+        "total_timesteps": 80_000, "num_envs": 8, "num_steps": 32, "num_epochs": 20,
+        "num_minibatches": 1, "shuffle": "rows", "learning_rate": 1e-3, "anneal_lr": True,
+        "gamma": 0.98, "gae_lambda": 0.8, "anneal_clip": True, "policy_gain": 1.0,
+        "kernel_init": "lecun_normal", "num_vf_epochs": 2, "num_mu_epochs": 2,
+        "num_mu_minibatches": 8,
     },
     "pendulum": {
-        "total_timesteps": 500_000, "num_envs": 32, "gamma": 0.95, "learning_rate": 1e-3,
-        "normalize_reward": True,
+        "total_timesteps": 300_000, "num_envs": 16, "num_steps": 128, "num_epochs": 10,
+        "num_minibatches": 16, "shuffle": "rows", "learning_rate": 1e-3, "anneal_lr": True,
+        "gamma": 0.9, "normalize_reward": True, "num_vf_epochs": 2, "num_vf_minibatches": 16,
+        "num_mu_epochs": 2, "num_mu_minibatches": 16,
     },
     "ant": PHYSICS,
     "halfcheetah": PHYSICS,

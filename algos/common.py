@@ -3,6 +3,7 @@
 Pure functions of arrays: running statistics, a ring of rows, greedy evaluation, episode metrics.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,6 +37,65 @@ def traceable(hparams: dict[str, Any], allowed: tuple[str, ...]) -> dict[str, An
     return hparams
 
 
+# --- distributions ---
+
+
+class Categorical(NamedTuple):
+    """Discrete policy; `logits` [..., number of actions]."""
+
+    logits: jax.Array
+
+    def sample(self, noise):
+        """Action [...] from Gumbel noise of the shape of the logits."""
+        return jnp.argmax(self.logits + noise, -1)
+
+    def mode(self):
+        """Most probable action [...]."""
+        return jnp.argmax(self.logits, -1)
+
+    def log_prob(self, action):
+        """Log-probability [...] of `action` [...], int."""
+        log_probs = jax.nn.log_softmax(self.logits)
+        return jnp.take_along_axis(log_probs, action[..., None], -1)[..., 0]
+
+    def entropy(self):
+        """Entropy [...] in nats."""
+        log_probs = jax.nn.log_softmax(self.logits)
+        return -(jnp.exp(log_probs) * log_probs).sum(-1)
+
+
+class Gaussian(NamedTuple):
+    """Diagonal Gaussian policy, neither squashed nor bounded; `mean`, `log_std` [..., action_size].
+
+    Under gSDE the noise of an action is `features @ (weight_std * noise)`, and `log_std` is the
+    deviation that this gives in each state.
+    """
+
+    mean: jax.Array
+    log_std: jax.Array
+    features: jax.Array | None = None  # [..., H]
+    weight_std: jax.Array | None = None  # [H, action_size]
+
+    def sample(self, noise):
+        """Action from normal noise [..., action_size], under gSDE [..., H, action_size]."""
+        if self.features is None:
+            return self.mean + jnp.exp(self.log_std) * noise
+        return self.mean + jnp.einsum("...h,...ha->...a", self.features, self.weight_std * noise)
+
+    def mode(self):
+        """The mean."""
+        return self.mean
+
+    def log_prob(self, action):
+        """Log-density [...] of `action` [..., action_size]."""
+        z = (action - self.mean) * jnp.exp(-self.log_std)
+        return -(0.5 * z**2 + self.log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def entropy(self):
+        """Entropy [...] in nats."""
+        return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
+
 # --- running statistics ---
 
 
@@ -46,26 +106,66 @@ class Stats(NamedTuple):
     var: jax.Array  # [...]
     count: jax.Array  # []  # type: ignore[assignment]  (hides tuple.count)
 
+    @classmethod
+    def empty(cls, shape: tuple[int, ...]) -> "Stats":
+        """Nothing seen: mean 0, variance 1, so that normalising is the identity at first."""
+        return cls(jnp.zeros(shape), jnp.ones(shape), jnp.zeros(()))
 
-def init_stats(shape: tuple[int, ...]) -> Stats:
-    """Statistics of nothing: mean 0, variance 1, so that normalising is the identity at first."""
-    return Stats(jnp.zeros(shape), jnp.ones(shape), jnp.zeros(()))
+    def add(self, rows: jax.Array) -> "Stats":
+        """With `rows` [..., *shape] added (Chan et al. 1979, parallel variance)."""
+        rows = rows.astype(jnp.float32).reshape((-1, *self.mean.shape))
+        n = rows.shape[0]
+        count = self.count + n
+        delta = rows.mean(0) - self.mean
+        mean = self.mean + delta * n / count
+        squares = self.var * self.count + rows.var(0) * n + delta**2 * self.count * n / count
+        return Stats(mean, squares / count, count)
+
+    def normalize(self, x: jax.Array) -> jax.Array:
+        """Standardise `x` and clip to [-10, 10]; features that never vary stay near 0."""
+        return jnp.clip((x - self.mean) / jnp.sqrt(self.var + 1e-8), -10.0, 10.0)
 
 
-def update_stats(stats: Stats, rows: jax.Array) -> Stats:
-    """Add `rows` [..., *shape of the statistics] (Chan et al. 1979, parallel variance)."""
-    rows = rows.astype(jnp.float32).reshape((-1, *stats.mean.shape))
-    n = rows.shape[0]
-    count = stats.count + n
-    delta = rows.mean(0) - stats.mean
-    mean = stats.mean + delta * n / count
-    sum_squares = stats.var * stats.count + rows.var(0) * n + delta**2 * stats.count * n / count
-    return Stats(mean, sum_squares / count, count)
+class RewardScale(NamedTuple):
+    """Statistics of the discounted return of the running episodes, to bring rewards to scale 1."""
+
+    stats: Stats
+    running_return: jax.Array  # [N]
+
+    @classmethod
+    def empty(cls, num_envs: int) -> "RewardScale":
+        """No reward seen: scale 1."""
+        return cls(Stats.empty(()), jnp.zeros(num_envs))
+
+    def scale(self, reward: jax.Array) -> jax.Array:
+        """`reward` over the deviation of the discounted return; not centred, so signs stay."""
+        return reward / jnp.sqrt(self.stats.var + 1e-8)
+
+    def add(self, reward: jax.Array, done: jax.Array, gamma: float) -> "RewardScale":
+        """With the rewards [T, N] of a rollout added; an episode's sum ends at `done`."""
+
+        def forward(running_return, step):
+            reward, done = step
+            running_return = gamma * running_return + reward
+            return jnp.where(done, 0.0, running_return), running_return
+
+        running_return, returns = jax.lax.scan(forward, self.running_return, (reward, done))
+        return RewardScale(self.stats.add(returns), running_return)
 
 
-def normalize(stats: Stats, x: jax.Array) -> jax.Array:
-    """Standardise `x` and clip to [-10, 10]; features that never vary stay near 0."""
-    return jnp.clip((x - stats.mean) / jnp.sqrt(stats.var + 1e-8), -10.0, 10.0)
+# --- old names ---
+
+
+def init_stats(shape):
+    return Stats.empty(shape)
+
+
+def update_stats(stats, rows):
+    return stats.add(rows)
+
+
+def normalize(stats, x):
+    return stats.normalize(x)
 
 
 # --- replay ---

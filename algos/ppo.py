@@ -199,62 +199,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 # --- networks ---
 
 
-class Categorical(NamedTuple):
-    """Discrete policy; `logits` [..., number of actions]."""
-
-    logits: jax.Array
-
-    def sample(self, noise):
-        """Action from Gumbel noise of the shape of the logits."""
-        return jnp.argmax(self.logits + noise, -1)
-
-    def mode(self):
-        """Most probable action."""
-        return jnp.argmax(self.logits, -1)
-
-    def log_prob(self, action):
-        """Log-probability of `action` [...], int."""
-        log_probs = jax.nn.log_softmax(self.logits)
-        return jnp.take_along_axis(log_probs, action[..., None], -1)[..., 0]
-
-    def entropy(self):
-        """Entropy [...] in nats."""
-        log_probs = jax.nn.log_softmax(self.logits)
-        return -(jnp.exp(log_probs) * log_probs).sum(-1)
-
-
-class Gaussian(NamedTuple):
-    """Diagonal Gaussian policy, neither squashed nor bounded; `mean`, `log_std` [..., action_size].
-
-    Under gSDE the noise of an action is `features @ (weight_std * noise)`, and `log_std` is the
-    deviation that this gives in each state.
-    """
-
-    mean: jax.Array
-    log_std: jax.Array
-    features: jax.Array | None = None  # [..., H]
-    weight_std: jax.Array | None = None  # [..., H, action_size]
-
-    def sample(self, noise):
-        """Action from normal noise [..., action_size], under gSDE [..., H, action_size]."""
-        if self.features is None:
-            return self.mean + jnp.exp(self.log_std) * noise
-        return self.mean + jnp.einsum("...h,...ha->...a", self.features, self.weight_std * noise)
-
-    def mode(self):
-        """The mean."""
-        return self.mean
-
-    def log_prob(self, action):
-        """Log-density of `action` [..., action_size]."""
-        z = (action - self.mean) * jnp.exp(-self.log_std)
-        return -(0.5 * z**2 + self.log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
-
-    def entropy(self):
-        """Entropy [...] in nats."""
-        return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
-
-
 class Torso(nn.Module):
     """Fully connected hidden layers."""
 
@@ -281,15 +225,15 @@ class Actor(nn.Module):
         x = Torso(config)(obs)
         out = nn.Dense(size, kernel_init=initializer(config, config.policy_gain))(x)
         if self.discrete:
-            return Categorical(out)
+            return common.Categorical(out)
         shape = (x.shape[-1], size) if config.exploration == "gsde" else (size,)
         log_std = self.param("log_std", nn.initializers.constant(config.log_std_init), shape)
         if config.exploration == "gsde":
             # The features are constants here: exploration must not bend the representation.
             features, weight_std = jax.lax.stop_gradient(x), jnp.exp(log_std)
             variance = features**2 @ weight_std**2
-            return Gaussian(out, 0.5 * jnp.log(variance + 1e-6), features, weight_std)
-        return Gaussian(out, jnp.broadcast_to(log_std, out.shape))
+            return common.Gaussian(out, 0.5 * jnp.log(variance + 1e-6), features, weight_std)
+        return common.Gaussian(out, jnp.broadcast_to(log_std, out.shape))
 
 
 class Critic(nn.Module):
@@ -341,8 +285,7 @@ class TrainState(NamedTuple):
     params: dict  # of "actor" and "critic"
     opt_state: dict  # likewise
     obs_stats: common.Stats
-    return_stats: common.Stats  # of the discounted return, for reward scaling
-    running_return: jax.Array  # [N]
+    reward_scale: common.RewardScale
     obs: jax.Array  # [N, obs_size]
     env_state: Any
     key: jax.Array
@@ -366,17 +309,6 @@ def gae(reward, value, next_value, terminated, done, gamma, lam):
         return advantage, advantage
 
     return jax.lax.scan(backward, jnp.zeros_like(delta[0]), (delta, done), reverse=True)[1]
-
-
-def discounted_return(running_return, reward, done, gamma):
-    """Next carry [N], and the discounted reward sum of each running episode at each step [T, N]."""
-
-    def forward(running_return, step):
-        reward, done = step
-        running_return = gamma * running_return + reward
-        return jnp.where(done, 0.0, running_return), running_return
-
-    return jax.lax.scan(forward, running_return, (reward, done))
 
 
 def policy_loss(log_prob, old_log_prob, advantage, clip_eps):
@@ -426,9 +358,8 @@ def build(config: Config) -> common.Algo:
         return TrainState(
             params=params,
             opt_state={name: optimizer.init(params[name]) for name in params},
-            obs_stats=common.init_stats((env.obs_size,)),
-            return_stats=common.init_stats(()),
-            running_return=jnp.zeros(N),
+            obs_stats=common.Stats.empty((env.obs_size,)),
+            reward_scale=common.RewardScale.empty(N),
             obs=obs,
             env_state=env_state,
             key=key,
@@ -437,7 +368,7 @@ def build(config: Config) -> common.Algo:
 
     def normalize(obs_stats, obs):
         obs = obs.astype(jnp.float32)
-        return common.normalize(obs_stats, obs) if config.normalize_obs else obs
+        return obs_stats.normalize(obs) if config.normalize_obs else obs
 
     def noise_of(key, shape):
         """Exploration noise for `shape` actions: a vector or, under gSDE, a matrix for each."""
@@ -503,7 +434,7 @@ def build(config: Config) -> common.Algo:
 
         reward = traj.reward
         if config.normalize_reward:
-            reward = reward / jnp.sqrt(state.return_stats.var + 1e-8)
+            reward = state.reward_scale.scale(reward)
         normalized_obs = normalize(state.obs_stats, traj.obs)
         value, next_value = (
             critic.apply(state.params["critic"], x)
@@ -540,9 +471,6 @@ def build(config: Config) -> common.Algo:
             jax.random.split(key_shuffle, config.num_epochs),
         )
 
-        running_return, returns = discounted_return(
-            state.running_return, traj.reward, traj.done, config.gamma
-        )
         metrics = {name: x.mean() for name, x in aux.items()}
         metrics |= common.episode_metrics(info)
         metrics["losses/explained_variance"] = 1.0 - advantage.var() / (batch.target.var() + 1e-8)
@@ -551,9 +479,8 @@ def build(config: Config) -> common.Algo:
         state = state._replace(
             params=params,
             opt_state=opt_state,
-            obs_stats=common.update_stats(state.obs_stats, traj.obs),
-            return_stats=common.update_stats(state.return_stats, returns),
-            running_return=running_return,
+            obs_stats=state.obs_stats.add(traj.obs),
+            reward_scale=state.reward_scale.add(traj.reward, traj.done, config.gamma),
             obs=obs,
             env_state=env_state,
             key=key,

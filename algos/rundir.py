@@ -260,6 +260,7 @@ def plot_curves(runs: list[tuple[str, Run, np.ndarray]], path: Path, title: str)
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -281,6 +282,7 @@ def plot_curves(runs: list[tuple[str, Run, np.ndarray]], path: Path, title: str)
     axes[1].set(xlabel="training seconds, all seeds", title="IQM, 95 % interval over seeds")
     axes[0].legend(loc="best", frameon=False)
     for axis in axes:
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -127,3 +127,11 @@ def exact_rows() -> list[dict]:
             ("V-trace, exact V", (MDP_X, mu, exact.v)),
         ]
     ]
+
+
+def main():
+    print(exact_rows())
+
+
+if __name__ == "__main__":
+    main()
