@@ -160,7 +160,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_minibatches": 4, "learning_rate": 2.5e-3, "anneal_lr": True,
     },
     "pendulum": {
-        "total_timesteps": 300_000, "num_envs": 16, "num_steps": 128, "num_epochs": 10,
+        "total_timesteps": 200_000, "num_envs": 16, "num_steps": 128, "num_epochs": 10,
         "num_minibatches": 16, "gamma": 0.9, "learning_rate": 1e-3, "anneal_lr": True,
         "normalize_reward": True,
     },

@@ -1,26 +1,27 @@
-"""Variance of return estimates under pi, under BPO's mu and under its centred variant.
+"""Variance of return estimates when pi acts, when BPO's mu acts, and when its centred variant does.
 
-    python experiments/return_variance.py --out results/return_variance
-    python experiments/return_variance.py --run-dir runs/cartpole/bpo/... --out results/return_variance
+    python experiments/return_variance.py --out results/return_variance/exact
+    python experiments/return_variance.py --run-dir runs/... --out results/return_variance/cartpole
 
-Without --run-dir: exactly, by dynamic programming, on a task of two states, for estimates that are
-not clipped and look at the whole return (lambda = 1). With it: by Monte Carlo, on start states of
-the task of a finished BPO run. Each start is played many times by pi and by behaviour policies made
-of its Q, Q^ and V, and the estimator of `algos/bpo.py` turns every rollout into one estimate. Writes
-a Markdown table and JSON.
+Without --run-dir: exactly, by dynamic programming, on a task of two states, for value targets that
+are not clipped and look at the whole return (lambda = 1). With it: by Monte Carlo on the task of a
+finished run of `algos/bpo.py`. Start states on pi's way are each played many times by pi and by
+behaviour policies made of the run's networks, and the run's estimator makes one value target of
+every rollout. Only a policy of few actions has mu in closed form; else mu is the trained network.
 """
 
 import argparse
-import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import envs
-from algos import bpo, rundir
+from algos import bpo, common, rundir
 
 # --- exact ---
 
@@ -80,13 +81,12 @@ def solve(task: TabularTask) -> Solution:
     )
 
 
-def next_variance(task: TabularTask, variance: np.ndarray, baseline: np.ndarray) -> np.ndarray:
-    """E[(R + gamma G' - baseline)^2 | s, a], [S, A]; G' has pi's mean and `variance` [S]."""
+def constant_part(task: TabularTask, baseline: np.ndarray) -> np.ndarray:
+    """E[(R + gamma G' - baseline)^2 | s, a] for a G' that is pi's value without variance, [S, A]."""
     v = solve(task).v
     q = task.reward + task.gamma * task.transition @ v
     spread = task.transition @ v**2 - (task.transition @ v) ** 2
-    later = task.gamma**2 * (spread + task.transition @ variance)
-    return (q - baseline[:, None]) ** 2 + later
+    return (q - baseline[:, None]) ** 2 + task.gamma**2 * spread
 
 
 def variance(task: TabularTask, mu: np.ndarray, baseline: np.ndarray) -> np.ndarray:
@@ -94,19 +94,20 @@ def variance(task: TabularTask, mu: np.ndarray, baseline: np.ndarray) -> np.ndar
 
     Baseline 0 is per-decision importance sampling.
     """
-    v, result = solve(task).v, np.zeros(len(task.policy))
-    for _ in range(2000):
-        second = (task.policy**2 / mu * next_variance(task, result, baseline)).sum(-1)
-        result = second - (v - baseline) ** 2
-    return result
+    weight = task.policy**2 / mu
+    v = solve(task).v
+    own = (weight * constant_part(task, baseline)).sum(-1) - (v - baseline) ** 2
+    kernel = task.gamma**2 * np.einsum("sa,saz->sz", weight, task.transition)
+    return np.linalg.solve(np.eye(len(v)) - kernel, own)
 
 
 def best_pdis_policy(task: TabularTask) -> np.ndarray:
     """Behaviour policy [S, A] of the least variance when all later steps use it too."""
     zero = np.zeros(len(task.policy))
     mu = task.policy
-    for _ in range(500):
-        mu = proportional(task.policy * np.sqrt(next_variance(task, variance(task, mu, zero), zero)))
+    for _ in range(100):
+        later = task.gamma**2 * task.transition @ variance(task, mu, zero)
+        mu = proportional(task.policy * np.sqrt(constant_part(task, zero) + later))
     return mu
 
 
@@ -129,8 +130,167 @@ def exact_rows() -> list[dict]:
     ]
 
 
+# --- sampled ---
+
+
+class Networks(NamedTuple):
+    """What the networks of one trained seed say; functions of observations [N, obs_size]."""
+
+    policies: dict[str, Callable]  # by name, of pi and of what may act in its place
+    value: Callable
+    reward_scale: float
+
+
+def read_networks(run: rundir.Run, config: bpo.Config, algo: Any, env: envs.Env, row: int):
+    """Networks of the last checkpoint of row `row`."""
+    keys = jax.vmap(jax.random.key)(jnp.asarray(run.seeds, jnp.uint32))
+    axes = bpo.TrainState(*[0] * len(bpo.TrainState._fields))._replace(update=None)
+    template = jax.eval_shape(jax.vmap(algo.init, out_axes=axes), keys)
+    state, _ = rundir.load_tree(rundir.checkpoints(run.path)[-1], template)
+    params, obs_stats, return_stats = jax.tree.map(
+        lambda x: jnp.asarray(x[row]), (state.params, state.obs_stats, state.return_stats)
+    )
+    actor = bpo.Actor(config, env.action_size, env.discrete)
+
+    def normalize(obs):
+        obs = obs.astype(jnp.float32)
+        return common.normalize(obs_stats, obs) if config.normalize_obs else obs
+
+    def value(obs):
+        return bpo.Critic(config).apply(params["critic"], normalize(obs))
+
+    def network(name):
+        return lambda obs: actor.apply(params[name], normalize(obs))
+
+    def closed_form(centred):
+        def policy(obs):
+            q, qhat = (
+                bpo.ActionCritic(config, env.action_size, name == "qhat").apply(
+                    params[name], normalize(obs)
+                )
+                for name in ("q", "qhat")
+            )
+            if config.symlog_targets:
+                q, qhat = bpo.symexp(q), bpo.symexp(qhat)
+            moment = bpo.centred_moment(qhat, q, value(obs)[:, None]) if centred else qhat
+            log_pi = jax.nn.log_softmax(policies["pi"](obs).logits)
+            return bpo.Categorical(bpo.mu_target(log_pi, jnp.maximum(moment, 1e-6)))
+
+        return policy
+
+    policies = {"pi": network("actor"), "mu as trained": network("mu")}
+    if env.discrete:
+        policies |= {"mu in closed form": closed_form(False), "mu centred": closed_form(True)}
+    scale = jnp.sqrt(return_stats.var + 1e-8) if config.normalize_reward else 1.0
+    return Networks(policies, value, 1.0 / scale)
+
+
+def sampled_rows(run_dir: str, row: int, starts: int, repeats: int, num_steps: int) -> list[dict]:
+    """Variance of estimates over `repeats` rollouts of `num_steps`, averaged over start states.
+
+    The start states are reached by pi within `num_steps`. Raises ValueError if the run is no
+    finished run of BPO.
+    """
+    run = rundir.read_run(run_dir)
+    if run.algo != "bpo" or not rundir.checkpoints(run.path):
+        raise ValueError(f"{run_dir} is not a finished run of bpo")
+    config, algo = rundir.load_algo("bpo", run.config)
+    if config.exploration != "iid":
+        raise ValueError(f"the run explores by {config.exploration} noise: train one with iid")
+    few = envs.make(config.env, starts, stagger=False)
+    many = envs.make(config.env, starts * repeats, stagger=False)
+    networks = read_networks(run, config, algo, few, row)
+    noise_of = jax.random.gumbel if few.discrete else jax.random.normal
+
+    def play(env, acting, carry, key):
+        def step(carry, key):
+            obs, env_state = carry
+            key_act, key_env = jax.random.split(key)
+            mu = acting(obs)
+            action = mu.sample(noise_of(key_act, (env.num_envs, env.action_size)))
+            log_ratio = networks.policies["pi"](obs).log_prob(action) - mu.log_prob(action)
+            next_obs, env_state, reward, terminated, truncated, info = env.step(
+                key_env, env_state, action
+            )
+            value, next_value = networks.value(obs), networks.value(info["final_observation"])
+            reward = reward * networks.reward_scale
+            done = terminated | truncated
+            rollout = reward, value, next_value, terminated, done, log_ratio
+            return (next_obs, env_state), rollout
+
+        return jax.lax.scan(step, carry, jax.random.split(key, num_steps))
+
+    estimates = {
+        "as trained": (config.gae_lambda, config.clip_rho, config.clip_c, 1.0),
+        "V-trace, no clipping, lambda 1": (1.0, jnp.inf, jnp.inf, 1.0),
+        "PDIS": (1.0, jnp.inf, jnp.inf, 0.0),
+    }
+
+    @partial(jax.jit, static_argnames="acting")
+    def targets(carry, key, acting):
+        rollout = play(many, networks.policies[acting], carry, key)[1]
+        reward, value, next_value, *rest = rollout
+        return {
+            name: bpo.step_estimator(
+                *(reward, use * value, use * next_value, *rest),
+                *(config.gamma, lam, clip_rho, clip_c),
+            )[1][0]
+            for name, (lam, clip_rho, clip_c, use) in estimates.items()
+        }
+
+    key_reset, key_start, key_play = jax.random.split(jax.random.key(0), 3)
+    start, _ = jax.jit(partial(play, few, networks.policies["pi"]))(few.reset(key_reset), key_start)
+    carry = jax.tree.map(lambda x: jnp.repeat(x, repeats, axis=0), start)
+    rows = []
+    for acting in networks.policies:
+        for name, target in targets(carry, key_play, acting).items():
+            target = np.asarray(target, np.float64).reshape(starts, repeats)
+            spread = target.var(-1, ddof=1)
+            row = {"task": config.env, "estimate": name, "acting": acting}
+            row |= {"mean": target.mean(), "variance": spread.mean()}
+            rows.append(row | {"error": spread.std() / np.sqrt(starts)})
+    return rows
+
+
+# --- output ---
+
+
+def markdown(rows: list[dict]) -> str:
+    """Table of the rows."""
+    lines = ["| task | estimate | acting | variance |", "|---|---|---|---|"]
+    for row in rows:
+        values = ", ".join(f"{x:.4g}" for x in np.atleast_1d(row["variance"]))
+        error = f" ± {row['error']:.2g}" if "error" in row else ""
+        lines.append(f"| {row['task']} | {row['estimate']} | {row['acting']} | {values}{error} |")
+    return "\n".join(lines) + "\n"
+
+
 def main():
-    print(exact_rows())
+    """Measure from the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--run-dir", help="finished run of algos/bpo.py; without it: MDP-X, exactly"
+    )
+    parser.add_argument("--row", type=int, default=0, help="which seed of the run")
+    parser.add_argument("--starts", type=int, default=32, help="start states")
+    parser.add_argument("--repeats", type=int, default=256, help="rollouts from each")
+    parser.add_argument("--num-steps", type=int, default=128, help="length of a rollout")
+    parser.add_argument("--out", required=True, help="path without suffix of the .md and .json")
+    args = parser.parse_args()
+    try:
+        rows = exact_rows()
+        if args.run_dir:
+            rows = sampled_rows(args.run_dir, args.row, args.starts, args.repeats, args.num_steps)
+    except ValueError as error:
+        parser.error(str(error))
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".md").write_text(markdown(rows))
+    settings = {k: v for k, v in vars(args).items() if k != "out"}
+    rundir.write_json(out.with_suffix(".json"), {"settings": settings, "rows": rows})
+    print(markdown(rows))
 
 
 if __name__ == "__main__":

@@ -143,17 +143,12 @@ def test_nothing_flows_back_over_the_end_of_an_episode(estimator, truncated):
     assert changed.any() == truncated
 
 
-def test_trajectory_clipping_does_not_overflow():
-    reward, value, next_value, terminated, done, _ = random_rollout(4, (64, 3))
-    log_ratio = jnp.full((64, 3), 20.0)
-    for c in (1.0, INF):
-        advantage, target = bpo.trajectory_estimator(
-            reward, value, next_value, terminated, done, log_ratio, 0.99, 0.95, 1.5, c
-        )
-        if c == 1.0:
-            assert jnp.isfinite(advantage).all()
-            assert jnp.isfinite(target).all()
-        assert not jnp.isnan(advantage).any()
+@pytest.mark.parametrize(("log_ratio", "clip_c"), [(20.0, 1.0), (-20.0, 1.0), (-20.0, INF)])
+def test_trajectory_clipping_does_not_overflow(log_ratio, clip_c):
+    *rollout, _ = random_rollout(4, (64, 3))
+    log_ratio = jnp.full((64, 3), log_ratio)
+    estimates = bpo.trajectory_estimator(*rollout, log_ratio, 0.99, 0.95, 1.5, clip_c)
+    assert jnp.isfinite(jnp.stack(estimates)).all()
 
 
 # --- variance, on the tabular task X ---
@@ -236,8 +231,8 @@ def test_estimator_has_exact_mean_and_variance(mu, value, lam, mean, variance):
         close(samples.var(-1), variance, rtol=0.05)
 
 
-def test_pdis_makes_mu_hat_pay_with_a_baseline_that_is_exact_at_the_end():
-    """With lambda = 1 the baseline telescopes away, and PDIS without a baseline is left."""
+def test_pdis_does_without_the_baseline():
+    """With lambda = 1 it telescopes away, so mu_hat helps whatever V is."""
     state, reward, next_state, log_ratio = sampled_rollouts("hat")
     no = np.zeros(state.shape, bool)
     value = np.asarray(V, np.float32)
@@ -676,14 +671,13 @@ def test_annealing_follows_progress():
 
 
 def test_clip_targets_bounds_targets():
-    # V may not exceed what rewards of at most 1 can add up to, even if the network says so
+    # targets may not exceed what rewards of at most 1 can add up to, whatever the network says
     config = replace(SMALL, env="probe/truncation", gamma=0.5, clip_targets=True, **FROZEN)
-    scaled = lambda state: state._replace(
-        params=state.params
-        | {"q": jax.tree.map(lambda x: x + 5.0, state.params["q"])}  # q is far too large
+    raised = lambda state: state._replace(
+        params=state.params | {"q": jax.tree.map(lambda x: x + 5.0, state.params["q"])}
     )
-    _, [clipped] = run(config, 1, scaled)
-    _, [free] = run(replace(config, clip_targets=False), 1, scaled)
+    _, [clipped] = run(config, 1, raised)
+    _, [free] = run(replace(config, clip_targets=False), 1, raised)
     assert clipped["health/q_target_clip_fraction"] == 1.0
     assert free["health/q_target_clip_fraction"] == 0.0
     assert clipped["losses/q_loss"] > free["losses/q_loss"]
@@ -739,9 +733,7 @@ def test_seeds_side_by_side_are_the_seeds_alone():
         states, _ = update(states)
     alone = run(SMALL, 3, seed=2)[0][-1]
     assert states.update.shape == ()
-    jax.tree.map(
-        lambda x, y: close(x[2], y, rtol=1e-3, atol=1e-4), states.params, alone.params
-    )
+    jax.tree.map(lambda x, y: close(x[2], y, rtol=1e-3, atol=1e-4), states.params, alone.params)
 
 
 # --- configuration ---
@@ -763,10 +755,7 @@ def test_bad_settings_name_themselves(changes, message):
 
 @pytest.mark.parametrize("preset", bpo.PRESETS)
 def test_presets_are_valid(preset):
-    for base in ({}, bpo.PRESETS["ant"]):
-        replace(bpo.Config(), **base, **{}).validate()
-    if not preset.startswith("ppo_bpo"):
-        replace(bpo.Config(), **bpo.PRESETS[preset]).validate()
+    replace(bpo.Config(), **bpo.PRESETS[preset]).validate()
 
 
 def test_paper_presets_make_the_papers_gradient_steps():

@@ -1,0 +1,25 @@
+"""One compilation cache for all tests, their workers and the programs they start."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+import jax  # noqa: E402
+
+# As `launch.setup_jax` sets it: what a test compiles is what a launch compiles.
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture
+def signals():
+    """Put back the handlers that a launch in this process replaces."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

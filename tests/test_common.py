@@ -1,0 +1,144 @@
+"""Running statistics, ring of rows, greedy evaluation, episode metrics."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import envs
+from algos import common
+
+# --- running statistics ---
+
+
+@pytest.mark.parametrize("offset", [0.0, -100.0])
+def test_statistics_are_those_of_everything_seen(offset):
+    rng = np.random.default_rng(0)
+    batches = [
+        rng.normal(offset + i, 1.0 + i, (*shape, 2)).astype(np.float32)
+        for i, shape in enumerate([(1,), (5,), (3, 4)])
+    ]
+    stats = common.init_stats((2,))
+    for n, batch in enumerate(batches, 1):
+        stats = common.update_stats(stats, jnp.asarray(batch))
+        rows = np.concatenate([b.reshape(-1, 2) for b in batches[:n]]).astype(np.float64)
+        np.testing.assert_allclose(stats.mean, rows.mean(0), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(stats.var, rows.var(0), rtol=1e-3, atol=1e-3)
+        assert stats.count == len(rows)
+
+
+def test_statistics_of_scalars_and_integers():
+    stats = common.update_stats(common.init_stats(()), jnp.arange(6, dtype=jnp.uint8).reshape(2, 3))
+    np.testing.assert_allclose([stats.mean, stats.var], [2.5, np.arange(6).var()], rtol=1e-6)
+
+
+def test_normalizing_standardises_and_clips():
+    rows = jnp.asarray(np.random.default_rng(0).normal(5.0, 2.0, (1000, 3)))
+    stats = common.update_stats(common.init_stats((3,)), rows)
+    x = common.normalize(stats, rows)
+    np.testing.assert_allclose(x.mean(0), 0.0, atol=1e-4)
+    np.testing.assert_allclose(x.std(0), 1.0, atol=1e-4)
+    np.testing.assert_allclose(common.normalize(stats, jnp.array([1e9, -1e9, 5.0]))[:2], [10, -10])
+
+
+def test_normalizing_changes_nothing_before_any_data():
+    x = jnp.array([-3.0, 0.5, 9.0])
+    np.testing.assert_allclose(common.normalize(common.init_stats((3,)), x), x, rtol=1e-6)
+
+
+def test_constant_features_stay_near_zero():
+    rows = jnp.full((64, 1), 0.3)
+    stats = common.update_stats(common.update_stats(common.init_stats((1,)), rows), rows)
+    assert jnp.abs(common.normalize(stats, rows)).max() < 1e-2
+
+
+# --- ring ---
+
+
+def test_ring_keeps_the_last_rows():
+    ring = {"x": jnp.zeros((6, 2)), "n": jnp.zeros(6, jnp.uint8)}
+    write = jax.jit(common.ring_write)
+    for i in range(0, 10, 2):
+        rows = jnp.arange(i, i + 2)
+        ring = write(ring, {"x": jnp.stack([rows, -rows], 1), "n": rows}, jnp.int32(i))
+    np.testing.assert_array_equal(ring["n"], [6, 7, 8, 9, 4, 5])
+    np.testing.assert_array_equal(ring["x"], [[i, -i] for i in (6, 7, 8, 9, 4, 5)])
+    assert ring["n"].dtype == jnp.uint8
+
+
+# --- evaluation ---
+
+
+def test_evaluation_is_the_first_episode_of_each_environment():
+    env = envs.make("cartpole", 5, stagger=False, max_steps=30)
+    # Some of these environments fall early, and start again while others still balance.
+    sides = jnp.array([1.0, 1.0, 1.0, -1.0, -1.0])
+    asked = []
+
+    def act(policy, obs, key, greedy):
+        asked.append(greedy)
+        return (policy * (obs[:, 2] + 0.3 * obs[:, 3]) > 0).astype(jnp.int32)
+
+    key = jax.random.key(3)
+    returns, lengths = jax.jit(lambda p, k: common.evaluate(act, p, env, k))(sides, key)
+    assert asked
+    assert all(asked)
+
+    key_reset, key = jax.random.split(key)
+    obs, state = env.reset(key_reset)
+    expected_return, expected_length = np.zeros(5), np.zeros(5, int)
+    alive = np.ones(5, bool)
+    step = jax.jit(env.step)
+    while alive.any():
+        key, key_act, key_step = jax.random.split(key, 3)
+        obs, state, reward, terminated, truncated, _ = step(
+            key_step, state, act(sides, obs, key_act, True)
+        )
+        expected_return += np.where(alive, reward, 0)
+        expected_length += alive
+        alive &= ~np.asarray(terminated | truncated)
+    np.testing.assert_allclose(returns, expected_return)
+    np.testing.assert_array_equal(lengths, expected_length)
+    assert len(set(expected_length.tolist())) > 1
+    assert expected_length[3:].max() * 2 < expected_length.max()  # these played a second episode
+
+
+def test_episode_metrics_count_episodes_not_steps():
+    info = {
+        "returned": jnp.array([[False, True], [True, False], [False, True]]),
+        "episode_return": jnp.array([[1.0, 5.0], [2.0, 100.0], [100.0, 7.0]]),
+        "episode_length": jnp.array([[1, 3], [2, 50], [50, 4]]),
+        "env_nan": jnp.array([[False, True], [False, False], [False, True]]),
+    }
+    metrics = common.episode_metrics(info)
+    values = {k: float(v) for k, v in metrics.items()}
+    assert values == {
+        "episodes/count": 3,
+        "episodes/return": 14,
+        "episodes/length": 9,
+        "health/env_nan": 2,
+    }
+
+
+def test_episode_metrics_of_no_episode_are_zero_even_if_a_return_is_not_finite():
+    info = {
+        "returned": jnp.zeros((2, 1), bool),
+        "episode_return": jnp.full((2, 1), jnp.nan),
+        "episode_length": jnp.ones((2, 1), int),
+        "env_nan": jnp.zeros((2, 1), bool),
+    }
+    assert all(v == 0 for v in common.episode_metrics(info).values())
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_all_finite(bad):
+    tree = {"a": jnp.ones(3), "n": jnp.arange(2), "k": jax.random.key(0)}
+    assert common.all_finite(tree)
+    assert not common.all_finite(tree | {"b": jnp.array([[0.0, bad]])})
+
+
+def test_traceable_names_the_field():
+    hparams = {"gamma": 0.9}
+    assert common.traceable(hparams, ("gamma", "clip_eps")) is hparams
+    with pytest.raises(ValueError, match=r"'num_envs'.*gamma, clip_eps"):
+        common.traceable({"num_envs": 3}, ("gamma", "clip_eps"))

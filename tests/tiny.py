@@ -1,0 +1,97 @@
+"""Tiny runs of every algorithm; tests share them, so that one compilation serves many."""
+
+import dataclasses
+import importlib
+
+import jax
+import numpy as np
+
+from algos import launch, rundir
+
+# A new algorithm is one more name, with what its smallest run needs beside SHARED.
+ALGOS = {
+    "ppo": {},
+    "bpo": {
+        "replay_rollouts": 2,
+        "num_vf_epochs": 1,
+        "num_vf_minibatches": 2,
+        "num_mu_epochs": 1,
+        "num_mu_minibatches": 2,
+    },
+}
+
+SHARED = {
+    "env": "cartpole",
+    "total_timesteps": 6 * 32,
+    "num_envs": 4,
+    "num_steps": 8,
+    "num_epochs": 2,
+    "num_minibatches": 2,
+    "hidden": (8,),
+    "anneal_lr": True,
+    "normalize_obs": True,
+    "normalize_reward": True,
+}
+
+# Halves the compilation of what is only run for a moment.
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
+
+LAUNCH = launch.Launch(num_seeds=2, eval_episodes=2, num_evals=2)
+
+
+def module_of(name):
+    return importlib.import_module(f"algos.{name}")
+
+
+def config_of(name, **changes):
+    """The tiny Config of an algorithm."""
+    config_type = module_of(name).Config
+    known = {field.name for field in dataclasses.fields(config_type)}
+    shared = {k: v for k, v in SHARED.items() if k in known}
+    return config_type(**(shared | ALGOS[name] | changes))
+
+
+def flags_of(config):
+    """Command line that gives this configuration."""
+    flags = []
+    for field in dataclasses.fields(config):
+        value, flag = getattr(config, field.name), field.name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            values = value if isinstance(value, tuple) else (value,)
+            flags += [f"--{flag}", *map(str, values)]
+    return flags
+
+
+def program_of(name, config, seeds=(0, 1)):
+    """The launcher's program for these seeds, not compiled."""
+    rows = launch.Rows(np.array(seeds), {}, [""] * len(seeds))
+    program = launch.make_program(config, LAUNCH, module_of(name).build, rows)
+    return program, *launch.row_inputs(rows)
+
+
+def arrays(tree):
+    """Copy of a tree as numpy arrays by path."""
+    return {k: np.array(v) for k, v in rundir.flatten(tree).items()}
+
+
+def assert_same(a, b):
+    """Bitwise equality of two trees."""
+    a, b = arrays(a), arrays(b)
+    assert a.keys() == b.keys()
+    different = [k for k in a if a[k].tobytes() != b[k].tobytes() or a[k].dtype != b[k].dtype]
+    assert not different, f"differ: {different[:5]}"
+
+
+def assert_close(a, b, rtol=1e-4, atol=1e-5):
+    """Equality of two trees to rounding."""
+    a, b = arrays(a), arrays(b)
+    assert a.keys() == b.keys()
+    for k in a:
+        np.testing.assert_allclose(a[k], b[k], rtol=rtol, atol=atol, err_msg=k)
+
+
+def row(tree, i):
+    """Row i of a state of several rows."""
+    return jax.tree.map(lambda x: x[i] if x.ndim else x, tree)
