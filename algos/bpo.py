@@ -170,7 +170,7 @@ class Config:
         return math.ceil(self.total_timesteps / self.steps_per_update)
 
     def validate(self) -> None:
-        """Raise ValueError if rollouts cannot be cut into equal minibatches, or settings conflict."""
+        """Raise ValueError if rollouts cannot be cut into equal minibatches, or clips conflict."""
         size = self.steps_per_update if self.shuffle == "transitions" else self.num_steps
         kept = self.replay_rollouts
         for name, rollouts in ("", 1), ("_vf", kept), ("_mu", kept):
@@ -270,62 +270,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 # --- networks ---
 
 
-class Categorical(NamedTuple):
-    """Discrete policy; `logits` [..., number of actions]."""
-
-    logits: jax.Array
-
-    def sample(self, noise):
-        """Action from Gumbel noise of the shape of the logits."""
-        return jnp.argmax(self.logits + noise, -1)
-
-    def mode(self):
-        """Most probable action."""
-        return jnp.argmax(self.logits, -1)
-
-    def log_prob(self, action):
-        """Log-probability of `action` [...], int."""
-        log_probs = jax.nn.log_softmax(self.logits)
-        return jnp.take_along_axis(log_probs, action[..., None], -1)[..., 0]
-
-    def entropy(self):
-        """Entropy [...] in nats."""
-        log_probs = jax.nn.log_softmax(self.logits)
-        return -(jnp.exp(log_probs) * log_probs).sum(-1)
-
-
-class Gaussian(NamedTuple):
-    """Diagonal Gaussian policy, neither squashed nor bounded; `mean`, `log_std` [..., action_size].
-
-    Under gSDE the noise of an action is `features @ (weight_std * noise)`, and `log_std` is the
-    deviation that this gives in each state.
-    """
-
-    mean: jax.Array
-    log_std: jax.Array
-    features: jax.Array | None = None  # [..., H]
-    weight_std: jax.Array | None = None  # [..., H, action_size]
-
-    def sample(self, noise):
-        """Action from standard normal noise [..., action_size], under gSDE [..., H, action_size]."""
-        if self.features is None:
-            return self.mean + jnp.exp(self.log_std) * noise
-        return self.mean + jnp.einsum("...h,...ha->...a", self.features, self.weight_std * noise)
-
-    def mode(self):
-        """The mean."""
-        return self.mean
-
-    def log_prob(self, action):
-        """Log-density of `action` [..., action_size]."""
-        z = (action - self.mean) * jnp.exp(-self.log_std)
-        return -(0.5 * z**2 + self.log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
-
-    def entropy(self):
-        """Entropy [...] in nats."""
-        return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
-
-
 class Torso(nn.Module):
     """Fully connected hidden layers."""
 
@@ -354,15 +298,15 @@ class Actor(nn.Module):
         x = Torso(config)(obs)
         out = nn.Dense(size, kernel_init=initializer(config, config.policy_gain))(x)
         if self.discrete:
-            return Categorical(out)
+            return common.Categorical(out)
         shape = (x.shape[-1], size) if config.exploration == "gsde" else (size,)
         log_std = self.param("log_std", nn.initializers.constant(config.log_std_init), shape)
         if config.exploration == "gsde":
             # The features are constants here: exploration must not bend the representation.
             features, weight_std = jax.lax.stop_gradient(x), jnp.exp(log_std)
             variance = features**2 @ weight_std**2
-            return Gaussian(out, 0.5 * jnp.log(variance + 1e-6), features, weight_std)
-        return Gaussian(out, jnp.broadcast_to(log_std, out.shape))
+            return common.Gaussian(out, 0.5 * jnp.log(variance + 1e-6), features, weight_std)
+        return common.Gaussian(out, jnp.broadcast_to(log_std, out.shape))
 
 
 class Critic(nn.Module):
@@ -377,8 +321,8 @@ class Critic(nn.Module):
 
 
 class ActionCritic(nn.Module):
-    """Q, or Q^ if `positive`: [..., obs_size] -> [..., number of actions] if discrete, else with the
-    action appended [..., obs_size + action_size] -> [..., 1].
+    """Q, or Q^ if `positive`: [..., obs_size] -> [..., number of actions], or, if actions are
+    continuous, observation and action [..., obs_size + action_size] -> [..., 1].
     """
 
     config: Config
@@ -431,13 +375,13 @@ class Experience(NamedTuple):
 
     obs: jax.Array  # normalised
     action: jax.Array
-    reward: jax.Array  # raw: time limits add no bootstrap to it
+    reward: jax.Array  # of the task, without the bootstrap of a time limit
     terminated: jax.Array
-    next_obs: jax.Array
-    policy: Categorical | Gaussian  # pi as it is now, at obs
-    next_policy: Categorical | Gaussian  # at next_obs
-    log_ratio: jax.Array  # log pi - log mu, pi as it is now
+    policy: common.Categorical | common.Gaussian  # pi at obs
+    log_ratio: jax.Array  # log pi - log mu: pi as it is now, mu as it acted
     value: jax.Array  # V(obs)
+    next_obs: jax.Array
+    next_policy: common.Categorical | common.Gaussian  # pi at next_obs
 
 
 class TrainState(NamedTuple):
@@ -450,8 +394,7 @@ class TrainState(NamedTuple):
     reward_range: jax.Array  # [2] smallest and largest reward so far, and 0
     r_hat_max: jax.Array  # [] largest reward of Q^ so far
     obs_stats: common.Stats
-    return_stats: common.Stats  # of the discounted return, for reward scaling
-    running_return: jax.Array  # [N]
+    reward_scale: common.RewardScale
     obs: jax.Array  # [N, obs_size]
     env_state: Any
     key: jax.Array
@@ -507,17 +450,6 @@ def trajectory_estimator(
     weight = jnp.where(together, (gamma * lam) ** jnp.maximum(lag, 0)[..., None] * weight, 0.0)
     advantage = jnp.einsum("tkn,kn->tn", weight, delta)
     return rho * advantage if weight_on_adv else advantage, value + rho * advantage
-
-
-def discounted_return(running_return, reward, done, gamma):
-    """Discounted sum of rewards since the episode began, at each step [T, N], and the next carry."""
-
-    def forward(running_return, step):
-        reward, done = step
-        running_return = gamma * running_return + reward
-        return jnp.where(done, 0.0, running_return), running_return
-
-    return jax.lax.scan(forward, running_return, (reward, done))
 
 
 def policy_loss(log_prob, old_log_prob, advantage, clip_eps):
@@ -621,8 +553,8 @@ def build(config: Config) -> common.Algo:
     if config.exploration == "iid" or env.discrete:
         held = 1
     official = config.fidelity == "official"
-    # Which parameters a target is made of; without symlog they differ by action type, as in the
-    # authors' code. The pull to the target network is all that symlog needs of it.
+    # As in the authors' code: with symlog the target networks only pull, and without it they make
+    # the targets of continuous actions alone.
     from_online = config.symlog_targets or env.discrete
 
     def init(key) -> TrainState:
@@ -647,9 +579,8 @@ def build(config: Config) -> common.Algo:
             replay=jax.tree.map(lambda x: jnp.zeros((K * T, *x.shape), x.dtype), row),
             reward_range=jnp.zeros(2),
             r_hat_max=jnp.asarray(1e-8),
-            obs_stats=common.init_stats((env.obs_size,)),
-            return_stats=common.init_stats(()),
-            running_return=jnp.zeros(N),
+            obs_stats=common.Stats.empty((env.obs_size,)),
+            reward_scale=common.RewardScale.empty(N),
             obs=obs,
             env_state=env_state,
             key=key,
@@ -658,10 +589,10 @@ def build(config: Config) -> common.Algo:
 
     def normalize(obs_stats, obs):
         obs = obs.astype(jnp.float32)
-        return common.normalize(obs_stats, obs) if config.normalize_obs else obs
+        return obs_stats.normalize(obs) if config.normalize_obs else obs
 
     def noise_of(key, shape):
-        """Exploration noise for `shape` actions, [*shape, action_size] or, under gSDE, a matrix each."""
+        """Exploration noise for `shape` actions: a vector or, under gSDE, a matrix for each."""
         if env.discrete:
             return jax.random.gumbel(key, (*shape, env.action_size))
         features = config.hidden[-1:] if config.exploration == "gsde" else ()
@@ -740,7 +671,7 @@ def build(config: Config) -> common.Algo:
         return None if env.discrete else policy.sample(jax.random.normal(key, policy.mean.shape))
 
     def output(name, params, obs, action):
-        """What a Q network says of `action` [..., action_size]; discrete: [...], or None for all."""
+        """What Q or Q^ says of `action`; of all of them if it is None (discrete)."""
         if not env.discrete:
             action = jnp.clip(action, -1.0, 1.0) if config.clip_actions else action
             obs = jnp.concatenate([obs, action], -1)
@@ -834,17 +765,67 @@ def build(config: Config) -> common.Algo:
         )
         return state, aux
 
+    def fit_to_replay(state, scale, key):
+        """Fit Q, Q^ and then mu to the new pi, whose opinion of the replay is computed once."""
+        key_q, key_qhat, key_stale, key_mu = jax.random.split(key, 4)
+        replay, pi = state.replay, state.params["actor"]
+        obs, next_obs = (normalize(state.obs_stats, x) for x in (replay.obs, replay.next_obs))
+        policy = marginal(pi, obs)
+        data = Experience(
+            obs=obs,
+            action=replay.action,
+            reward=scale * replay.reward,
+            terminated=replay.terminated,
+            policy=policy,
+            log_ratio=policy.log_prob(replay.action) - replay.log_prob,
+            value=critic.apply(state.params["critic"], obs),
+            next_obs=next_obs,
+            next_policy=marginal(pi, next_obs),
+        )
+        if config.shuffle == "transitions":
+            data = jax.tree.map(lambda x: x.reshape((K * T * N, *x.shape[2:])), data)
+
+        gamma, passes = config.gamma, (config.num_vf_epochs, config.num_vf_minibatches)
+        q_bounds = scale * state.reward_range / (1.0 - gamma)
+        q_loss_fn = partial(fqe_loss_fn, "q", gamma, q_bounds, None)
+        state, (q_loss, clipped) = fit(state, "q", q_loss_fn, data, key_q, *passes)
+
+        q_params = (state.params if from_online else state.target_params)["q"]
+        q = q_value(q_params, data.obs, data.action, q_bounds)
+        r_hat = second_moment_reward(data.reward, q)
+        filled = jnp.arange(K)[:, None] <= state.update
+        r_hat_max = jnp.max(r_hat.reshape(K, -1), where=filled, initial=0.0) / scale**2
+        state = state._replace(r_hat_max=jnp.maximum(state.r_hat_max, r_hat_max))
+
+        stale = None
+        if official:  # B1: the rewards of one minibatch, whatever transitions they go with
+            size = jnp.minimum(state.update + 1, K) * (len(r_hat) // K)
+            index = (len(r_hat) // config.num_vf_minibatches,)
+            stale = data.reward[jax.random.randint(key_stale, index, 0, size)]
+        qhat_bounds = jnp.stack([1e-8, scale**2 * state.r_hat_max]) / (1.0 - gamma**2)
+        qhat_loss_fn = partial(fqe_loss_fn, "qhat", gamma**2, qhat_bounds, stale)
+        qhat_data = data._replace(reward=r_hat)
+        state, (qhat_loss, _) = fit(state, "qhat", qhat_loss_fn, qhat_data, key_qhat, *passes)
+
+        passes = config.num_mu_epochs, config.num_mu_minibatches
+        source = state.params if config.symlog_targets else state.target_params
+        mu_fn = partial(mu_loss_fn, source, q_bounds, qhat_bounds[1])
+        state, (mu_loss, _) = fit(state, "mu", mu_fn, data, key_mu, *passes)
+        return state, {
+            "losses/q_loss": q_loss,
+            "losses/qhat_loss": qhat_loss,
+            "losses/mu_loss": mu_loss,
+            "health/q_target_clip_fraction": clipped,
+        }
+
     def update(state):
-        key, key_rollout, key_shuffle, *keys = jax.random.split(state.key, 7)
-        key_q, key_qhat, key_stale, key_mu = keys
+        key, key_rollout, key_shuffle, key_replay = jax.random.split(state.key, 4)
         remaining = 1.0 - state.update / config.num_updates
         clip_eps = config.clip_eps * (remaining if config.anneal_clip else 1.0)
 
         obs, env_state, traj, info = rollout(state, key_rollout)
 
-        scale = 1.0
-        if config.normalize_reward:
-            scale = 1.0 / jnp.sqrt(state.return_stats.var + 1e-8)
+        scale = state.reward_scale.scale(1.0) if config.normalize_reward else 1.0
         normalized_obs = normalize(state.obs_stats, traj.obs)
         value, next_value = (
             critic.apply(state.params["critic"], x)
@@ -888,101 +869,38 @@ def build(config: Config) -> common.Algo:
             tuple({name: x[name] for name in trained} for x in (state.params, state.opt_state)),
             jax.random.split(key_shuffle, config.num_epochs),
         )
-        # From here on pi is fixed, so what it says of the replay is computed once.
         rewards = jnp.append(traj.reward, state.reward_range)
-        replay = common.ring_write(state.replay, traj, state.update * T)
         state = state._replace(
             params=state.params | params,
             opt_state=state.opt_state | opt_state,
-            replay=replay,
+            replay=common.ring_write(state.replay, traj, state.update * T),
             reward_range=jnp.stack([rewards.min(), rewards.max()]),
         )
-        replay_obs, replay_next_obs = (
-            normalize(state.obs_stats, x) for x in (replay.obs, replay.next_obs)
-        )
-        policy = marginal(params["actor"], replay_obs)
-        data = Experience(
-            obs=replay_obs,
-            action=replay.action,
-            reward=scale * replay.reward,
-            terminated=replay.terminated,
-            next_obs=replay_next_obs,
-            policy=policy,
-            next_policy=marginal(params["actor"], replay_next_obs),
-            log_ratio=policy.log_prob(replay.action) - replay.log_prob,
-            value=critic.apply(params["critic"], replay_obs),
-        )
-        if config.shuffle == "transitions":
-            data = jax.tree.map(lambda x: x.reshape((K * T * N, *x.shape[2:])), data)
-
-        q_bounds = scale * state.reward_range / (1.0 - config.gamma)
-        vf_passes = config.num_vf_epochs, config.num_vf_minibatches
-        q_loss_fn = partial(fqe_loss_fn, "q", config.gamma, q_bounds, None)
-        state, q_aux = fit(state, "q", q_loss_fn, data, key_q, *vf_passes)
-
-        source = state.params if from_online else state.target_params
-        q = q_value(source["q"], data.obs, data.action, q_bounds)
-        r_hat = second_moment_reward(data.reward, q)
-        stored = jnp.arange(K)[:, None] <= state.update
-        r_hat_max = jnp.max(r_hat.reshape(K, -1), where=stored, initial=0.0) / scale**2
-        state = state._replace(r_hat_max=jnp.maximum(state.r_hat_max, r_hat_max))
-
-        qhat_max = scale**2 * state.r_hat_max / (1.0 - config.gamma**2)
-        stale = None
-        if official:  # B1: the rewards of one minibatch, whatever transitions they go with
-            size = jnp.minimum(state.update + 1, K) * (len(r_hat) // K)
-            index = (len(r_hat) // config.num_vf_minibatches,)
-            stale = data.reward[jax.random.randint(key_stale, index, 0, size)]
-        qhat_loss_fn = partial(
-            fqe_loss_fn, "qhat", config.gamma**2, (1e-8 / (1.0 - config.gamma**2), qhat_max), stale
-        )
-        state, qhat_aux = fit(
-            state, "qhat", qhat_loss_fn, data._replace(reward=r_hat), key_qhat, *vf_passes
-        )
-
-        source = state.params if config.symlog_targets else state.target_params
-        state, mu_aux = fit(
-            state,
-            "mu",
-            partial(mu_loss_fn, source, q_bounds, qhat_max),
-            data,
-            key_mu,
-            config.num_mu_epochs,
-            config.num_mu_minibatches,
-        )
+        rate = learning_rate(state.update, state.opt_state["actor"][1].count)
+        state, replay_metrics = fit_to_replay(state, scale, key_replay)
 
         q, qhat = (
             to_value(output(name, state.params[name], normalized_obs, traj.action))
             for name in action_critics
         )
         ratio = jnp.exp(log_ratio)
-        running_return, returns = discounted_return(
-            state.running_return, traj.reward, traj.done, config.gamma
-        )
-        metrics = {name: x.mean() for name, x in aux.items()}
+        metrics = {name: x.mean() for name, x in aux.items()} | replay_metrics
         metrics |= common.episode_metrics(info)
         metrics |= {
             "losses/explained_variance": 1.0 - (target - value).var() / (target.var() + 1e-8),
-            "losses/q_loss": q_aux[0],
-            "losses/qhat_loss": qhat_aux[0],
-            "losses/mu_loss": mu_aux[0],
             "ratios/mean": ratio.mean(),
             "ratios/max": ratio.max(),
             "ratios/ess": ratio.mean() ** 2 / (ratio**2).mean(),
             "ratios/clip_fraction": (ratio > config.clip_rho).mean(),
-            "charts/learning_rate": jnp.asarray(
-                learning_rate(state.update, state.opt_state["actor"][1].count)
-            ),
+            "charts/learning_rate": jnp.asarray(rate),
             "health/kl_mu_pi": (ratio - 1.0 - log_ratio).mean(),
             "health/qhat_q2_corr": (standardize(qhat) * standardize(q**2)).mean(),
             "health/qhat_below_q2": (qhat < q**2).mean(),
-            "health/q_target_clip_fraction": q_aux[1],
             "health/finite": common.all_finite((state.params, aux["losses/value_loss"])),
         }
         state = state._replace(
-            obs_stats=common.update_stats(state.obs_stats, traj.obs),
-            return_stats=common.update_stats(state.return_stats, returns),
-            running_return=running_return,
+            obs_stats=state.obs_stats.add(traj.obs),
+            reward_scale=state.reward_scale.add(traj.reward, traj.done, config.gamma),
             obs=obs,
             env_state=env_state,
             key=key,

@@ -82,7 +82,7 @@ def solve(task: TabularTask) -> Solution:
 
 
 def constant_part(task: TabularTask, baseline: np.ndarray) -> np.ndarray:
-    """E[(R + gamma G' - baseline)^2 | s, a] for a G' that is pi's value without variance, [S, A]."""
+    """E[(R + gamma v(S') - baseline)^2 | s, a], [S, A], of pi's value v."""
     v = solve(task).v
     q = task.reward + task.gamma * task.transition @ v
     spread = task.transition @ v**2 - (task.transition @ v) ** 2
@@ -154,7 +154,7 @@ def read_networks(run: rundir.Run, config: bpo.Config, algo: Any, env: envs.Env,
 
     def normalize(obs):
         obs = obs.astype(jnp.float32)
-        return common.normalize(obs_stats, obs) if config.normalize_obs else obs
+        return obs_stats.normalize(obs) if config.normalize_obs else obs
 
     def value(obs):
         return bpo.Critic(config).apply(params["critic"], normalize(obs))
@@ -174,7 +174,7 @@ def read_networks(run: rundir.Run, config: bpo.Config, algo: Any, env: envs.Env,
                 q, qhat = bpo.symexp(q), bpo.symexp(qhat)
             moment = bpo.centred_moment(qhat, q, value(obs)[:, None]) if centred else qhat
             log_pi = jax.nn.log_softmax(policies["pi"](obs).logits)
-            return bpo.Categorical(bpo.mu_target(log_pi, jnp.maximum(moment, 1e-6)))
+            return common.Categorical(bpo.mu_target(log_pi, jnp.maximum(moment, 1e-6)))
 
         return policy
 

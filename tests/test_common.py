@@ -1,12 +1,42 @@
-"""Running statistics, ring of rows, greedy evaluation, episode metrics."""
+"""Distributions, running statistics, ring of rows, greedy evaluation, episode metrics."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 import envs
 from algos import common
+
+# --- distributions ---
+
+
+def test_categorical():
+    logits = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32) * 3
+    action = np.array([0, 2, 1, 2])
+    policy = common.Categorical(jnp.asarray(logits))
+    probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(
+        policy.log_prob(action), np.log(probs[np.arange(4), action]), rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(policy.entropy(), stats.entropy(probs, axis=-1), rtol=1e-5)
+    np.testing.assert_array_equal(policy.mode(), probs.argmax(-1))
+    noise = jax.random.gumbel(jax.random.key(0), (20_000, 4, 3))
+    frequency = jax.nn.one_hot(policy.sample(noise), 3).mean(0)
+    np.testing.assert_allclose(frequency, probs, atol=0.015)
+
+
+def test_gaussian():
+    rng = np.random.default_rng(0)
+    mean, log_std, action, noise = rng.normal(size=(4, 5, 2)).astype(np.float32)
+    policy = common.Gaussian(jnp.asarray(mean), jnp.asarray(log_std))
+    reference = stats.norm(mean, np.exp(log_std))
+    np.testing.assert_allclose(policy.log_prob(action), reference.logpdf(action).sum(-1), rtol=1e-4)
+    np.testing.assert_allclose(policy.entropy(), reference.entropy().sum(-1), rtol=1e-4)
+    np.testing.assert_array_equal(policy.mode(), mean)
+    np.testing.assert_allclose(policy.sample(noise), mean + np.exp(log_std) * noise, rtol=1e-5)
+
 
 # --- running statistics ---
 
@@ -18,38 +48,52 @@ def test_statistics_are_those_of_everything_seen(offset):
         rng.normal(offset + i, 1.0 + i, (*shape, 2)).astype(np.float32)
         for i, shape in enumerate([(1,), (5,), (3, 4)])
     ]
-    stats = common.init_stats((2,))
+    seen = common.Stats.empty((2,))
     for n, batch in enumerate(batches, 1):
-        stats = common.update_stats(stats, jnp.asarray(batch))
+        seen = seen.add(jnp.asarray(batch))
         rows = np.concatenate([b.reshape(-1, 2) for b in batches[:n]]).astype(np.float64)
-        np.testing.assert_allclose(stats.mean, rows.mean(0), rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(stats.var, rows.var(0), rtol=1e-3, atol=1e-3)
-        assert stats.count == len(rows)
+        np.testing.assert_allclose(seen.mean, rows.mean(0), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(seen.var, rows.var(0), rtol=1e-3, atol=1e-3)
+        assert seen.count == len(rows)
 
 
 def test_statistics_of_scalars_and_integers():
-    stats = common.update_stats(common.init_stats(()), jnp.arange(6, dtype=jnp.uint8).reshape(2, 3))
-    np.testing.assert_allclose([stats.mean, stats.var], [2.5, np.arange(6).var()], rtol=1e-6)
+    seen = common.Stats.empty(()).add(jnp.arange(6, dtype=jnp.uint8).reshape(2, 3))
+    np.testing.assert_allclose([seen.mean, seen.var], [2.5, np.arange(6).var()], rtol=1e-6)
 
 
 def test_normalizing_standardises_and_clips():
     rows = jnp.asarray(np.random.default_rng(0).normal(5.0, 2.0, (1000, 3)))
-    stats = common.update_stats(common.init_stats((3,)), rows)
-    x = common.normalize(stats, rows)
+    seen = common.Stats.empty((3,)).add(rows)
+    x = seen.normalize(rows)
     np.testing.assert_allclose(x.mean(0), 0.0, atol=1e-4)
     np.testing.assert_allclose(x.std(0), 1.0, atol=1e-4)
-    np.testing.assert_allclose(common.normalize(stats, jnp.array([1e9, -1e9, 5.0]))[:2], [10, -10])
+    np.testing.assert_allclose(seen.normalize(jnp.array([1e9, -1e9, 5.0]))[:2], [10, -10])
 
 
 def test_normalizing_changes_nothing_before_any_data():
     x = jnp.array([-3.0, 0.5, 9.0])
-    np.testing.assert_allclose(common.normalize(common.init_stats((3,)), x), x, rtol=1e-6)
+    np.testing.assert_allclose(common.Stats.empty((3,)).normalize(x), x, rtol=1e-6)
 
 
 def test_constant_features_stay_near_zero():
     rows = jnp.full((64, 1), 0.3)
-    stats = common.update_stats(common.update_stats(common.init_stats((1,)), rows), rows)
-    assert jnp.abs(common.normalize(stats, rows)).max() < 1e-2
+    seen = common.Stats.empty((1,)).add(rows).add(rows)
+    assert jnp.abs(seen.normalize(rows)).max() < 1e-2
+
+
+def test_reward_scale_is_the_deviation_of_the_running_discounted_return():
+    reward = jnp.array([[1.0, 1.0], [2.0, 2.0], [4.0, 4.0]])
+    done = jnp.array([[False, True], [False, False], [True, False]])
+    scale = common.RewardScale.empty(2)
+    np.testing.assert_allclose(scale.scale(reward), reward, rtol=1e-6)
+    scale = scale.add(reward, done, 0.5)
+    first = [[1.0, 1.0], [2.5, 2.0], [5.25, 5.0]]
+    np.testing.assert_allclose(scale.running_return, [0.0, 5.0])
+    np.testing.assert_allclose(scale.scale(reward), reward / np.std(first), rtol=1e-5)
+    scale = scale.add(reward, done, 0.5)
+    second = [[1.0, 3.5], [2.5, 2.0], [5.25, 5.0]]
+    np.testing.assert_allclose(scale.scale(reward), reward / np.std([first, second]), rtol=1e-5)
 
 
 # --- ring ---
@@ -85,7 +129,7 @@ def test_evaluation_is_the_first_episode_of_each_environment():
     assert all(asked)
 
     key_reset, key = jax.random.split(key)
-    obs, state = env.reset(key_reset)
+    obs, state = jax.jit(env.reset)(key_reset)
     expected_return, expected_length = np.zeros(5), np.zeros(5, int)
     alive = np.ones(5, bool)
     step = jax.jit(env.step)
