@@ -165,6 +165,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "normalize_reward": True,
     },
     "inverted_pendulum": {**PHYSICS, "total_timesteps": 300_000, "learning_rate": 1e-3},
+    "inverted_double_pendulum": {**PHYSICS, "total_timesteps": 300_000, "learning_rate": 1e-3},
     "hopper": PHYSICS,
     "walker2d": PHYSICS,
     "halfcheetah": PHYSICS,
