@@ -6,8 +6,11 @@ when one of their tasks is asked for.
 """
 
 import difflib
+import functools
 import importlib
 from typing import Any
+
+import jax
 
 from envs.wrappers import RESET_MODES, Env, RawEnv, wrap
 
@@ -175,14 +178,19 @@ def canonical(name: str) -> str:
     return f"{source}/{task}" + (f"?{query}" if query else "")
 
 
+@functools.lru_cache(maxsize=16)
 def _load(name: str) -> RawEnv:
-    if ":" in name:
-        return _load_factory(name)
-    source, task, options = _parse(name)
-    if source == "brax":
-        options.setdefault("backend", _default_backend(task))
-    module = importlib.import_module(MODULES[source])
-    return module.make(task, **options)._replace(name=name)
+    """The adapter's environment, loaded and (by jit) traced once for training and evaluation."""
+    # A sweep builds its algorithm while it is traced: a model must not be loaded as tracers there.
+    with jax.ensure_compile_time_eval():
+        if ":" in name:
+            raw = _load_factory(name)
+        else:
+            source, task, options = _parse(name)
+            if source == "brax":
+                options.setdefault("backend", _default_backend(task))
+            raw = importlib.import_module(MODULES[source]).make(task, **options)
+    return raw._replace(name=name, reset=jax.jit(raw.reset), step=jax.jit(raw.step))
 
 
 def _load_factory(name: str) -> RawEnv:
@@ -197,7 +205,7 @@ def _load_factory(name: str) -> RawEnv:
         ) from error
     if not isinstance(raw, RawEnv):
         raise ValueError(f"{name!r} returned {type(raw).__name__}; it must return envs.RawEnv")
-    return raw._replace(name=name)
+    return raw
 
 
 def _default_backend(task: str) -> str:

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
-from tiny import FAST_COMPILE, assert_close, config_of
+from tiny import FAST_COMPILE, assert_close
 
 from algos import ppo
 from envs.wrappers import RawEnv, raw_state
@@ -21,6 +22,10 @@ T, N = 7, 3
 
 def close(actual, desired, rtol=1e-5, atol=1e-5):
     np.testing.assert_allclose(actual, desired, rtol=rtol, atol=atol)
+
+
+def config_of(**changes):
+    return tiny.config_of("ppo", **({"env": "probe/both"} | changes))
 
 
 # --- targets ---
@@ -145,7 +150,6 @@ def run_update(config, change=lambda state: state):
 )
 def test_noise_is_held_and_actions_are_scored_as_drawn(exploration, interval, held):
     config = config_of(
-        "ppo",
         env="test_ppo:recorder",
         exploration=exploration,
         noise_interval=interval,
@@ -171,7 +175,7 @@ def test_noise_is_held_and_actions_are_scored_as_drawn(exploration, interval, he
 
 
 def test_step_size_follows_progress_and_ends_at_zero():
-    config = config_of("ppo", total_timesteps=4 * 32 - 5)  # rounded up to 4 updates
+    config = config_of(total_timesteps=4 * 32 - 5)  # rounded up to 4 updates
     train = jax.jit(ppo.make_train(config), compiler_options=FAST_COMPILE)
     metrics = train(jax.random.key(0))["metrics"]
     close(metrics["charts/learning_rate"], config.learning_rate * np.array([1, 0.75, 0.5, 0.25]))
@@ -181,9 +185,9 @@ def test_clip_range_follows_progress():
     """Half-way through the run the annealed range is half of the first one."""
     at_half = lambda state: state._replace(update=jnp.int32(2))
     common = {"total_timesteps": 4 * 32, "anneal_lr": False, "learning_rate": 0.02, "num_epochs": 4}
-    config = config_of("ppo", anneal_clip=True, clip_eps=0.2, **common)
+    config = config_of(anneal_clip=True, clip_eps=0.2, **common)
     _, annealed, metrics = run_update(config, at_half)
-    config = config_of("ppo", anneal_clip=False, clip_eps=0.1, **common)
+    config = config_of(anneal_clip=False, clip_eps=0.1, **common)
     _, constant, _ = run_update(config, at_half)
     assert_close(annealed.params, constant.params)
     assert metrics["losses/clip_fraction"] > 0.1
@@ -192,7 +196,6 @@ def test_clip_range_follows_progress():
 def test_each_network_is_clipped_by_its_own_norm():
     # With an epsilon this large a step of Adam is proportional to the clipped gradient.
     config = config_of(
-        "ppo",
         num_epochs=1,
         num_minibatches=1,
         anneal_lr=False,
@@ -211,16 +214,16 @@ def test_each_network_is_clipped_by_its_own_norm():
 def test_an_epoch_sees_every_transition_once():
     """Without learning, the mean over minibatches is that over the batch."""
     still = {"learning_rate": 0.0, "normalize_advantage": False}
-    whole = run_update(config_of("ppo", num_minibatches=1, shuffle="transitions", **still))[2]
+    whole = run_update(config_of(num_minibatches=1, shuffle="transitions", **still))[2]
     for shuffle in ("rows", "transitions"):
-        cut = run_update(config_of("ppo", num_minibatches=4, shuffle=shuffle, **still))[2]
+        cut = run_update(config_of(num_minibatches=4, shuffle=shuffle, **still))[2]
         for name in ("losses/value_loss", "losses/policy_loss", "losses/entropy"):
             close(cut[name], whole[name])
 
 
 def test_entropy_bonus_raises_entropy():
     config = config_of(
-        "ppo", env="probe/value-continuous", ent_coef=10.0, learning_rate=0.01, anneal_lr=False
+        env="probe/value-continuous", ent_coef=10.0, learning_rate=0.01, anneal_lr=False
     )
     before, after, _ = run_update(config)
     log_std = lambda state: state.params["actor"]["params"]["log_std"]
@@ -239,14 +242,14 @@ def test_entropy_bonus_raises_entropy():
 )
 def test_a_batch_that_does_not_divide_names_its_numbers(changes, message):
     with pytest.raises(ValueError, match=message):
-        ppo.build(config_of("ppo", **changes))
+        ppo.build(config_of(**changes))
     with pytest.raises(ValueError, match=message):
-        ppo.make_train(config_of("ppo", **changes))
+        ppo.make_train(config_of(**changes))
 
 
 def test_updates_are_rounded_up():
-    assert config_of("ppo", total_timesteps=33).num_updates == 2
-    assert config_of("ppo", total_timesteps=32).num_updates == 1
+    assert config_of(total_timesteps=33).num_updates == 2
+    assert config_of(total_timesteps=32).num_updates == 1
 
 
 def test_initialisers():
@@ -267,7 +270,7 @@ def test_initialisers():
 
 def test_observations_are_normalised_by_one_snapshot():
     """The statistics of an update are those of the rollouts before it, for acting and learning."""
-    config = config_of("ppo", learning_rate=0.0, clip_eps=1e-5)
+    config = config_of(env="cartpole", learning_rate=0.0, clip_eps=1e-5)
     algo = ppo.build(config)
     update = jax.jit(algo.update, compiler_options=FAST_COMPILE)
     state = jax.jit(algo.init)(jax.random.key(0))

@@ -1,0 +1,386 @@
+"""What every algorithm promises, whatever it does: reproducible, resumable, honest runs.
+
+The launcher's program of a tiny run with two seeds serves most tests here; it compiles once for
+each algorithm.
+"""
+
+import dataclasses
+import json
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import (
+    ALGOS,
+    FAST_COMPILE,
+    LAUNCH,
+    arrays,
+    assert_close,
+    assert_same,
+    config_of,
+    flags_of,
+    module_of,
+    program_of,
+    row,
+)
+
+import envs
+from algos import cli, common, launch, rundir
+
+
+class Lab(NamedTuple):
+    name: str
+    module: Any
+    config: Any
+    program: launch.Program
+    keys: jax.Array
+
+    def start(self):
+        """First state of seeds 0 and 1; a new one each time, since training donates it."""
+        return self.program.init(self.keys, {})
+
+    def train(self, state, *lengths):
+        for length in lengths:
+            state, sums = self.program.train(state, {}, jnp.int32(length))
+        return state, sums
+
+
+# Tests of one algorithm run in one worker, where its program is compiled once.
+each_algo = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ALGOS]
+
+
+@pytest.fixture(scope="module", params=each_algo)
+def lab(request):
+    name = request.param
+    config = config_of(name)
+    program, keys, _ = program_of(name, config)
+    return Lab(name, module_of(name), config, program, keys)
+
+
+@pytest.fixture(scope="module")
+def trained(lab):
+    """State after the whole run of 6 updates, and the sums of its metrics."""
+    state, sums = lab.train(lab.start(), 6)
+    return state, arrays(sums)
+
+
+# --- seeds ---
+
+
+def test_same_seed_gives_the_same_bits(lab, trained):
+    assert_same(lab.train(lab.start(), 6)[0], trained[0])
+
+
+def test_seeds_differ_in_parameters(lab, trained):
+    policies = lab.program.policies(trained[0])
+    for policy in (lab.program.policies(lab.start()), policies):
+        kernels = [x for k, x in arrays(policy).items() if "kernel" in k]
+        assert kernels
+        assert all((x[0] != x[1]).any() for x in kernels)
+
+
+def test_seeds_differ_in_actions(lab):
+    """Two rows that share all but their key: cartpole is deterministic, only actions can differ."""
+    state = lab.start()
+    twins = jax.tree.map(lambda x: jnp.stack([x[0], x[0]]) if x.ndim else x, state)
+    twins = jax.device_put(twins._replace(key=state.key), jax.tree.map(lambda x: x.sharding, state))
+    obs = lab.train(twins, 1)[0].obs
+    assert (obs[0] != obs[1]).any(-1).mean() > 0.5
+
+
+def test_a_row_of_a_launch_is_the_single_run(lab, trained):
+    program, keys, _ = program_of(lab.name, lab.config, seeds=(1,))
+    state, length = program.init(keys, {}), jnp.int32(6)
+    train = program.train.lower(state, {}, length).compile(FAST_COMPILE)
+    state, _ = train(state, {}, length)
+    assert_close(row(state, 0), row(trained[0], 1), rtol=1e-3, atol=1e-4)
+
+
+def test_a_launch_is_the_vmapped_pure_function(lab, trained):
+    train = lab.module.make_train(lab.config)
+    result = jax.jit(jax.vmap(train), compiler_options=FAST_COMPILE)(lab.keys)
+    assert_close(result["state"]._replace(update=jnp.int32(6)), trained[0], rtol=1e-3, atol=1e-4)
+    assert (result["state"].update == 6).all()
+    for name, total in trained[1].items():
+        name = name[2:-2]
+        reduced = result["metrics"][name].max(1) if name.endswith("/max") else None
+        expected = result["metrics"][name].sum(1) if reduced is None else reduced
+        np.testing.assert_allclose(total, expected, rtol=1e-2, atol=1e-3, err_msg=name)
+
+
+# --- chunks, checkpoints, compilations ---
+
+
+def test_chunk_length_changes_nothing(lab, trained):
+    assert_same(lab.train(lab.start(), 1, 2, 3)[0], trained[0])
+
+
+def test_save_load_continue_is_continue(lab, trained, tmp_path):
+    state, _ = lab.train(lab.start(), 2)
+    rundir.save_arrays(tmp_path / "state.npz", rundir.flatten(state), {"update": 2})
+    template = jax.eval_shape(lab.program.init, lab.keys, {})
+    loaded, meta = rundir.load_tree(tmp_path / "state.npz", template)
+    assert meta == {"update": 2}
+    assert_same(loaded, state)
+    assert_same(lab.train(loaded, 4)[0], trained[0])
+
+
+def test_one_compilation_each(lab):
+    functions = {k: getattr(lab.program, k) for k in ("init", "train", "evaluate", "policies")}
+    for function in functions.values():
+        function.clear_cache()
+    state = lab.start()
+    for length in (1, 2, 1):
+        state, _ = lab.train(state, length)
+        lab.program.evaluate(state, jax.random.key(0))
+        lab.program.policies(state)
+    assert {k: f._cache_size() for k, f in functions.items()} == dict.fromkeys(functions, 1)
+
+
+def test_evaluation_changes_nothing(lab, trained):
+    state, _ = lab.train(lab.start(), 3)
+    before = arrays(state)
+    first = lab.program.evaluate(state, jax.random.key(0))
+    assert_same(lab.program.evaluate(state, jax.random.key(0)), first)
+    assert arrays(state).keys() == before.keys()
+    assert all(np.array_equal(x, before[k]) for k, x in arrays(state).items())
+    assert_same(lab.train(state, 3)[0], trained[0])
+
+
+# --- metrics ---
+
+
+def test_metrics_are_finite_and_named(lab, trained):
+    _, sums = trained
+    names = {name[2:-2] for name in sums}
+    wanted = {"episodes/count", "episodes/return", "episodes/length", "charts/learning_rate"}
+    assert names >= wanted | {"health/finite", "health/env_nan", "losses/policy_loss"}
+    groups = {name.split("/")[0] for name in names}
+    assert groups <= {"charts", "episodes", "health", "losses", "ratios"}
+    assert all(np.isfinite(x).all() for x in sums.values())
+    assert (sums["['health/finite']"] == 6).all()
+
+
+def test_metrics_are_scalars_whatever_the_batch(lab):
+    shapes = []
+    for num_envs in (4, 8):
+        algo = lab.module.build(dataclasses.replace(lab.config, num_envs=num_envs))
+        state = jax.eval_shape(algo.init, jax.random.key(0))
+        new_state, metrics = jax.eval_shape(algo.update, state)
+        shapes.append(metrics)
+        assert all(x.shape == () for x in metrics.values())
+        same = lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype)
+        assert jax.tree.all(jax.tree.map(same, state, new_state))
+    assert shapes[0].keys() == shapes[1].keys()
+
+
+def test_reward_scaling_leaves_logged_returns_alone(lab, trained):
+    _, sums = trained
+    assert lab.config.normalize_reward
+    assert (sums["['episodes/count']"] > 0).all()
+    # Cartpole pays 1 for each step.
+    np.testing.assert_array_equal(sums["['episodes/return']"], sums["['episodes/length']"])
+
+
+def test_schedule_ends_where_the_run_ends(lab, trained):
+    rates = lab.config.learning_rate * (1 - np.arange(6) / 6)
+    np.testing.assert_allclose(trained[1]["['charts/learning_rate']"], rates.sum(), rtol=1e-5)
+
+
+# --- randomness ---
+
+
+@pytest.mark.parametrize("env", ["cartpole", "pendulum"])
+def test_no_key_is_used_twice(lab, env):
+    config = dataclasses.replace(lab.config, env=env)
+    algo = lab.module.build(config)
+    eval_env = envs.make(env, 2, stagger=False, reset_mode="cached")
+
+    def evaluate(key, policy):
+        return common.evaluate(algo.act, policy, eval_env, key)
+
+    def sample(key, policy, obs):
+        return algo.act(policy, obs, key, False)
+
+    key = jax.random.key(0)
+    state = jax.eval_shape(algo.init, key)
+    policy = jax.eval_shape(algo.policy_of, state)
+    with jax.debug_key_reuse(True):
+        jax.jit(lab.module.make_train(config)).trace(key)
+        jax.jit(evaluate).trace(key, policy)
+        jax.jit(sample).trace(key, policy, state.obs)
+
+
+def test_ratio_is_one_before_any_step(lab):
+    """Continuous actions, gSDE, statistics that move: without learning all ratios stay at 1."""
+    known = {field.name for field in dataclasses.fields(lab.config)}
+    changes = {"learning_rate": 0.0, "clip_eps": 1e-5, "exploration": "gsde", "noise_interval": 4}
+    if not changes.keys() <= known:
+        pytest.skip("no surrogate with a ratio")
+    config = dataclasses.replace(lab.config, env="pendulum", total_timesteps=3 * 32, **changes)
+    train = jax.jit(lab.module.make_train(config), compiler_options=FAST_COMPILE)
+    metrics = train(jax.random.key(0))["metrics"]
+    np.testing.assert_array_equal(metrics["losses/clip_fraction"], 0.0)
+    assert np.abs(metrics["losses/approx_kl"]).max() < 1e-6
+
+
+# --- configuration ---
+
+
+def test_build_does_not_change_the_config(lab):
+    config = config_of(lab.name)
+    before = dataclasses.asdict(config)
+    algo = lab.module.build(config)
+    jax.eval_shape(algo.update, jax.eval_shape(algo.init, jax.random.key(0)))
+    assert dataclasses.asdict(config) == before
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.num_envs = 1
+
+
+def test_presets_are_valid(lab):
+    assert lab.module.PRESETS
+    for preset in lab.module.PRESETS:
+        try:
+            envs.canonical(preset)
+            argv = ["--env", preset]
+        except ValueError:
+            argv = ["--preset", preset]
+        config, _ = cli.parse(lab.name, lab.module.Config, lab.module.PRESETS, argv)
+        config.validate()
+        for field, value in lab.module.PRESETS[preset].items():
+            assert getattr(config, field) == value, (preset, field)
+
+
+def test_fields_of_traceable_can_be_traced(lab):
+    train = lab.module.make_train(lab.config)
+    hparams = {k: jnp.float32(getattr(lab.config, k)) for k in lab.module.TRACEABLE}
+    jax.eval_shape(train, jax.random.key(0), hparams)
+    with pytest.raises(ValueError, match="num_envs"):
+        jax.eval_shape(train, jax.random.key(0), {"num_envs": jnp.int32(3)})
+
+
+# --- the file as a program ---
+
+
+def test_command_line_end_to_end(lab, trained, tmp_path, monkeypatch, signals):
+    """A complete run directory with the very state of the pure program; its policies load."""
+    run_dir = tmp_path / "run"
+    argv = ["--num-seeds", "2", "--eval-episodes", "2", "--num-evals", "2", "--checkpoint-every"]
+    argv += ["1", "--verbose", "0", "--run-dir", str(run_dir), *flags_of(lab.config)]
+    monkeypatch.setattr(sys, "argv", [f"{lab.name}.py", *argv])
+    lab.module.main()
+
+    written = {str(p.relative_to(run_dir)) for p in run_dir.rglob("*") if p.is_file()}
+    assert written == {
+        "config.json",
+        "meta.json",
+        "metrics.jsonl",
+        "eval.npz",
+        "checkpoints/000000003.npz",
+        "checkpoints/000000006.npz",
+        "policy_s000.npz",
+        "policy_s001.npz",
+        "plots/curve.png",
+        "done.json",
+    }
+    template = jax.eval_shape(lab.program.init, lab.keys, {})
+    state, _ = rundir.load_tree(run_dir / "checkpoints" / "000000006.npz", template)
+    assert_same(state, trained[0])
+
+    run = rundir.read_run(run_dir)
+    assert run.algo == lab.name
+    assert rundir.from_json(lab.module.Config, run.config) == lab.config
+    assert run.steps.tolist() == [0, 96, 192]
+    assert run.returns.shape == run.lengths.shape == (2, 3, 2)
+    np.testing.assert_array_equal(
+        run.returns[:, -1], lab.program.evaluate(state, jax.random.key(0))[0]
+    )
+    assert run.done["steps"] == 192
+    with open(run_dir / "metrics.jsonl") as file:
+        lines = [json.loads(line) for line in file]
+    assert [line["global_step"] for line in lines] == [0, 96, 96, 192, 192]
+
+    algo = lab.module.build(lab.config)
+    obs = jax.random.normal(jax.random.key(1), (5, 4))
+    for i in range(2):
+        act = rundir.load_policy(run_dir / f"policy_s00{i}.npz")
+        policy = row(lab.program.policies(trained[0]), i)
+        np.testing.assert_array_equal(act(obs), algo.act(policy, obs, jax.random.key(0), True))
+        key = jax.random.key(7)
+        np.testing.assert_array_equal(act(obs, key), algo.act(policy, obs, key, False))
+        assert act(obs[0]) == act(obs)[0]
+
+
+# --- probes ---
+
+GAMMA = 0.9
+# probe -> where to look, V there, greedy action there (None: any)
+PROBES = {
+    "value": ([[1.0]], [1.0], None),
+    "observation": ([[1.0], [-1.0]], [1.0, -1.0], None),
+    "discount": ([[0.0], [1.0]], [GAMMA, 1.0], None),
+    "action": ([[1.0]], [1.0], [1]),
+    "action-continuous": ([[1.0]], None, [[0.5]]),
+    "both": ([[1.0], [-1.0]], [1.0, 1.0], [1, 0]),
+    "both-continuous": ([[1.0], [-1.0]], None, [[0.5], [-0.5]]),
+    "truncation": ([[1.0]], [1 / (1 - GAMMA)], None),
+    "truncation-continuous": ([[1.0]], [1 / (1 - GAMMA)], None),
+    "termination": (np.eye(8), (1 - GAMMA ** np.arange(8, 0, -1)) / (1 - GAMMA), None),
+    "rare": ([[1.0]], [1.0], [1]),
+}
+LEARNING = {
+    "total_timesteps": 150 * 128,
+    "num_envs": 8,
+    "num_steps": 16,
+    "num_epochs": 4,
+    "num_minibatches": 2,
+    "hidden": (16,),
+    "learning_rate": 1e-2,
+    "anneal_lr": True,
+    "gamma": GAMMA,
+    "max_grad_norm": 10.0,
+    "policy_gain": 0.01,
+}
+
+
+@pytest.mark.parametrize("name", ALGOS)
+@pytest.mark.parametrize("probe", PROBES)
+def test_probe_is_learned(name, probe):
+    obs, value, action = PROBES[probe]
+    obs = jnp.asarray(obs, jnp.float32)
+    module = module_of(name)
+    known = {field.name for field in dataclasses.fields(module.Config)}
+    learning = {k: v for k, v in LEARNING.items() if k in known}
+    config = module.Config(env=f"probe/{probe}", **(ALGOS[name] | learning))
+    train = jax.jit(module.make_train(config), compiler_options=FAST_COMPILE)
+    state = train(jax.random.key(0))["state"]
+    if value is not None:
+        learned = module.Critic(config).apply(state.params["critic"], obs)
+        np.testing.assert_allclose(learned, value, rtol=0.05, atol=0.05)
+    if action is not None:
+        algo = module.build(config)
+        chosen = algo.act(algo.policy_of(state), obs, jax.random.key(0), True)
+        np.testing.assert_allclose(chosen, action, atol=0.1)
+
+
+# --- learning ---
+
+# Median greedy return of four seeds on pendulum with the task's preset.
+PENDULUM = {"ppo": -250.0, "bpo": -250.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALGOS)
+def test_pendulum_is_learned(name):
+    module = module_of(name)
+    config, _ = cli.parse(name, module.Config, module.PRESETS, ["--env", "pendulum"])
+    rows = launch.Rows(np.arange(4), {}, [""] * 4)
+    wide = dataclasses.replace(LAUNCH, eval_episodes=32)
+    program = launch.make_program(config, wide, module.build, rows)
+    keys, hparams = launch.row_inputs(rows)
+    state, _ = program.train(program.init(keys, hparams), hparams, jnp.int32(config.num_updates))
+    returns, _ = program.evaluate(state, jax.random.key(0))
+    assert np.median(returns.mean(1)) > PENDULUM[name]
