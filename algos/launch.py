@@ -118,15 +118,17 @@ class Program(NamedTuple):
     train: Any  # state (donated), hparams, number of updates -> state, sums of metrics [R]
     evaluate: Any  # state, key -> returns [R, K], lengths [R, K]
     policies: Any  # state -> policies [R, ...]
-    num_devices: int
-    eval_max_steps: int
+
+
+def row_devices(num_rows: int) -> list[jax.Device]:
+    """As many local devices as divide the rows of this host equally."""
+    devices = jax.local_devices()
+    return devices[: max(d for d in range(1, len(devices) + 1) if num_rows % d == 0)]
 
 
 def make_program(config: Any, launch: Launch, build: Callable, rows: Rows) -> Program:
     """Lay the rows over the local devices; nothing is compiled yet."""
-    devices = jax.local_devices()
-    num_devices = max(d for d in range(1, len(devices) + 1) if len(rows.seeds) % d == 0)
-    mesh = jax.sharding.Mesh(devices[:num_devices], "row")
+    mesh = jax.sharding.Mesh(row_devices(len(rows.seeds)), "row")
     eval_env = envs.make(config.env, launch.eval_episodes, stagger=False, reset_mode="cached")
     algo = build(config)
     state = jax.eval_shape(algo.init, jax.random.key(0))
@@ -178,8 +180,6 @@ def make_program(config: Any, launch: Launch, build: Callable, rows: Rows) -> Pr
         ),
         evaluate=shard(jax.vmap(evaluate, (axes, None)), (specs, shared), (row, row)),
         policies=shard(jax.vmap(algo.policy_of, (axes,)), (specs,), row),
-        num_devices=num_devices,
-        eval_max_steps=eval_env.max_steps,
     )
 
 
@@ -270,9 +270,9 @@ def main(
     try:
         config, launch = parse(name, config_type, presets, argv)
         rows = make_rows(launch, config, traceable)
+        config.validate()
         setup_jax(len(rows.seeds))
-        program = make_program(config, launch, build, local_rows(rows))
-        session = Session(name, config, launch, rows, program)
+        session = Session(name, config, launch, rows, build)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -282,9 +282,8 @@ def main(
 class Session:
     """One launch from its run directory to its last line."""
 
-    def __init__(self, name: str, config: Any, launch: Launch, rows: Rows, program: Program):
+    def __init__(self, name: str, config: Any, launch: Launch, rows: Rows, build: Callable):
         self.name, self.config, self.launch, self.rows = name, config, launch, rows
-        self.program = program
         self.lead = jax.process_index() == 0  # the host that writes and speaks
         self.update = 0
         self.seconds = {"compile": 0.0, "train": 0.0, "eval": 0.0}
@@ -293,16 +292,19 @@ class Session:
         self.dead = np.zeros(len(rows.seeds), bool)
         self.restored = None
         self.stop = False
-        self.started, self.first_update = time.time(), 0
+        self.started = time.time()
+        self.run_dir = Path(launch.run_dir or self.default_run_dir())
+        if self.lead and not launch.resume and (self.run_dir / "config.json").exists():
+            raise ValueError(
+                f"{self.run_dir} already holds a run: --resume it or choose another --run-dir"
+            )
+        mine = local_rows(rows)
+        self.devices = row_devices(len(mine.seeds))
+        if self.lead and launch.verbose:
+            print(self.plan(), file=sys.stderr)
+        self.program = make_program(config, launch, build, mine)
         if launch.resume:
-            self.run_dir = Path(launch.run_dir)
             self.restore()
-        else:
-            self.run_dir = Path(launch.run_dir or self.default_run_dir())
-            if self.lead and (self.run_dir / "config.json").exists():
-                raise ValueError(
-                    f"{self.run_dir} already holds a run: --resume it or choose another --run-dir"
-                )
         if self.lead:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self.write_description()
@@ -330,7 +332,7 @@ class Session:
             "commit": logs.commit(),
             "versions": logs.versions(),
             "device": jax.devices()[0].device_kind,
-            "num_devices": self.program.num_devices * jax.process_count(),
+            "num_devices": len(self.devices) * jax.process_count(),
             "cores": os.cpu_count(),
             "xla_flags": os.environ.get("XLA_FLAGS", ""),
         }
@@ -342,7 +344,6 @@ class Session:
         """Compile, train, evaluate, save; exit status 130 if interrupted, 1 if every seed died."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
-        self.say_plan()
         start, rows = time.time(), local_rows(self.rows)
         with self.log.waiting("tracing"):
             traced = trace(self.program, rows)
@@ -471,7 +472,6 @@ class Session:
         path = rundir.checkpoints(self.run_dir)[-1]
         self.restored, meta = rundir.load_tree(path, template)
         self.update, self.seconds = meta["update"], meta["seconds"]
-        self.first_update = self.update
         self.dead = np.array(meta["dead"])
         if self.update >= self.config.num_updates:
             raise ValueError(
@@ -540,25 +540,25 @@ class Session:
 
             render.render_run(self.run_dir)
 
-    def say_plan(self) -> None:
+    def plan(self) -> str:
         """What will run, where and, for physics on a CPU, about how long."""
         config, launch, rows = self.config, self.launch, len(self.rows.seeds)
-        actual = config.num_updates * config.steps_per_update
-        self.log.say(
-            f"{self.name} on {envs.canonical(config.env)}: {rows} seeds x {actual:,} steps "
+        env, actual = envs.canonical(config.env), config.num_updates * config.steps_per_update
+        text = (
+            f"{self.name} on {env}: {rows} seeds x {actual:,} steps "
             f"({config.num_updates:,} updates of {config.steps_per_update:,}) "
-            f"on {self.program.num_devices} x {jax.devices()[0].device_kind}\n"
+            f"on {len(self.devices)} x {self.devices[0].device_kind}\n"
             f"run directory: {self.run_dir}"
         )
-        rate = CPU_STEPS_PER_SECOND.get(envs.canonical(config.env), 0) * (os.cpu_count() or 1)
+        rate = CPU_STEPS_PER_SECOND.get(env, 0) * (os.cpu_count() or 1)
         if rate and jax.default_backend() == "cpu":
-            evaluation = launch.num_evals * launch.eval_episodes * self.program.eval_max_steps
-            least = logs.clock(rows * (actual - self.first_update) / rate)
-            most = logs.clock(rows * (actual + evaluation) / rate)
-            self.log.say(
-                f"on this CPU the physics alone takes about {least} of training, and up to {most} "
-                "with evaluations: fewer seeds, --total-timesteps or --num-evals make it shorter"
+            evaluation = launch.num_evals * launch.eval_episodes * 1000  # steps of a full episode
+            least, most = (logs.clock(rows * x / rate) for x in (actual, actual + evaluation))
+            text += (
+                f"\non this CPU the physics of training takes about {least}, with evaluations up "
+                f"to {most}: fewer seeds, --total-timesteps or --num-evals make it shorter"
             )
+        return text
 
     def on_signal(self, number, frame) -> None:
         """First ctrl-C: stop after the slice. Second: stop at once, losing what is not saved."""
