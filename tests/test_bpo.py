@@ -458,6 +458,7 @@ SMALL = bpo.Config(
     replay_rollouts=2,
     hidden=(8, 8),
     learning_rate=1e-2,
+    anneal_lr=True,
     total_timesteps=32 * 10,
 )
 FROZEN = {"learning_rate": 0.0}
@@ -465,17 +466,20 @@ FROZEN = {"learning_rate": 0.0}
 
 @lru_cache
 def compiled(config):
+    """Compiled `init(key)` and `update(state, hparams)`; compiling takes seconds, so share them."""
     algo = bpo.build(config)
-    options = {"xla_backend_optimization_level": 0}  # compiles in half the time
-    return algo, jax.jit(algo.init), jax.jit(algo.update, compiler_options=options)
+    update = lambda state, hparams: bpo.build(replace(config, **hparams)).update(state)
+    options = {"xla_backend_optimization_level": 0}  # compiles faster
+    return jax.jit(algo.init), jax.jit(update, compiler_options=options)
 
 
-def run(config, num_updates, change=lambda state: state, seed=0):
+def run(config, num_updates, change=lambda state: state, seed=0, **hparams):
     """States after each update, the first one being the initial state, and metrics."""
-    _, init, update = compiled(config)
+    hparams = {"learning_rate": config.learning_rate, "ent_coef": 0.0, "gamma": 0.9} | hparams
+    init, update = compiled(config)
     states, metrics = [change(init(jax.random.key(seed)))], []
     for _ in range(num_updates):
-        state, metric = update(states[-1])
+        state, metric = update(states[-1], hparams)
         states.append(state)
         metrics.append(metric)
     return states, metrics
@@ -503,10 +507,10 @@ def counts(state):
 
 
 def test_mu_starts_as_pi():
-    state = compiled(SMALL)[1](jax.random.key(3))
+    states, metrics = run(SMALL, 2)
+    state = states[0]
     assert equal(state.params["mu"], state.params["actor"])
     assert equal(state.target_params, {name: state.params[name] for name in ("q", "qhat")})
-    _, metrics = run(SMALL, 2)
     close(metrics[0]["ratios/mean"], 1.0)
     close(metrics[0]["ratios/ess"], 1.0)
     assert metrics[1]["ratios/ess"] < 1.0
@@ -536,12 +540,25 @@ def test_replay_keeps_the_last_rollouts():
     np.testing.assert_array_equal(rows.next_obs[:-1][same], rows.obs[1:][same])
 
 
-@pytest.mark.parametrize("tau", [0.1, 0.0])
-def test_target_networks_move_by_tau_or_at_the_end_of_a_pass(tau):
+def test_rows_not_yet_filled_are_not_used():
+    poison = lambda state: state._replace(
+        replay=state.replay._replace(reward=jnp.full_like(state.replay.reward, jnp.nan))
+    )
+    _, [metric] = run(SMALL, 1, poison)
+    assert metric["health/finite"]
+    assert jnp.isfinite(jnp.array([metric["losses/q_loss"], metric["losses/qhat_loss"]])).all()
+
+
+ROWS = replace(SMALL, polyak_tau=0.0, shuffle="rows", num_mu_minibatches=4)
+
+
+@pytest.mark.parametrize("config", [SMALL, ROWS], ids=["tau", "copy"])
+def test_target_networks_move_by_tau_or_at_the_end_of_a_pass(config):
     change = lambda state: state._replace(
         target_params=jax.tree.map(lambda x: x + 1.0, state.target_params)
     )
-    states, _ = run(replace(SMALL, polyak_tau=tau, **FROZEN), 1, change)
+    states, _ = run(config, 1, change, **FROZEN)
+    tau = config.polyak_tau
     remains = (1 - tau) ** counts(states[1])["q"] if tau else 0.0
     for name in ("q", "qhat"):
         online, target = states[1].params[name], states[1].target_params[name]
@@ -549,70 +566,99 @@ def test_target_networks_move_by_tau_or_at_the_end_of_a_pass(tau):
         jax.tree.map(lambda x, y: close(y - x, remains), online, target)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_surrogate_ratio_is_against_mu_unless_the_advantage_is_weighted(weighted):
-    config = replace(SMALL, weight_on_adv=weighted, **FROZEN)
-    _, [metric] = run(config, 1, shifted("mu"))
+CONTINUOUS = replace(
+    SMALL, env="pendulum", num_vf_minibatches=2, num_mu_minibatches=2, symlog_targets=False,
+    polyak_tau=0.0,
+)  # fmt: skip
+GSDE = replace(CONTINUOUS, exploration="gsde", noise_interval=4, weight_on_adv=True, clip_traj=True)
+
+
+@pytest.mark.parametrize("config", [SMALL, ROWS, GSDE], ids=["transitions", "rows", "weighted"])
+def test_surrogate_ratio_is_against_mu_unless_the_advantage_is_weighted(config):
+    _, [metric] = run(config, 1, shifted("mu"), **FROZEN)
     assert metric["health/kl_mu_pi"] > 1e-3
-    close(metric["losses/approx_kl"], 0.0 if weighted else metric["health/kl_mu_pi"], rtol=1e-4)
+    expected = 0.0 if config.weight_on_adv else metric["health/kl_mu_pi"]
+    close(metric["losses/approx_kl"], expected, rtol=1e-4)
 
 
 def test_mu_acts_and_pi_is_evaluated():
-    algo, init, _ = compiled(SMALL)
-    states, _ = run(replace(SMALL, **FROZEN), 1, shifted("mu", 2.0))
-    T = SMALL.num_steps
-    rows = jax.tree.map(lambda x: x[:T], states[1].replay)
-    actor = bpo.Actor(SMALL, 2, True)
-    log_mu = actor.apply(states[0].params["mu"], rows.obs).log_prob(rows.action)
-    close(rows.log_prob, log_mu)
-    policy = algo.policy_of(init(jax.random.key(0)))
-    shifted_policy = algo.policy_of(shifted("mu", 2.0)(init(jax.random.key(0))))
-    assert equal(policy, shifted_policy)
+    states, _ = run(SMALL, 1, shifted("mu", 2.0), **FROZEN)
+    rows = jax.tree.map(lambda x: x[: SMALL.num_steps], states[1].replay)
+    log_mu = bpo.Actor(SMALL, 2, True).apply(states[0].params["mu"], rows.obs)
+    close(rows.log_prob, log_mu.log_prob(rows.action))
+    policy = bpo.build(SMALL).policy_of(states[0])
+    assert equal(policy["actor"], states[0].params["actor"])
+    assert not equal(policy["actor"], states[0].params["mu"])
 
 
-CONTINUOUS = replace(SMALL, env="pendulum", num_vf_minibatches=2, num_mu_minibatches=2)
-
-
-def replay_noise(config, state, params):
+def replay_noise(config, states):
     """Standardised noise of the actions of the first rollout [T, N, action_size]."""
-    rows = jax.tree.map(lambda x: x[: config.num_steps], state.replay)
-    policy = bpo.Actor(config, 1, False).apply(params, rows.obs)
+    rows = jax.tree.map(lambda x: x[: config.num_steps], states[1].replay)
+    policy = bpo.Actor(config, 1, False).apply(states[0].params["mu"], rows.obs)
     deviation = np.exp(policy.log_std)
     density = stats.norm(policy.mean, deviation).logpdf(rows.action).sum(-1)
     close(rows.log_prob, density, rtol=1e-4, atol=1e-4)
-    return (rows.action - policy.mean) / deviation
+    return np.asarray((rows.action - policy.mean) / deviation)
 
 
-@pytest.mark.parametrize("exploration", ["sticky", "iid"])
-def test_sticky_noise(exploration):
-    config = replace(CONTINUOUS, exploration=exploration, noise_interval=4, log_std_init=-0.7)
-    states, _ = run(config, 1, shifted("mu"))
-    noise = np.asarray(replay_noise(config, states[1], states[0].params["mu"]))
-    within = np.abs(np.diff(noise.reshape(2, 4, -1), axis=1)).max((1, 2))
-    if exploration == "sticky":
-        close(within, 0.0, atol=1e-4)
-        first = noise[::4].ravel()
-        assert len(np.unique(first.round(3))) == first.size  # over blocks and environments
-    else:
-        steps = np.abs(np.diff(noise, axis=0))
-        assert (steps > 1e-4).all()
+def test_sticky_noise():
+    config = replace(CONTINUOUS, exploration="sticky", noise_interval=4)
+    noise = replay_noise(config, run(config, 1, shifted("mu"))[0])
+    close(np.diff(noise.reshape(2, 4, -1), axis=1), 0.0, atol=1e-3)
+    first = noise[::4].ravel()
+    assert len(np.unique(first.round(3))) == first.size  # over blocks and environments
+    independent = replay_noise(CONTINUOUS, run(CONTINUOUS, 1, shifted("mu"))[0])
+    assert (np.abs(np.diff(independent, axis=0)) > 1e-4).all()
 
 
 def test_gsde_of_mu_is_scored_by_its_marginal():
-    config = replace(CONTINUOUS, exploration="gsde", noise_interval=4)
-    states, metrics = run(config, 2, shifted("mu"))
-    replay_noise(config, states[1], states[0].params["mu"])
+    states, metrics = run(GSDE, 2, shifted("mu"))
+    replay_noise(GSDE, states)
     assert all(metric["health/finite"] for metric in metrics)
 
 
+FOREVER = replace(SMALL, env="probe/truncation", num_steps=16, normalize_reward=True)
+
+
 def test_replay_holds_raw_rewards_of_time_limits():
-    config = replace(SMALL, env="probe/truncation", num_steps=16, gamma=0.9)
-    states, _ = run(config, 3)
+    states, _ = run(FOREVER, 3)
     replay = states[-1].replay
     assert (replay.reward == 1.0).all()
     assert replay.done.any()
     assert not replay.terminated.any()
     close(states[-1].reward_range, [0.0, 1.0])
+
+
+def test_clip_targets_bounds_targets():
+    """Rewards of at most 1 add up to no more than 2 at gamma 0.5, whatever the network says."""
+    raised = lambda state: state._replace(
+        params=state.params | {"q": jax.tree.map(lambda x: x + 5.0, state.params["q"])}
+    )
+    _, [clipped] = run(FOREVER, 1, raised, gamma=0.5, **FROZEN)
+    _, [free] = run(FOREVER, 1, gamma=0.5, **FROZEN)
+    assert clipped["health/q_target_clip_fraction"] == 1.0
+    assert free["health/q_target_clip_fraction"] == 0.0
+
+
+def test_largest_reward_of_the_second_moment():
+    """2 r Q - r^2 with r = 1 and Q in [0, 10], in raw units; nothing of rows not filled yet."""
+    states, _ = run(FOREVER, 1, shifted("q"), learning_rate=0.0)
+    close(states[0].r_hat_max, 1e-8, atol=0)
+    one = jax.tree.map(lambda x: x[:16], states[1].replay)
+    q = bpo.symexp(bpo.ActionCritic(FOREVER, 2, False).apply(states[1].params["q"], one.obs))
+    q = jnp.take_along_axis(jnp.clip(q, 0.0, 10.0), one.action[..., None], -1)[..., 0]
+    expected = (2 * q - 1).max()
+    assert (jnp.abs(expected) > 1e-3).all()
+    close(states[1].r_hat_max, jnp.maximum(expected, 1e-8))
+    # scaling rewards by 1/2 halves Q's unit, so the same network means four times as much
+    halved = lambda state: shifted("q")(state)._replace(
+        reward_scale=state.reward_scale._replace(
+            stats=state.reward_scale.stats._replace(var=jnp.array(4.0))
+        )
+    )
+    states, _ = run(FOREVER, 1, halved, learning_rate=0.0)
+    expected = (2 * 0.5 * jnp.clip(q, 0.0, 5.0) - 0.25).max() * 4
+    close(states[1].r_hat_max, jnp.maximum(expected, 1e-8), rtol=1e-4)
 
 
 @lru_cache
@@ -624,9 +670,9 @@ def two_step_moments(**changes):
             "env": "probe/discount",
             "num_envs": 16,
             "num_epochs": 1,
-            "gamma": 0.9,
             "num_vf_epochs": 8,
             "learning_rate": 3e-3,
+            "anneal_lr": False,
             "hidden": (16, 16),
             **changes,
         },
@@ -641,101 +687,91 @@ def two_step_moments(**changes):
     ]
 
 
-def test_second_moment_is_learned():
-    q, qhat = two_step_moments()
-    close(q, [[0.9, 0.9], [1.0, 1.0]], atol=0.05)
-    close(qhat, [[0.81, 0.81], [1.0, 1.0]], atol=0.05)
-
-
-def test_second_moment_without_symlog():
-    q, qhat = two_step_moments(symlog_targets=False, polyak_tau=0.0, weight_td=True)
+@pytest.mark.parametrize("symlog", [True, False])
+def test_second_moment_is_learned(symlog):
+    changes = {} if symlog else {"symlog_targets": False, "polyak_tau": 0.0, "weight_td": True}
+    q, qhat = two_step_moments(**changes)
     close(q, [[0.9, 0.9], [1.0, 1.0]], atol=0.05)
     close(qhat, [[0.81, 0.81], [1.0, 1.0]], atol=0.05)
 
 
 def test_official_second_moment_is_not():
-    """Half of the rewards are 1, of whatever transition: 0.5 + 0.81 x 0.5 and 0.5."""
+    """It learns from raw rewards of any transition, half of which are 1."""
     _, qhat = two_step_moments(fidelity="official")
-    assert (np.abs(qhat[1] - 1.0) > 0.2).all()
+    assert (qhat[1] < 0.8).all()
 
 
 def test_annealing_follows_progress():
-    annealed = replace(SMALL, anneal_lr=True)
-    _, metrics = run(annealed, 5)
-    close([m["charts/learning_rate"] for m in metrics], 1e-2 * (1 - np.arange(5) / 10))
-    # the authors' code: pi makes 40 gradient steps in all, and mu 8 in each update
-    official, _ = run(replace(annealed, fidelity="official"), 10)
-    moved = [not equal(a.params["mu"], b.params["mu"]) for a, b in itertools.pairwise(official)]
+    states, metrics = run(SMALL, 10)
+    close([m["charts/learning_rate"] for m in metrics], 1e-2 * (1 - np.arange(10) / 10))
+    assert not equal(states[-2].params["mu"], states[-1].params["mu"])
+    # the authors' code: pi makes 40 gradient steps in all, and mu 4, then 8 in each update
+    states, _ = run(replace(SMALL, fidelity="official"), 10)
+    moved = [not equal(a.params["mu"], b.params["mu"]) for a, b in itertools.pairwise(states)]
     assert moved[4]
     assert not any(moved[6:])
-    fixed, _ = run(annealed, 10)
-    assert not equal(fixed[-2].params["mu"], fixed[-1].params["mu"])
 
 
-def test_clip_targets_bounds_targets():
-    # targets may not exceed what rewards of at most 1 can add up to, whatever the network says
-    config = replace(SMALL, env="probe/truncation", gamma=0.5, clip_targets=True, **FROZEN)
-    raised = lambda state: state._replace(
-        params=state.params | {"q": jax.tree.map(lambda x: x + 5.0, state.params["q"])}
-    )
-    _, [clipped] = run(config, 1, raised)
-    _, [free] = run(replace(config, clip_targets=False), 1, raised)
-    assert clipped["health/q_target_clip_fraction"] == 1.0
-    assert free["health/q_target_clip_fraction"] == 0.0
-    assert clipped["losses/q_loss"] > free["losses/q_loss"]
-
-
-def test_largest_second_moment_reward_ignores_empty_rows_and_scale():
-    config = replace(SMALL, env="probe/truncation", normalize_reward=True, gamma=0.9)
-    states, _ = run(config, 3)
-    assert all(0.9 < float(state.r_hat_max) < 25.0 for state in states[1:])
-    close(states[0].r_hat_max, 1e-8, atol=0)
-
-
-@pytest.mark.parametrize("config", [SMALL, CONTINUOUS], ids=["discrete", "continuous"])
-def test_mu_losses_differ_in_what_they_look_at(config):
-    """With pi = mu at the start, only a preference of the Q networks moves mu."""
-    frozen_pi = {"num_epochs": 1, "num_minibatches": 1}
+@pytest.mark.parametrize(("env", "loss"), [("cartpole", "centred"), ("pendulum", "kl")])
+def test_mu_losses_differ_in_what_they_look_at(env, loss):
+    config = SMALL if env == "cartpole" else CONTINUOUS
     change = lambda state: shifted("q")(shifted("qhat")(state))
-    ends = {
-        loss: run(replace(config, mu_loss=loss, **frozen_pi), 1, change)[0][1].params["mu"]
-        for loss in ("kl_qhat", "kl", "centred")
-    }
-    assert not equal(ends["kl_qhat"], ends["kl"])
-    assert not equal(ends["kl_qhat"], ends["centred"])
-    assert not equal(ends["kl"], ends["centred"])
+    ends = [run(replace(config, mu_loss=x), 1, change)[0][1] for x in ("kl_qhat", loss)]
+    assert not equal(ends[0].params["mu"], ends[1].params["mu"])
+    for name in ("actor", "critic", "q", "qhat"):
+        assert equal(ends[0].params[name], ends[1].params[name])
+
+
+def test_mu_that_follows_pi_ignores_the_second_moment():
+    config = replace(CONTINUOUS, mu_loss="kl")
+    plain, other = (run(config, 1, change)[0][1] for change in (lambda s: s, shifted("qhat")))
+    assert equal(plain.params["mu"], other.params["mu"])
+    assert not equal(plain.params["qhat"], other.params["qhat"])
+
+
+def test_networks_see_clipped_actions():
+    """All actions lie beyond the box: nothing that is learned from Q depends on how far."""
+
+    def at(mean):
+        def change(state):
+            def biased(params):
+                layers = params["params"]
+                layers = layers | {"Dense_0": layers["Dense_0"] | {"bias": jnp.array([mean])}}
+                return {"params": layers | {"log_std": jnp.array([-3.0])}}
+
+            moved = {name: biased(state.params[name]) for name in ("actor", "mu")}
+            return state._replace(params=state.params | moved)
+
+        return run(CONTINUOUS, 1, change)[0][1]
+
+    near, far = at(5.0), at(7.0)
+    for name in ("q", "qhat"):
+        jax.tree.map(lambda x, y: close(x, y, atol=1e-4), near.params[name], far.params[name])
 
 
 def test_entropy_bonus_acts_on_mu_alone():
     plain, _ = run(SMALL, 1)
-    bonus, _ = run(replace(SMALL, ent_coef=0.5), 1)
+    bonus, _ = run(SMALL, 1, ent_coef=0.5)
     for name in ("actor", "critic", "q", "qhat"):
         assert equal(plain[1].params[name], bonus[1].params[name])
     assert not equal(plain[1].params["mu"], bonus[1].params["mu"])
 
 
-def test_transitions_and_rows_see_the_same_data():
-    for shuffle in ("transitions", "rows"):
-        config = replace(SMALL, shuffle=shuffle, **FROZEN)
-        _, [metric] = run(config, 1, shifted("mu"))
-        close(metric["losses/approx_kl"], metric["health/kl_mu_pi"], rtol=1e-4)
-
-
+@pytest.mark.slow  # minutes: every operation is compiled by itself
 def test_jit_changes_nothing():
-    config = replace(SMALL, num_vf_epochs=1, num_vf_minibatches=2, num_mu_minibatches=2)
-    jitted = run(config, 1)[0][1]
+    jitted = run(SMALL, 1, gamma=SMALL.gamma)[0]
     with jax.disable_jit():
-        algo = bpo.build(config)
-        plain, _ = algo.update(jax.tree.map(lambda x: x, run(config, 0)[0][0]))
-    jax.tree.map(lambda x, y: close(x, y, rtol=1e-4, atol=1e-5), jitted.params, plain.params)
+        plain, _ = bpo.build(SMALL).update(jitted[0])
+    jax.tree.map(lambda x, y: close(x, y, rtol=1e-3, atol=1e-4), jitted[1].params, plain.params)
 
 
 def test_seeds_side_by_side_are_the_seeds_alone():
-    algo, init, _ = compiled(SMALL)
+    algo = bpo.build(replace(SMALL, gamma=0.9))
     keys = jax.vmap(jax.random.key)(jnp.arange(3, dtype=jnp.uint32))
     axes = bpo.TrainState(*[0] * len(bpo.TrainState._fields))._replace(update=None)
-    states = jax.vmap(init, out_axes=axes)(keys)
-    update = jax.jit(jax.vmap(algo.update, (axes,), (axes, 0)))
+    states = jax.vmap(algo.init, out_axes=axes)(keys)
+    options = {"xla_backend_optimization_level": 0}
+    update = jax.jit(jax.vmap(algo.update, (axes,), (axes, 0)), compiler_options=options)
     for _ in range(3):
         states, _ = update(states)
     alone = run(SMALL, 3, seed=2)[0][-1]

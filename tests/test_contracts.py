@@ -7,6 +7,7 @@ each algorithm.
 import dataclasses
 import json
 import sys
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,7 @@ from tiny import (
 
 import envs
 from algos import cli, common, launch, rundir
+from envs import probes
 
 
 class Lab(NamedTuple):
@@ -317,19 +319,26 @@ def test_command_line_end_to_end(lab, trained, tmp_path, monkeypatch, signals):
 # --- probes ---
 
 GAMMA = 0.9
-# probe -> where to look, V there, greedy action there (None: any)
+SIZE = 8  # of all observations here, the rest are zeros
+# probe -> where to look, V there (None: not asked), greedy action there (None: any)
 PROBES = {
-    "value": ([[1.0]], [1.0], None),
-    "observation": ([[1.0], [-1.0]], [1.0, -1.0], None),
-    "discount": ([[0.0], [1.0]], [GAMMA, 1.0], None),
-    "action": ([[1.0]], [1.0], [1]),
-    "action-continuous": ([[1.0]], None, [[0.5]]),
-    "both": ([[1.0], [-1.0]], [1.0, 1.0], [1, 0]),
-    "both-continuous": ([[1.0], [-1.0]], None, [[0.5], [-0.5]]),
-    "truncation": ([[1.0]], [1 / (1 - GAMMA)], None),
-    "truncation-continuous": ([[1.0]], [1 / (1 - GAMMA)], None),
+    "value": ([[1]], [1], None),
+    "observation": ([[1], [-1]], [1, -1], None),
+    "discount": ([[0], [1]], [GAMMA, 1], None),
+    "action": ([[1]], [1], [1]),
+    "both": ([[1], [-1]], [1, 1], [1, 0]),
+    "truncation": ([[1]], [1 / (1 - GAMMA)], None),
     "termination": (np.eye(8), (1 - GAMMA ** np.arange(8, 0, -1)) / (1 - GAMMA), None),
-    "rare": ([[1.0]], [1.0], [1]),
+    "rare": ([[1]], [1], [1]),
+    "value-continuous": ([[1]], [1], None),
+    "action-continuous": ([[1]], None, [[0.5]]),
+    "both-continuous": ([[1], [-1]], None, [[0.5], [-0.5]]),
+    "truncation-continuous": ([[1]], [1 / (1 - GAMMA)], None),
+    "termination-continuous": (
+        np.eye(8),
+        (1 - GAMMA ** np.arange(8, 0, -1)) / (1 - GAMMA),
+        None,
+    ),
 }
 LEARNING = {
     "total_timesteps": 150 * 128,
@@ -342,21 +351,83 @@ LEARNING = {
     "anneal_lr": True,
     "gamma": GAMMA,
     "max_grad_norm": 10.0,
-    "policy_gain": 0.01,
+}
+KINDS = {
+    "discrete": [probe for probe in PROBES if "continuous" not in probe],
+    "continuous": [probe for probe in PROBES if "continuous" in probe],
 }
 
+# Number of the probe that is being built. An array while `learn` is traced: all probes of one kind
+# are rows of one program, which compiles once.
+which: Any = 0
 
-@pytest.mark.parametrize("name", ALGOS)
-@pytest.mark.parametrize("probe", PROBES)
-def test_probe_is_learned(name, probe):
-    obs, value, action = PROBES[probe]
-    obs = jnp.asarray(obs, jnp.float32)
+
+def menu(names):
+    """The probe number `which`, its observation filled up with zeros."""
+    raws = [probes.make(name) for name in names]
+    fill = lambda obs: jnp.pad(obs, (0, SIZE - len(obs)))
+
+    def filled_reset(raw, key):
+        obs, state = raw.reset(key)
+        return fill(obs), state._replace(obs=fill(state.obs))
+
+    def filled_step(raw, key, state, action):
+        state = state._replace(obs=state.obs[: raw.obs_size])
+        obs, state, *rest = raw.step(key, state, action)
+        return fill(obs), state._replace(obs=fill(state.obs)), *rest
+
+    number = which
+
+    def reset(key):
+        return jax.lax.switch(number, [partial(filled_reset, raw) for raw in raws], key)
+
+    def step(*args):
+        return jax.lax.switch(number, [partial(filled_step, raw) for raw in raws], *args)
+
+    return raws[0]._replace(
+        reset=reset,
+        step=step,
+        obs_size=SIZE,
+        obs_shape=(SIZE,),
+        max_steps=jnp.array([raw.max_steps for raw in raws])[number],
+    )
+
+
+# An environment is built once for each of its names, so each program has its own name for it.
+for _name in ALGOS:
+    for _kind, _names in KINDS.items():
+        globals()[f"{_kind}_{_name}"] = partial(menu, _names)
+
+
+@cache
+def learn(name, kind):
+    """Config and trained states of all probes of a kind: rows in the order of their list."""
     module = module_of(name)
     known = {field.name for field in dataclasses.fields(module.Config)}
     learning = {k: v for k, v in LEARNING.items() if k in known}
-    config = module.Config(env=f"probe/{probe}", **(ALGOS[name] | learning))
-    train = jax.jit(module.make_train(config), compiler_options=FAST_COMPILE)
-    state = train(jax.random.key(0))["state"]
+    config = module.Config(env=f"test_contracts:{kind}_{name}", **(ALGOS[name] | learning))
+
+    def train(number):
+        global which
+        which = number
+        return module.make_train(config)(jax.random.key(0))["state"]
+
+    numbers = jnp.arange(len(KINDS[kind]))
+    try:
+        return config, jax.jit(jax.vmap(train), compiler_options=FAST_COMPILE)(numbers)
+    finally:
+        globals()["which"] = 0
+
+
+@pytest.mark.parametrize("name", each_algo)
+@pytest.mark.parametrize("probe", PROBES)
+def test_probe_is_learned(name, probe):
+    kind = "continuous" if "continuous" in probe else "discrete"
+    config, states = learn(name, kind)
+    state = row(states, KINDS[kind].index(probe))
+    obs, value, action = PROBES[probe]
+    obs = jnp.asarray([[*x, *[0] * (SIZE - len(x))] for x in obs], jnp.float32)
+    module = module_of(name)
     if value is not None:
         learned = module.Critic(config).apply(state.params["critic"], obs)
         np.testing.assert_allclose(learned, value, rtol=0.05, atol=0.05)
@@ -364,6 +435,10 @@ def test_probe_is_learned(name, probe):
         algo = module.build(config)
         chosen = algo.act(algo.policy_of(state), obs, jax.random.key(0), True)
         np.testing.assert_allclose(chosen, action, atol=0.1)
+
+
+def test_every_probe_is_here():
+    assert {probe.removesuffix("-continuous") for probe in PROBES} == probes.PROBES.keys()
 
 
 # --- learning ---

@@ -153,6 +153,7 @@ def test_missing_assets_are_an_error_and_never_a_download(task, monkeypatch, tmp
 
 
 def test_missing_playground_names_the_extra(monkeypatch):
+    envs._load.cache_clear()
     monkeypatch.delitem(sys.modules, "envs.playground")
     monkeypatch.setitem(sys.modules, "mujoco_playground", None)
     with pytest.raises(ImportError, match=r'pip install -e "\.\[playground\]"'):

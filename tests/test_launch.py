@@ -1,0 +1,846 @@
+"""The host side: command line, run directory, resume, ctrl-C, logging, bad input, many devices.
+
+Everything launches the same tiny PPO, so that it compiles once.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from tiny import assert_close, assert_same
+
+from algos import cli, launch, logs, ppo, rundir
+
+ROOT = Path(__file__).parents[1]
+FLAGS = [*tiny.flags_of(tiny.config_of("ppo")), "--num-seeds", "2", "--eval-episodes", "2"]
+FLAGS += ["--num-evals", "2", "--checkpoint-every", "1"]
+
+pytestmark = [pytest.mark.usefixtures("signals"), pytest.mark.xdist_group("ppo")]
+
+
+def run(*argv):
+    """Launch in this process; returns exit status and stderr."""
+    stderr, status = io.StringIO(), 0
+    with contextlib.redirect_stderr(stderr):
+        try:
+            launch.main("ppo", ppo.Config, ppo.PRESETS, ppo.TRACEABLE, ppo.build, [*argv])
+        except SystemExit as error:
+            status = error.code
+    return status, stderr.getvalue()
+
+
+def parse(*argv):
+    return cli.parse("ppo", ppo.Config, ppo.PRESETS, [*argv])
+
+
+def content(folder):
+    """Bytes of all files below a folder."""
+    return {str(p): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def lines_of(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def checkpoint(run_dir, update=6):
+    with np.load(run_dir / "checkpoints" / f"{update:09d}.npz") as file:
+        return {name: file[name] for name in file.files if name != "__meta__"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing disturbed, and what it said."""
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    status, said = run(*FLAGS, "--run-dir", str(run_dir))
+    assert status == 0
+    return run_dir, said
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    """The run as a crash before its end would have left it, with its checkpoint in the middle."""
+    run_dir = tmp_path / "copy"
+    shutil.copytree(whole[0], run_dir)
+    (run_dir / "done.json").unlink()
+    (run_dir / "checkpoints" / "000000006.npz").unlink()
+    return run_dir
+
+
+# --- command line ---
+
+
+def test_defaults_then_task_preset_then_named_presets_then_flags():
+    config, _ = parse("--env", "cartpole")
+    assert dataclasses.asdict(config).items() >= ppo.PRESETS["cartpole"].items()
+    config, chosen = parse("--env", "cartpole", "--preset", "cartpole_ppo", "--gamma", "0.5")
+    expected = ppo.PRESETS["cartpole"] | ppo.PRESETS["cartpole_ppo"] | {"gamma": 0.5}
+    assert dataclasses.asdict(config).items() >= expected.items()
+    assert chosen.preset == ("cartpole_ppo",)
+    config, _ = parse("--preset", "mujoco_ppo", "cartpole_ppo", "--env", "cartpole")
+    assert dataclasses.asdict(config).items() >= ppo.PRESETS["cartpole_ppo"].items()
+
+
+def test_a_preset_applies_under_every_name_of_its_task():
+    for name in ("pendulum", "gymnax/Pendulum-v1"):
+        assert cli.preset_of(name, {"pendulum": {"gamma": 0.9}}) == {"gamma": 0.9}
+    assert cli.preset_of("brax/ant?backend=spring", {"ant": {"gamma": 0.9}}) == {"gamma": 0.9}
+    assert cli.preset_of("acrobot", {"pendulum": {"gamma": 0.9}}) == {}
+
+
+def test_help_shows_the_values_that_would_run(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        parse("--help", "--env", "pendulum")
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    value = str(ppo.PRESETS["pendulum"]["total_timesteps"])
+    assert value in text
+    assert value != str(ppo.Config.total_timesteps)
+    for field in [*dataclasses.fields(ppo.Config), *dataclasses.fields(cli.Launch)]:
+        assert f"--{field.name.replace('_', '-')}" in text
+
+
+@pytest.mark.parametrize("dash", ["-", "_"])
+@pytest.mark.parametrize("join", [" ", "="])
+def test_spellings_of_a_flag(dash, join):
+    flags = f"--env{join}inverted_pendulum --run{dash}dir{join}a_b/c_d --num{dash}envs{join}8"
+    config, chosen = parse(*flags.split())
+    assert (config.env, chosen.run_dir, config.num_envs) == ("inverted_pendulum", "a_b/c_d", 8)
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--env", "cartpoel"], r"unknown environment 'cartpoel'.*cartpole"),
+        (["--env", "gymnax/Nothing"], r"unknown environment"),
+        (["--env", "no_such_module:make"], r"no_such_module:make.*PYTHONPATH"),
+        (["--env", "ant?backend=sprung"], r"backend='sprung' must be one of .*spring"),
+        (["--env", "ant?back=spring"], r"unknown option 'back'"),
+        (["--preset", "mujoco_pp"], r"unknown preset 'mujoco_pp'.*mujoco_ppo"),
+        (["--num-seed", "3"], r"unknown argument '--num-seed'.*--num-seeds"),
+        (["--frobnicate"], r"unknown argument '--frobnicate'"),
+        (["stray"], r"unknown argument 'stray'"),
+        (["--num-minibatches", "7"], r"num_minibatches=7 does not divide"),
+        (["--num-seeds", "0"], r"--num-seeds"),
+        (["--num-evals", "0"], r"--num-evals"),
+        (["--num-envs", "0"], r"num_envs"),
+        (["--num-steps", "0"], r"num_steps"),
+        (["--num-minibatches", "0"], r"num_minibatches"),
+        (["--total-timesteps", "0"], r"total_timesteps"),
+        (["--sweep", "num_envs=1,2"], r"cannot sweep over 'num_envs': .*learning_rate"),
+        (["--sweep", "gamma"], r"'gamma'"),
+        (["--sweep", "gamma=0.9,high"], r"'gamma=0.9,high'"),
+        (["--resume", "nowhere"], r"nowhere is not a run directory"),
+        (["--resume"], r"--resume"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, said = run(*argv)
+    assert status == 2
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert re.search(message, said), said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_value_of_the_wrong_type_is_refused(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_info:
+        parse("--num-envs", "many")
+    assert exit_info.value.code == 2
+    assert "many" in "".join(capfd.readouterr())
+
+
+def test_a_missing_extra_is_named(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "envs.playground", raising=False)
+    monkeypatch.setitem(sys.modules, "mujoco_playground", None)
+    status, said = run("--env", "playground/CheetahRun")
+    assert status == 2
+    assert 'pip install -e ".[playground]"' in said.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unwritable_run_directory(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    status, said = run(*FLAGS, "--verbose", "0", "--run-dir", str(tmp_path / "file" / "run"))
+    assert status == 2
+    assert said.startswith("error: ")
+    assert "file" in said
+    assert said.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_run_is_never_overwritten(whole):
+    before = content(whole[0])
+    status, said = run(*FLAGS, "--verbose", "0", "--run-dir", str(whole[0]))
+    assert (status, said.count("\n")) == (2, 1)
+    assert "already holds a run" in said
+    assert content(whole[0]) == before
+
+
+def truncate(run_dir):
+    path = rundir.checkpoints(run_dir)[-1]
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def corrupt(run_dir):
+    path = rundir.checkpoints(run_dir)[-1]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    path.write_bytes(data)
+
+
+def foreign(run_dir):
+    (run_dir / "config.json").write_text('{"model_type": "bert"}')
+
+
+def unreadable(run_dir):
+    (run_dir / "config.json").write_text('{"algo": "ppo", ')
+
+
+def no_checkpoint(run_dir):
+    shutil.rmtree(run_dir / "checkpoints")
+
+
+def other_algorithm(run_dir):
+    saved = json.loads((run_dir / "config.json").read_text()) | {"algo": "bpo"}
+    (run_dir / "config.json").write_text(json.dumps(saved))
+
+
+def other_shape(run_dir):
+    saved = json.loads((run_dir / "config.json").read_text())
+    saved["config"]["hidden"] = [16]
+    (run_dir / "config.json").write_text(json.dumps(saved))
+
+
+def other_version(run_dir):
+    saved = json.loads((run_dir / "config.json").read_text())
+    saved["config"]["clip_epsilon"] = 0.2
+    (run_dir / "config.json").write_text(json.dumps(saved))
+
+
+@pytest.mark.parametrize(
+    ("harm", "flags", "message"),
+    [
+        (truncate, [], r"000000003.npz is damaged"),
+        (corrupt, [], r"000000003.npz is damaged"),
+        (foreign, [], r"not a run directory"),
+        (unreadable, [], r"not a run directory"),
+        (no_checkpoint, [], r"no checkpoint"),
+        (other_algorithm, [], r"is a run of bpo"),
+        (other_shape, [], r"does not fit .*\(2, 4, 8\), not \(2, 4, 16\)"),
+        (other_version, [], r"clip_epsilon"),
+        (None, ["--gamma", "0.5"], r"gamma=0.5, the run has 0.99"),
+        (None, ["--env", "pendulum"], r"env='pendulum', the run has 'cartpole'"),
+        (None, ["--num-seeds", "3"], r"num_seeds=3, the run has 2"),
+        (None, ["--sweep", "gamma=0.5"], r"sweep="),
+        (None, ["--preset", "mujoco_ppo"], r"the run has"),
+        (None, ["--run-dir", "elsewhere"], r"run_dir='elsewhere'"),
+    ],
+)
+def test_a_resume_that_cannot_be_exact_is_refused(copy, harm, flags, message, monkeypatch):
+    monkeypatch.chdir(copy.parent)
+    if harm:
+        harm(copy)
+    before = content(copy.parent)
+    status, said = run("--resume", str(copy), "--verbose", "0", *flags)
+    assert status == 2
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert re.search(message, said), said
+    assert content(copy.parent) == before
+
+
+def test_resuming_a_complete_run_says_so(whole):
+    before = content(whole[0])
+    status, said = run("--resume", str(whole[0]), "--verbose", "0")
+    assert status == 2
+    assert "complete" in said
+    assert "--total-timesteps" in said
+    assert content(whole[0]) == before
+
+
+def test_a_resumed_run_may_be_longer(copy):
+    config, chosen = parse("--resume", str(copy), "--total-timesteps", "999", "--num-evals", "5")
+    assert config == tiny.config_of("ppo", total_timesteps=999)
+    assert (chosen.num_seeds, chosen.num_evals, chosen.run_dir) == (2, 5, str(copy))
+
+
+# --- the run directory and the console ---
+
+
+def test_what_a_run_leaves(whole):
+    run_dir, _ = whole
+    saved = json.loads((run_dir / "config.json").read_text())
+    assert rundir.from_json(ppo.Config, saved["config"]) == tiny.config_of("ppo")
+    assert saved["rows"] == {"seeds": [0, 1], "labels": ["", ""]}
+    meta = json.loads((run_dir / "meta.json").read_text())
+    assert meta.keys() >= {"command", "commit", "versions", "device", "num_devices", "cores"}
+    assert meta["versions"]["jax"] == jax.__version__
+    assert (run_dir / "plots" / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+    lines = lines_of(run_dir)
+    assert [x["global_step"] for x in lines] == [0, 96, 96, 192, 192]
+    evals = [x for x in lines if "eval/episodic_return" in x]
+    run = rundir.read_run(run_dir)
+    for i, line in enumerate(evals):
+        np.testing.assert_allclose(line["eval/episodic_return"], run.returns[:, i].mean(1))
+    training = [x for x in lines if "losses/policy_loss" in x]
+    assert all(len(x["losses/policy_loss"]) == 2 for x in training)
+    assert training[0]["charts/learning_rate"] == pytest.approx(
+        [3e-4 * (1 + 5 / 6 + 4 / 6) / 3] * 2
+    )
+    assert training[0]["health/seeds_alive"] == 2
+    assert not any(name.startswith("episodes/") for name in training[0])
+    assert training[1]["time/train"] > training[0]["time/train"]
+
+    done = strict_json(run_dir / "done.json")
+    final = run.returns[:, -1].mean(1)
+    assert done["results"][0]["per_seed"] == pytest.approx(final.tolist())
+    assert done["results"][0]["iqm"] == pytest.approx(rundir.iqm(final))
+    assert (done["steps"], done["alive"]) == (192, 2)
+    assert done["seconds"].keys() == {"compile", "train", "eval", "wall"}
+
+
+def strict_json(path):
+    """JSON as other languages read it, which know no NaN."""
+
+    def refuse(text):
+        raise AssertionError(f"{text} in {path}")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def test_what_a_run_says(whole):
+    run_dir, said = whole
+    assert "ppo on gymnax/CartPole-v1: 2 seeds x 192 steps (6 updates of 32)" in said
+    assert str(run_dir) in said
+    steps = [line for line in said.splitlines() if line.startswith("step ")]
+    assert [line.split("|")[0].split()[1] for line in steps] == ["0", "96", "192"]
+    assert all("seeds 2/2" in line for line in steps)
+    assert "IQM" in said
+    assert "losses/" not in said
+
+
+def test_default_run_directory(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    session = object.__new__(launch.Session)
+    session.name, session.config = "ppo", tiny.config_of("ppo")
+    session.launch = cli.Launch(seed=3, num_seeds=16)
+    path = session.default_run_dir()
+    assert path.startswith("runs/gymnax-CartPole-v1/ppo/")
+    assert "_s3x16_" in path
+    session.config = tiny.config_of("ppo", gamma=0.5)
+    assert path.split("_")[-1] != session.default_run_dir().split("_")[-1]
+
+
+def test_quiet(tmp_path):
+    status, said = run(*FLAGS, "--verbose", "0", "--run-dir", str(tmp_path / "run"))
+    assert (status, said) == (0, "")
+    assert (tmp_path / "run" / "done.json").exists()
+
+
+# --- ctrl-C, crash, resume ---
+
+
+def interrupt_at(monkeypatch, update, number=signal.SIGINT):
+    """Send this process a signal after `update` updates; 0: while it compiles."""
+    monkeypatch.setattr(launch, "SLICE_SECONDS", 0.0)
+    if update == 0:
+        compile_ahead = launch.compile_ahead
+
+        def interrupted(*args):
+            os.kill(os.getpid(), number)
+            return compile_ahead(*args)
+
+        monkeypatch.setattr(launch, "compile_ahead", interrupted)
+        return
+    calls = []
+
+    def advance(log, steps):
+        calls.append(steps)
+        if len(calls) == update:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(logs.Log, "advance", advance)
+
+
+@pytest.mark.parametrize(
+    ("update", "number"),
+    [(0, signal.SIGINT), (2, signal.SIGINT), (3, signal.SIGTERM), (6, signal.SIGINT)],
+)
+def test_interrupted_and_resumed_is_the_same_run(whole, tmp_path, monkeypatch, update, number):
+    run_dir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, update, number)
+        status, said = run(*FLAGS, "--verbose", "0", "--run-dir", str(run_dir))
+    assert status == 130
+    assert f"--resume {run_dir}" in said
+    assert not (run_dir / "done.json").exists()
+    assert rundir.checkpoints(run_dir)[-1].name == f"{update:09d}.npz"
+    described = (run_dir / "config.json").read_bytes()
+
+    status, said = run("--resume", str(run_dir))
+    assert status == 0, said
+    assert_same(checkpoint(run_dir), checkpoint(whole[0]))
+    mine, other = rundir.read_run(run_dir), rundir.read_run(whole[0])
+    for field in ("steps", "returns", "lengths"):
+        np.testing.assert_array_equal(getattr(mine, field), getattr(other, field))
+    assert (run_dir / "config.json").read_bytes() == described
+    for path in ("done.json", "policy_s000.npz", "policy_s001.npz", "plots/curve.png"):
+        assert (run_dir / path).exists()
+    steps = [x["global_step"] for x in lines_of(run_dir) if "eval/episodic_return" in x]
+    assert steps == [0, 96, 192]
+
+
+def test_resumed_after_a_crash_nothing_is_logged_twice(whole, copy):
+    """What the crashed run logged after its last checkpoint is done again, and logged once."""
+    with open(copy / "metrics.jsonl", "a") as file:
+        file.write('{"global_step": 192, "cut')
+    status, said = run("--resume", str(copy), "--verbose", "0")
+    assert (status, said) == (0, "")
+    assert_same(checkpoint(copy), checkpoint(whole[0]))
+    assert [x["global_step"] for x in lines_of(copy)] == [0, 96, 96, 192, 192]
+    np.testing.assert_array_equal(rundir.read_run(copy).returns, rundir.read_run(whole[0]).returns)
+
+
+def test_second_interrupt_stops_at_once():
+    session = object.__new__(launch.Session)
+    session.stop = True
+    with pytest.raises(KeyboardInterrupt):
+        session.on_signal(signal.SIGINT, None)
+
+
+def test_interrupt_from_a_terminal(tmp_path):
+    run_dir = tmp_path / "run"
+    flags = [*FLAGS, "--no-anneal-lr", "--total-timesteps", "100000000", "--num-evals", "1000"]
+    process = start(*flags, "--run-dir", str(run_dir))
+    for line in process.stderr:
+        if line.startswith("step "):
+            break
+    process.send_signal(signal.SIGINT)
+    said = process.stderr.read()
+    assert process.wait(60) == 130
+    assert "stopped and saved" in said
+    assert "Traceback" not in said
+    assert len(rundir.checkpoints(run_dir)) >= 1
+    assert not (run_dir / "done.json").exists()
+
+
+def start(*flags, **variables):
+    """`python algos/ppo.py` as a process; its results are compared to rounding only."""
+    variables = {"XLA_FLAGS": "--xla_backend_optimization_level=0"} | variables
+    environment = {k: v for k, v in (os.environ | variables).items() if v}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "algos" / "ppo.py"), *flags],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+# --- rows: seeds and swept values ---
+
+
+def test_rows_of_a_sweep():
+    config = tiny.config_of("ppo")
+    sweep = ("learning_rate=1e-3,2e-3", "gamma=0.9,0.99")
+    rows = launch.make_rows(cli.Launch(seed=5, num_seeds=2, sweep=sweep), config, ppo.TRACEABLE)
+    assert rows.seeds.tolist() == [5, 6] * 4
+    np.testing.assert_allclose(rows.hparams["learning_rate"], np.repeat([1e-3, 2e-3], 4))
+    np.testing.assert_allclose(rows.hparams["gamma"], np.tile(np.repeat([0.9, 0.99], 2), 2))
+    assert rows.labels[2] == rows.labels[3] == "learning_rate=0.001 gamma=0.99"
+    rows = launch.make_rows(cli.Launch(seed=5, num_seeds=2), config, ppo.TRACEABLE)
+    assert (rows.seeds.tolist(), rows.hparams, rows.labels) == ([5, 6], {}, ["", ""])
+
+
+def test_dead_seeds_are_named_and_left_out(whole, tmp_path):
+    run_dir = tmp_path / "run"
+    status, said = run(*FLAGS, "--sweep", "learning_rate=3e-4,1e30", "--run-dir", str(run_dir))
+    assert status == 0
+    for seed in (0, 1):
+        dead = [x for x in said.splitlines() if x.startswith(f"seed {seed}") and "dead" in x]
+        assert len(dead) == 1
+        assert "learning_rate=1e+30" in dead[0]
+    assert "seeds 4/4" in said
+    assert "seeds 2/4" in said
+
+    swept, plain = rundir.read_run(run_dir), rundir.read_run(whole[0])
+    assert swept.labels == ["learning_rate=0.0003"] * 2 + ["learning_rate=1e+30"] * 2
+    np.testing.assert_allclose(swept.returns[:2], plain.returns, rtol=1e-3)
+    assert np.isfinite(swept.returns[:, 0]).all()
+    assert np.isnan(swept.returns[2:, 1:]).all()
+    state = checkpoint(run_dir)
+    assert_close(
+        {k: v[:2] for k, v in state.items() if "params" in k},
+        {k: v for k, v in checkpoint(whole[0]).items() if "params" in k},
+        rtol=1e-3,
+        atol=1e-4,
+    )
+    last = [x for x in lines_of(run_dir) if "losses/policy_loss" in x][-1]
+    assert last["health/seeds_alive"] == 2
+    assert last["health/finite"] == [1, 1, 0, 0]
+    assert last["losses/policy_loss"][2:] == [None, None]
+    assert None not in last["losses/policy_loss"][:2]
+    done = strict_json(run_dir / "done.json")
+    assert done["alive"] == 2
+    good, bad = done["results"]
+    assert good["iqm"] == pytest.approx(rundir.iqm(plain.returns[:, -1].mean(1)), rel=1e-3)
+    assert (bad["label"], bad["iqm"]) == ("learning_rate=1e+30", None)
+    assert bad["per_seed"] == [None, None]
+
+
+def test_a_launch_ends_when_every_seed_is_dead(tmp_path):
+    run_dir = tmp_path / "run"
+    status, said = run(*FLAGS, "--sweep", "learning_rate=1e29,1e30", "--run-dir", str(run_dir))
+    assert status == 1
+    assert "no seed is alive" in said
+    assert [x["global_step"] for x in lines_of(run_dir)] == [0, 96, 96]
+    assert strict_json(run_dir / "done.json")["alive"] == 0
+
+
+# --- devices and hosts ---
+
+
+def test_eight_devices_and_the_compilation_cache(whole, tmp_path):
+    """One seed on each of eight devices; the cache goes to its place under the user's folder."""
+    run_dir = tmp_path / "run"
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    variables = {"XLA_FLAGS": flags, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    variables |= {"JAX_COMPILATION_CACHE_DIR": "", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": ""}
+    process = start(*FLAGS, "--num-seeds", "8", "--run-dir", str(run_dir), **variables)
+    said = process.communicate(timeout=240)[1]
+    assert process.returncode == 0, said
+    assert "on 8 x cpu" in said
+    assert json.loads((run_dir / "meta.json").read_text())["num_devices"] == 8
+    first = {k: v[:2] if v.ndim else v for k, v in checkpoint(run_dir).items()}
+    assert_close(first, checkpoint(whole[0]), rtol=1e-3, atol=1e-4)
+    assert rundir.read_run(run_dir).returns.shape == (8, 3, 2)
+    assert any((tmp_path / "cache" / "purepo").iterdir())
+
+
+def test_two_hosts_are_one_launch(whole, tmp_path):
+    run_dir = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    processes = [
+        start(
+            *FLAGS, "--num-seeds", "4", "--run-dir", str(run_dir),
+            JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i),
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert "step         192" in said[0]
+    assert "step" not in said[1]  # only the first host speaks
+    first = {k: v[:2] if v.ndim else v for k, v in checkpoint(run_dir).items()}
+    assert_close(first, checkpoint(whole[0]), rtol=1e-3, atol=1e-4)
+    run = rundir.read_run(run_dir)
+    assert run.seeds.tolist() == [0, 1, 2, 3]
+    assert run.returns.shape == (4, 3, 2)
+    assert np.isfinite(run.returns).all()
+    np.testing.assert_allclose(run.returns[:2], rundir.read_run(whole[0]).returns, rtol=1e-3)
+
+
+def test_rows_are_shared_by_hosts_in_order(monkeypatch):
+    rows = launch.Rows(np.arange(6), {"gamma": np.linspace(0, 1, 6)}, list("abcdef"))
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    mine = launch.local_rows(rows)
+    assert (mine.seeds.tolist(), mine.labels) == ([2, 3], ["c", "d"])
+    np.testing.assert_allclose(mine.hparams["gamma"], [0.4, 0.6])
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(ValueError, match="6 rows cannot be shared by 4 hosts"):
+        launch.local_rows(rows)
+
+
+# --- TensorBoard and W&B ---
+
+
+def make_log(run_dir, **changes):
+    run_dir.mkdir(exist_ok=True)
+    rows = launch.Rows(np.array([3, 4]), {}, ["", ""])
+    return logs.Log(run_dir, "ppo", tiny.config_of("ppo"), cli.Launch(**changes), rows, True)
+
+
+VALUES = {
+    "eval/episodic_return": np.array([1.0, 3.0]),
+    "charts/episodic_return": np.array([np.nan, 5.0]),
+    "losses/value_loss": np.array([np.nan, np.nan]),
+    "time/train": 2.5,
+}
+
+
+def test_lines_of_metrics_keep_every_seed(tmp_path):
+    log = make_log(tmp_path)
+    log.write(64, VALUES)
+    log.close()
+    assert lines_of(tmp_path) == [
+        {
+            "global_step": 64,
+            "eval/episodic_return": [1.0, 3.0],
+            "charts/episodic_return": [None, 5.0],
+            "losses/value_loss": [None, None],
+            "time/train": 2.5,
+        }
+    ]
+
+
+def test_aggregates_leave_out_what_is_absent():
+    assert logs.aggregate(VALUES) == {
+        "eval/episodic_return": 2.0,
+        "eval/episodic_return_min": 1.0,
+        "eval/episodic_return_max": 3.0,
+        "eval/episodic_return_iqm": 2.0,
+        "charts/episodic_return": 5.0,
+        "charts/episodic_return_min": 5.0,
+        "charts/episodic_return_max": 5.0,
+        "charts/episodic_return_iqm": 5.0,
+        "time/train": 2.5,
+    }
+    assert logs.row_values(VALUES, 0) == {"eval/episodic_return": 1.0}
+
+
+def test_only_the_lead_host_writes(tmp_path, capsys):
+    rows = launch.Rows(np.array([3]), {}, [""])
+    options = cli.Launch(tensorboard=True, track=True)
+    log = logs.Log(tmp_path, "ppo", tiny.config_of("ppo"), options, rows, False)
+    log.write(1, VALUES)
+    log.say("hello", 0)
+    log.close()
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr() == ("", "")
+
+
+def test_verbosity(tmp_path, capsys):
+    for verbose, expected in ((0, ["a"]), (1, ["a", "b"]), (2, ["a", "b", "c", "losses"])):
+        log = make_log(tmp_path, verbose=verbose)
+        for level, text in enumerate("abc"):
+            log.say(text, level)
+        log.write(0, {"losses/value_loss": np.array([1.0, 2.0])})
+        log.close()
+        said = capsys.readouterr().err.split()
+        assert [x.split("/")[0] for x in said if x[0].isalpha()] == expected
+
+
+def test_tensorboard(tmp_path):
+    from tensorboardX.proto import event_pb2
+
+    log = make_log(tmp_path, tensorboard=True)
+    log.write(64, VALUES)
+    log.close()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    data, seen = path.read_bytes(), {}
+    while data:
+        (size,) = struct.unpack("<Q", data[:8])
+        event = event_pb2.Event.FromString(data[12 : 12 + size])
+        seen |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
+        data = data[16 + size :]
+    assert seen == {(k, 64): pytest.approx(v) for k, v in logs.aggregate(VALUES).items()}
+
+
+def test_wandb_needs_no_account(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    log = make_log(tmp_path / "run", track=True, wandb_seeds=True, wandb_tags=("mine",))
+    assert [row for _, row in log.wandb_runs] == [None, 0, 1]
+    log.write(64, VALUES)
+    log.close()
+    assert "failed" not in capsys.readouterr().err
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 3
+
+
+class FakeRun:
+    def __init__(self, fails):
+        self.fails, self.logged, self.finished = fails, [], False
+
+    def define_metric(self, *args, **kwargs):
+        pass
+
+    def log(self, values):
+        if self.fails == "log":
+            raise ConnectionError("no network")
+        self.logged.append(values)
+
+    def finish(self):
+        if self.fails == "finish":
+            raise ConnectionError("no network")
+        self.finished = True
+
+
+@pytest.mark.parametrize("fails", ["import", "init", "log", "finish", ""])
+def test_wandb_never_ends_a_run(tmp_path, monkeypatch, capsys, fails):
+    made = []
+
+    def init(**options):
+        if fails == "init":
+            raise RuntimeError("not logged in")
+        made.append((FakeRun(fails), options))
+        return made[-1][0]
+
+    fake = None if fails == "import" else types.SimpleNamespace(init=init)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    log = make_log(tmp_path, track=True, wandb_seeds=True, wandb_tags=("mine",), verbose=0)
+    log.write(64, VALUES)
+    log.write(96, VALUES)
+    log.close()
+    said = capsys.readouterr().err
+    assert said.count("\n") == (1 if fails else 0)
+    assert len(lines_of(tmp_path)) == 2
+    if fails:
+        assert said.startswith("W&B failed")
+        return
+    (whole, options), (first, _), (second, _) = made
+    assert whole.logged[0] == {"global_step": 64} | logs.aggregate(VALUES)
+    assert first.logged[0] == {"global_step": 64, "eval/episodic_return": 1.0}
+    assert second.logged[1]["charts/episodic_return"] == 5.0
+    assert whole.finished
+    assert options["group"] == "ppo__cartpole"
+    assert "mine" in options["tags"]
+    assert options["config"].items() >= {"gamma": 0.99, "wandb_seeds": True}.items()
+    # A resumed launch goes on with the same W&B runs.
+    assert len({options["id"] for _, options in made}) == 3
+    ids = [options["id"] for _, options in made]
+    made.clear()
+    make_log(tmp_path, track=True, wandb_seeds=True, wandb_tags=("mine",), verbose=0).close()
+    assert [options["id"] for _, options in made] == ids
+
+
+# --- trees of arrays on disk ---
+
+
+def test_trees_survive_the_disk(tmp_path):
+    tree = {
+        "keys": jax.random.split(jax.random.key(0), 3),
+        "half": jnp.linspace(0, 1, 5, dtype=jnp.bfloat16),
+        "none": jnp.zeros((2, 0)),
+        "nested": (jnp.arange(3), [jnp.float32(np.nan), jnp.array(True)]),
+    }
+    rundir.save_arrays(tmp_path / "x.npz", rundir.flatten(tree), {"update": 3})
+    template = jax.eval_shape(lambda: tree)
+    loaded, meta = rundir.load_tree(tmp_path / "x.npz", template)
+    assert meta == {"update": 3}
+    assert_same(loaded, tree)
+    assert loaded["half"].dtype == jnp.bfloat16
+    assert jax.random.bits(loaded["keys"][1]) == jax.random.bits(tree["keys"][1])
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"a": np.ones(3), "c": np.ones(1)}, r"missing \['b'\].*unexpected \['c'\]"),
+        ({"a": np.ones(4), "b": np.ones(2)}, r"\['a'\] is \(4,\), not \(3,\)"),
+    ],
+)
+def test_a_tree_of_another_shape_is_named(tmp_path, tree, message):
+    rundir.save_arrays(tmp_path / "x.npz", rundir.flatten(tree), {})
+    with pytest.raises(ValueError, match=message):
+        rundir.load_tree(tmp_path / "x.npz", {"a": np.ones(3), "b": np.ones(2)})
+
+
+def test_a_file_of_someone_else_is_damaged_or_not_ours(tmp_path):
+    np.savez(tmp_path / "x.npz", a=np.ones(3))
+    (tmp_path / "y.npz").write_text("hello")
+    for name in ("x.npz", "y.npz", "z.npz"):
+        with pytest.raises(ValueError, match=f"{name} is damaged or not ours"):
+            rundir.load_tree(tmp_path / name, {"a": np.ones(3)})
+
+
+def test_a_write_is_all_or_nothing(tmp_path):
+    path = tmp_path / "x.json"
+    rundir.write_json(path, {"a": 1})
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        rundir.write_atomic(path, fail)
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_the_last_two_checkpoints_are_kept(tmp_path):
+    for update in (1, 20, 300):
+        rundir.save_checkpoint(tmp_path, {"a": np.ones(1)}, {"update": update})
+    assert [p.name for p in rundir.checkpoints(tmp_path)] == ["000000020.npz", "000000300.npz"]
+
+
+def test_a_policy_that_is_not_there(whole):
+    with pytest.raises(ValueError, match=r"policy_s007.npz does not exist; there: policy_s000.npz"):
+        rundir.load_policy(whole[0] / "policy_s007.npz")
+    with pytest.raises(ValueError, match="not a run directory"):
+        rundir.read_run(whole[0] / "plots")
+
+
+# --- statistics ---
+
+
+def test_iqm_is_the_mean_of_the_middle_half():
+    assert rundir.iqm(np.array([100.0, 1.0, 2.0, 3.0, 4.0, -50.0, 5.0, 6.0])) == 3.5
+    assert rundir.iqm(np.array([1.0, np.nan, 3.0])) == 2.0
+    assert np.isnan(rundir.iqm(np.array([np.nan])))
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    inside = []
+    for _ in range(200):
+        lo, hi = rundir.iqm_interval(rng.normal(size=20), num_resamples=300)
+        inside.append(lo < 0 < hi)
+    assert 0.85 < np.mean(inside) <= 0.99
+    assert np.isnan(rundir.iqm_interval(np.array([1.0, np.nan]))).all()
+
+
+def test_curves_and_groups(whole):
+    run = rundir.read_run(whole[0])
+    middle, lo, hi = rundir.curve_of(run.returns)
+    np.testing.assert_allclose(middle, run.returns.mean((0, 2)))
+    assert ((lo <= middle) & (middle <= hi)).all()
+    swept = run._replace(labels=["b", "a"])
+    assert [(x, i.tolist()) for x, i in rundir.groups(swept)] == [("b", [0]), ("a", [1])]
+
+
+def test_clock():
+    assert [logs.clock(x) for x in (None, 59.9, 3661)] == ["-", "0:00:59", "1:01:01"]
+
+
+# --- settings of jax ---
+
+
+def test_settings_that_are_made_before_jax_starts(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    name = "jax_compilation_cache_dir"
+    before = jax.config.values[name]
+    try:
+        launch.setup_jax(1)
+        assert jax.config.values[name] == before  # the user's choice stays
+        jax.config.update(name, None)
+        launch.setup_jax(1)
+        assert jax.config.values[name] == str(tmp_path / "purepo")
+        assert jax.config.jax_default_matmul_precision == "highest"
+    finally:
+        jax.config.update(name, before)
