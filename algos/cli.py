@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import difflib
-import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +58,9 @@ class Launch:
 # A resumed run may differ from the saved one in these; everything else would change its past.
 RESUMABLE = {"total_timesteps", "num_evals", "checkpoint_every", "verbose", "render", "resume"}
 RESUMABLE |= {"track", "wandb_project", "wandb_entity", "wandb_tags", "wandb_seeds", "tensorboard"}
-RESUMABLE |= {"run_dir", "preset"}
+RESUMABLE |= {"preset"}
+
+COUNTS = ("total_timesteps", "num_envs", "num_steps", "num_epochs", "num_minibatches")
 
 
 def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str] | None = None):
@@ -67,7 +69,8 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
     Returns `(config, launch)`. Raises ValueError with one line naming what is wrong.
     """
     argv = sys.argv[1:] if argv is None else argv
-    argv = [arg.replace("_", "-") if arg.startswith("--") else arg for arg in argv]
+    # Names of flags may be written with underscores; values keep theirs.
+    argv = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), arg) for arg in argv]
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--env")
     first.add_argument("--preset", nargs="*", default=[])
@@ -79,7 +82,7 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
 
     if chosen.resume:
         run_dir = find_run(chosen.resume)
-        saved = json.loads((run_dir / "config.json").read_text())
+        saved = rundir.read_description(run_dir)
         if saved["algo"] != name:
             raise ValueError(f"{run_dir} is a run of {saved['algo']}: resume it with that file")
         config = rundir.from_json(config_type, saved["config"])
@@ -89,6 +92,7 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
         config, launch = config_type(), Launch()
         config = dataclasses.replace(config, env=chosen.env or config.env)
         config = dataclasses.replace(config, **preset_of(config.env, presets))
+    saved_config = config
     for preset in chosen.preset:
         if preset not in presets:
             raise ValueError(f"unknown preset {preset!r}: {nearest(preset, presets)}")
@@ -111,8 +115,11 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
         flags = ["--" + field.name.replace("_", "-") for field in fields]
         raise ValueError(f"unknown argument {unknown[0]!r}: {nearest(unknown[0], flags)}")
     if chosen.resume:
-        check_resumable(config, arguments.config)
+        check_resumable(saved_config, arguments.config)
         check_resumable(launch, arguments.launch)
+    for field in COUNTS:
+        if getattr(arguments.config, field, 1) < 1:
+            raise ValueError(f"{field}={getattr(arguments.config, field)}: at least 1 is needed")
     return arguments
 
 

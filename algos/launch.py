@@ -410,8 +410,9 @@ class Session:
         """Turn sums over updates into means, and name the seeds that died."""
         totals = {k: gather(v) for k, v in totals.items()}
         died = (totals["health/finite"] < num_updates) & ~self.dead
-        for seed in self.rows.seeds[died]:
-            self.log.say(f"seed {seed} is dead: parameters or loss not finite; left out", 0)
+        for i in np.flatnonzero(died):
+            row = f"seed {self.rows.seeds[i]} {self.rows.labels[i]}".strip()
+            self.log.say(f"{row} is dead: parameters or loss not finite; left out", 0)
         self.dead |= died
         count = totals.pop("episodes/count", None)
         values = {}
@@ -473,7 +474,8 @@ class Session:
         self.restored, meta = rundir.load_tree(path, template)
         self.update, self.seconds = meta["update"], meta["seconds"]
         self.dead = np.array(meta["dead"])
-        if self.update >= self.config.num_updates:
+        # Without done.json it was stopped between its last update and its end, which is to come.
+        if self.update >= self.config.num_updates and (self.run_dir / "done.json").exists():
             raise ValueError(
                 f"{self.run_dir} is complete ({self.update} updates): "
                 "raise --total-timesteps to train on"
@@ -517,13 +519,9 @@ class Session:
         for label, index in rundir.groups(run):
             final = run.returns[index, -1].mean(-1)
             lo, hi = rundir.iqm_interval(final)
-            result = {
-                "label": label,
-                "n": len(index),
-                "iqm": rundir.iqm(final),
-                "interval": [lo, hi],
-            }
-            done["results"].append(result | {"per_seed": logs.jsonable(final)})
+            numbers = {"iqm": rundir.iqm(final), "interval": [lo, hi], "per_seed": final}
+            numbers = {name: logs.jsonable(value) for name, value in numbers.items()}
+            done["results"].append({"label": label, "n": len(index), **numbers})
             self.log.say(
                 f"{label or 'final greedy return'}: IQM {rundir.iqm(final):.1f} "
                 f"[{lo:.1f}, {hi:.1f}], n={np.isfinite(final).sum()}/{len(index)}"

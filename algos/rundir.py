@@ -6,6 +6,7 @@
 All of it is JSON or numpy arrays without pickles. `algos/launch.py` writes, experiments read.
 """
 
+import dataclasses
 import importlib
 import json
 import os
@@ -128,11 +129,23 @@ class Run(NamedTuple):
     done: dict[str, Any] | None  # None if the launch did not reach its end
 
 
+def read_description(run_dir: Path) -> dict[str, Any]:
+    """What config.json says: algo, config, launch and rows; ValueError if it does not."""
+    try:
+        saved = json.loads((run_dir / "config.json").read_text())
+        missing = {"algo", "config", "launch", "rows"} - saved.keys()
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{run_dir} is not a run directory: {error}") from None
+    if missing:
+        raise ValueError(f"{run_dir} is not a run directory: its config.json is of something else")
+    return saved
+
+
 def read_run(run_dir: Path | str) -> Run:
     """Read a run directory; ValueError if it is not one."""
     path = Path(run_dir)
+    saved = read_description(path)
     try:
-        saved = json.loads((path / "config.json").read_text())
         with np.load(path / "eval.npz", allow_pickle=False) as file:
             evals = {name: file[name] for name in file.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
@@ -159,6 +172,11 @@ def load_algo(name: str, config: dict[str, Any]):
 
 def from_json(config_type: type, values: dict[str, Any]) -> Any:
     """A config dataclass from its JSON, in which tuples have become lists."""
+    unknown = values.keys() - {field.name for field in dataclasses.fields(config_type)}
+    if unknown:
+        raise ValueError(
+            f"config.json was written by another version, which had {', '.join(sorted(unknown))}"
+        )
     return config_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -172,7 +190,7 @@ def load_policy(path: Path | str) -> Callable:
     if not path.exists():
         found = sorted(p.name for p in path.parent.glob("policy_*.npz"))
         raise ValueError(f"{path} does not exist; there: {', '.join(found) or 'no policies'}")
-    saved = json.loads((path.parent / "config.json").read_text())
+    saved = read_description(path.parent)
     _, algo = load_algo(saved["algo"], saved["config"])
     template = jax.eval_shape(lambda key: algo.policy_of(algo.init(key)), jax.random.key(0))
     policy, _ = load_tree(path, template)

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from tiny import (
     ALGOS,
-    FAST_COMPILE,
     LAUNCH,
     arrays,
     assert_close,
@@ -95,15 +94,13 @@ def test_seeds_differ_in_actions(lab):
 
 def test_a_row_of_a_launch_is_the_single_run(lab, trained):
     program, keys, _ = program_of(lab.name, lab.config, seeds=(1,))
-    state, length = program.init(keys, {}), jnp.int32(6)
-    train = program.train.lower(state, {}, length).compile(FAST_COMPILE)
-    state, _ = train(state, {}, length)
+    state, _ = program.train(program.init(keys, {}), {}, jnp.int32(6))
     assert_close(row(state, 0), row(trained[0], 1), rtol=1e-3, atol=1e-4)
 
 
 def test_a_launch_is_the_vmapped_pure_function(lab, trained):
     train = lab.module.make_train(lab.config)
-    result = jax.jit(jax.vmap(train), compiler_options=FAST_COMPILE)(lab.keys)
+    result = jax.jit(jax.vmap(train))(lab.keys)
     assert_close(result["state"]._replace(update=jnp.int32(6)), trained[0], rtol=1e-3, atol=1e-4)
     assert (result["state"].update == 6).all()
     for name, total in trained[1].items():
@@ -223,7 +220,7 @@ def test_ratio_is_one_before_any_step(lab):
     if not changes.keys() <= known:
         pytest.skip("no surrogate with a ratio")
     config = dataclasses.replace(lab.config, env="pendulum", total_timesteps=3 * 32, **changes)
-    train = jax.jit(lab.module.make_train(config), compiler_options=FAST_COMPILE)
+    train = jax.jit(lab.module.make_train(config))
     metrics = train(jax.random.key(0))["metrics"]
     np.testing.assert_array_equal(metrics["losses/clip_fraction"], 0.0)
     assert np.abs(metrics["losses/approx_kl"]).max() < 1e-6
@@ -414,7 +411,7 @@ def learn(name, kind):
 
     numbers = jnp.arange(len(KINDS[kind]))
     try:
-        return config, jax.jit(jax.vmap(train), compiler_options=FAST_COMPILE)(numbers)
+        return config, jax.jit(jax.vmap(train))(numbers)
     finally:
         globals()["which"] = 0
 

@@ -154,7 +154,7 @@ def test_spellings_of_a_flag(dash, join):
 )
 def test_bad_input_is_one_line_and_leaves_nothing(argv, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    status, said = run(*argv)
+    status, said = run("--verbose", "0", *argv)
     assert status == 2
     assert said.startswith("error: ")
     assert said.count("\n") == 1

@@ -12,7 +12,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
-from tiny import FAST_COMPILE, assert_close
+from tiny import assert_close
 
 from algos import ppo
 from envs.wrappers import RawEnv, raw_state
@@ -141,7 +141,7 @@ def run_update(config, change=lambda state: state):
         state = change(algo.init(key))
         return state, *algo.update(state)
 
-    return jax.jit(run, compiler_options=FAST_COMPILE)(jax.random.key(0))
+    return jax.jit(run)(jax.random.key(0))
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_noise_is_held_and_actions_are_scored_as_drawn(exploration, interval, he
 
 def test_step_size_follows_progress_and_ends_at_zero():
     config = config_of(total_timesteps=4 * 32 - 5)  # rounded up to 4 updates
-    train = jax.jit(ppo.make_train(config), compiler_options=FAST_COMPILE)
+    train = jax.jit(ppo.make_train(config))
     metrics = train(jax.random.key(0))["metrics"]
     close(metrics["charts/learning_rate"], config.learning_rate * np.array([1, 0.75, 0.5, 0.25]))
 
@@ -272,7 +272,7 @@ def test_observations_are_normalised_by_one_snapshot():
     """The statistics of an update are those of the rollouts before it, for acting and learning."""
     config = config_of(env="cartpole", learning_rate=0.0, clip_eps=1e-5)
     algo = ppo.build(config)
-    update = jax.jit(algo.update, compiler_options=FAST_COMPILE)
+    update = jax.jit(algo.update)
     state = jax.jit(algo.init)(jax.random.key(0))
     for i in range(3):
         state, metrics = update(state)

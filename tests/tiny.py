@@ -33,9 +33,6 @@ SHARED = {
     "normalize_reward": True,
 }
 
-# Halves the compilation of what is only run for a moment.
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
-
 LAUNCH = launch.Launch(num_seeds=2, eval_episodes=2, num_evals=2)
 
 

@@ -1,0 +1,147 @@
+"""Every algorithm is complete: file, docs page, README row, preset; and the docs say what runs."""
+
+import ast
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+import jax
+import pytest
+import tiny
+
+import envs
+from algos import cli
+
+ROOT = Path(__file__).parents[1]
+SHARED = {"__init__", "common", "launch", "cli", "logs", "rundir"}
+FILES = sorted(p.stem for p in (ROOT / "algos").glob("*.py") if p.stem not in SHARED)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(page):
+    """Command lines of our programs in indented blocks, fenced ones and inline code."""
+    text = page.read_text()
+    found = re.findall(r"^(?: {4}|\$ )(.*python (?:algos|experiments)/.*)$", text, re.MULTILINE)
+    found += re.findall(r"`(python (?:algos|experiments)/[^`]*)`", text)
+    for block in re.findall(r"^```(?:bash|sh|console)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        found += re.findall(r"^(python (?:algos|experiments)/.*)$", block, re.MULTILINE)
+    return [" ".join(command.split()) for command in found]
+
+
+def words(command):
+    """Program and arguments, without comment, what runs before, and what comes after a pipe."""
+    parts = shlex.split(command, comments=True)
+    start = next(i for i, x in enumerate(parts) if re.match(r"(algos|experiments)/\w+\.py", x))
+    end = next((i for i, x in enumerate(parts) if x in ("&&", "|", ";", ">")), len(parts))
+    return parts[start], parts[start + 1 : end]
+
+
+def test_every_algorithm_is_tested():
+    assert set(FILES) == tiny.ALGOS.keys()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_an_algorithm_is_documented(name):
+    page = ROOT / "docs" / f"{name}.md"
+    assert page.exists()
+    readme = (ROOT / "README.md").read_text()
+    row = [
+        line for line in readme.splitlines() if line.startswith("|") and f"docs/{name}.md" in line
+    ]
+    assert len(row) == 1
+    assert f"algos/{name}.py" in row[0]
+    module = tiny.module_of(name)
+    assert module.PRESETS
+    assert f"docs/{name}.md" in module.__doc__
+    code = set(re.findall(r"`([^`\n]+)`", page.read_text()))
+    fields = {field.name for field in dataclasses.fields(module.Config)}
+    assert fields <= code, f"fields without a word in {page.name}: {sorted(fields - code)}"
+    algo = module.build(tiny.config_of(name))
+    state = jax.eval_shape(algo.init, jax.random.key(0))
+    metrics = set(jax.eval_shape(algo.update, state)[1])
+    metrics = {m for m in metrics if not m.startswith("episodes/")}
+    metrics |= {"charts/episodic_return", "charts/episodic_length"}
+    assert metrics <= code, f"metrics without a word in {page.name}: {sorted(metrics - code)}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_field_has_its_own_words(name):
+    tree = ast.parse((ROOT / "algos" / f"{name}.py").read_text())
+    config = next(x for x in tree.body if isinstance(x, ast.ClassDef) and x.name == "Config")
+    for i, node in enumerate(config.body):
+        if isinstance(node, ast.AnnAssign):
+            below = config.body[i + 1]
+            assert isinstance(below, ast.Expr), ast.unparse(node)
+            assert isinstance(below.value.value, str), ast.unparse(node)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_an_algorithm_is_one_file(name):
+    path = ROOT / "algos" / f"{name}.py"
+    text = path.read_text()
+    assert text.count("\n") < 650
+    assert max(map(len, text.splitlines())) <= 100
+    tree = ast.parse(text)
+    used = {"common": set(), "launch": set(), "envs": set()}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            used.get(node.value.id, set()).add(node.attr)
+        if isinstance(node, ast.ImportFrom) and node.module:
+            package = node.module.split(".")[0]
+            assert package not in ("envs", "experiments", "brax"), ast.unparse(node)
+            if package == "algos":
+                assert {x.name for x in node.names} <= {"common", "launch"}, ast.unparse(node)
+    assert len(used["common"] | used["launch"]) <= 8, used
+    assert used["envs"] <= {"make"}, used
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_nothing_calls_back_to_the_host(name):
+    """No callback and no random key of its own in a compiled program."""
+    text = (ROOT / "algos" / f"{name}.py").read_text() + (ROOT / "algos/common.py").read_text()
+    for word in ("callback", "debug.print", "host_call", "PRNGKey", "random.key(", "nan_to_num"):
+        assert word not in text, word
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_sections_come_in_the_same_order(name):
+    wanted = ["presets", "networks", "data types", "targets and losses", "build"]
+    text = (ROOT / "algos" / f"{name}.py").read_text()
+    assert re.findall(r"^# --- (.*) ---$", text, re.MULTILINE) == wanted
+    order = [text.index(f"\n{x}") for x in ("def build(", "def make_train(", "def main(")]
+    assert order == sorted(order)
+
+
+def test_nothing_outside_the_adapter_imports_brax():
+    for path in [*ROOT.glob("algos/*.py"), *ROOT.glob("envs/*.py"), *ROOT.glob("experiments/*.py")]:
+        if path.name not in ("brax.py",):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [x.name for x in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                assert not [x for x in names if x.split(".")[0] == "brax"], path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_in_the_docs_parse(page):
+    for command in commands(page):
+        program, argv = words(command)
+        assert (ROOT / program).exists(), command
+        name = Path(program).stem
+        if not program.startswith("algos/") or "..." in command:
+            continue
+        module = tiny.module_of(name)
+        argv = [x for x in argv if x != "--help"]
+        config, _ = cli.parse(name, module.Config, module.PRESETS, argv)
+        config.validate()
+        envs.canonical(config.env)
+
+
+def test_the_readme_has_commands():
+    assert len(commands(ROOT / "README.md")) >= 5
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
