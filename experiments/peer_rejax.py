@@ -1,13 +1,13 @@
 """PPO of rejax on CartPole, for `experiments/benchmark.py --peer rejax`; runs in rejax's own Python.
 
-    REJAX_PYTHON experiments/peer_rejax.py '{"num_seeds": 16, "num_envs": 32, ...}'
+    REJAX_PYTHON experiments/peer_rejax.py '{"num_seeds": 16, "num_updates": 50, "num_envs": 32, ...}'
 
-The argument holds the sizes; one line of JSON comes back. Nothing of this project is imported.
+The argument holds the sizes. One line of JSON tells the compile seconds; then each line of standard
+input is answered by one whole training and its seconds. Nothing of this project is imported.
 """
 
 import importlib.metadata
 import json
-import statistics
 import sys
 import time
 
@@ -16,42 +16,34 @@ import rejax
 
 
 def main():
-    """Compile, then time whole trainings."""
+    """Compile, then train once for each line."""
     sizes = json.loads(sys.argv[1])
-    num_seeds, calls = sizes.pop("num_seeds"), sizes.pop("calls")
-    network = {
-        "hidden_layer_sizes": sizes.pop("hidden"),
-        "activation": sizes.pop("activation"),
-    }
+    network = {"hidden_layer_sizes": sizes["hidden"], "activation": sizes["activation"]}
+    steps = sizes["num_updates"] * sizes["num_envs"] * sizes["num_steps"]
+    same = ("num_envs", "num_steps", "num_epochs", "num_minibatches", "learning_rate")
     algo = rejax.PPO.create(
         env="CartPole-v1",
         agent_kwargs=network,
-        **sizes,
+        total_timesteps=steps,
         # rejax evaluates inside its training loop: once, at the end, and with nothing to do
-        eval_freq=sizes["total_timesteps"],
+        eval_freq=steps,
         skip_initial_evaluation=True,
+        **{name: sizes[name] for name in same},
     ).replace(eval_callback=lambda algo, state, key: ())
-    keys = jax.random.split(jax.random.PRNGKey(0), num_seeds)
+    keys = jax.random.split(jax.random.PRNGKey(0), sizes["num_seeds"])
     start = time.perf_counter()
     train = jax.jit(jax.vmap(algo.train)).lower(keys).compile()
-    compiled = time.perf_counter() - start
-    jax.block_until_ready(train(keys))
-    rates, cpu = [], []
-    for _ in range(calls):
+    seconds = time.perf_counter() - start
+    names = ("rejax", "gymnax", "jax", "jaxlib", "flax", "optax")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    print(json.dumps({"compile": seconds, "devices": 1, "versions": versions}), flush=True)
+    for _ in sys.stdin:
         start, start_cpu = time.perf_counter(), time.process_time()
         state, _ = jax.block_until_ready(train(keys))
-        steps = int(state.global_step.sum())
-        rates.append(steps / (time.perf_counter() - start))
-        cpu.append(1e6 * (time.process_time() - start_cpu) / steps)
-    names = ("rejax", "gymnax", "jax", "jaxlib", "flax", "optax")
-    result = {
-        "train": statistics.median(rates),
-        "cpu_microseconds": statistics.median(cpu),
-        "compile": compiled,
-        "devices": 1,
-        "versions": {name: importlib.metadata.version(name) for name in names},
-    }
-    print(json.dumps(result))
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
+        if int(state.global_step[0]) != steps:
+            raise RuntimeError(f"rejax trained {state.global_step[0]} steps and not {steps}")
+        print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The wrapper stack, on an environment simple enough to follow by hand, and the names of `make`."""
 
+import re
 import sys
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -320,3 +322,28 @@ def test_a_users_factory_gets_the_whole_stack(user_module):
 def test_a_wrong_factory_is_named(user_module, name, message):
     with pytest.raises(ValueError, match=message):
         envs.make(name, 2)
+
+
+def test_the_example_of_the_docs_runs(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[1] / "docs" / "environments.md").read_text()
+    usage, example = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(usage, "usage", "exec"), {})
+    (tmp_path / "line_walk.py").write_text(example)
+    monkeypatch.syspath_prepend(tmp_path)
+    env = envs.make("line_walk:factory", 8)
+    step = jax.jit(env.step)
+    obs, state = env.reset(jax.random.key(0))
+    for t in range(15):
+        obs, state, reward, terminated, *_ = step(jax.random.key(t), state, jnp.ones((8, 1)))
+        np.testing.assert_array_equal(reward, terminated)
+        if terminated.any():
+            return
+    pytest.fail("nobody arrived")
+
+
+def test_the_docs_name_every_task():
+    text = (Path(__file__).parents[1] / "docs" / "environments.md").read_text()
+    for source, tasks in envs.TASKS.items():
+        for task in tasks:
+            name = f"probe/{task.removesuffix('-continuous')}" if source == "probe" else f"`{task}`"
+            assert name in text, f"{source}/{task}"
