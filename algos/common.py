@@ -153,21 +153,6 @@ class RewardScale(NamedTuple):
         return RewardScale(self.stats.add(returns), running_return)
 
 
-# --- old names ---
-
-
-def init_stats(shape):
-    return Stats.empty(shape)
-
-
-def update_stats(stats, rows):
-    return stats.add(rows)
-
-
-def normalize(stats, x):
-    return stats.normalize(x)
-
-
 # --- replay ---
 
 

@@ -536,7 +536,11 @@ class Session:
         if self.launch.render:
             from experiments import render
 
-            render.render_run(self.run_dir)
+            try:
+                files = render.render_run(self.run_dir)
+                self.log.say("videos: " + ", ".join(map(str, files)))
+            except (ValueError, ImportError, RuntimeError) as error:
+                self.log.say(f"not rendered: {error}", 0)
 
     def plan(self) -> str:
         """What will run, where and, for physics on a CPU, about how long."""

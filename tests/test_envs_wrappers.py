@@ -334,7 +334,7 @@ def test_the_example_of_the_docs_runs(tmp_path, monkeypatch):
     step = jax.jit(env.step)
     obs, state = env.reset(jax.random.key(0))
     for t in range(15):
-        obs, state, reward, terminated, *_ = step(jax.random.key(t), state, jnp.ones((8, 1)))
+        _, state, reward, terminated, *_ = step(jax.random.key(t), state, jnp.ones((8, 1)))
         np.testing.assert_array_equal(reward, terminated)
         if terminated.any():
             return
