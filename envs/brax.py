@@ -106,5 +106,7 @@ def make(
         max_steps=MAX_STEPS,
         reset_mode="refreshed",
         frame=frame,
-        render=lambda frames, path: viewer.render(env.sys.mj_model, frames, path, float(env.dt)),
+        render=lambda frames, path: viewer.render(
+            env.sys.mj_model, frames, path, float(env.dt), gif=False
+        ),
     )

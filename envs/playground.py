@@ -100,7 +100,9 @@ def adapt(task: str, env, max_steps: int, privileged: bool) -> RawEnv:
         reset_mode="refreshed",
         privileged_size=privileged_size,
         frame=lambda state: viewer.frame(state.physics),
-        render=lambda frames, path: viewer.render(env.mj_model, frames, path, float(env.dt)),
+        render=lambda frames, path: viewer.render(
+            env.mj_model, frames, path, float(env.dt), gif=True
+        ),
     )
 
 

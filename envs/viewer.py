@@ -26,16 +26,16 @@ def frame(physics: dict) -> dict:
     return {field: physics[field] for field in ("qpos", "mocap_pos", "mocap_quat")}
 
 
-def render(model: mujoco.MjModel, frames: dict, path: str | Path, dt: float) -> Path:
-    """Write frames (leaves [T, ...], dt seconds apart) to path.gif, or path.html without GL."""
+def render(model: mujoco.MjModel, frames: dict, path: str | Path, dt: float, gif: bool) -> Path:
+    """Write frames (leaves [T, ...], dt seconds apart) to path.html, or path.gif if GL is there."""
     stride = max(1, round(1 / (FPS * dt)))
     frames = {field: np.asarray(value)[::stride] for field, value in frames.items()}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    gif = path.with_name(path.name + ".gif")
+    picture = path.with_name(path.name + ".gif")
     backends = [os.environ["MUJOCO_GL"]] if "MUJOCO_GL" in os.environ else ["egl", "osmesa"]
-    if any(_render_gif(backend, model, frames, gif, dt * stride) for backend in backends):
-        return gif
+    if gif and any(_render_gif(gl, model, frames, picture, dt * stride) for gl in backends):
+        return picture
     return write_html(model, frames, path.with_name(path.name + ".html"), dt * stride)
 
 

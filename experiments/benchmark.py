@@ -1,11 +1,11 @@
-"""Speed: training and environment steps per second, compile seconds, and where an update's time goes.
+"""Speed: steps per second, compile seconds, and where the time of an update goes.
 
     python experiments/benchmark.py --out results/benchmark/cpu.json
     python experiments/benchmark.py --envs cartpole hopper --algos ppo --seeds 1 16
     python experiments/benchmark.py --peer rejax --peer-python REJAX_PYTHON
 
-Each case is a program of its own, with a time limit and an empty compilation cache, and compiles and
-trains exactly as the launcher does. Four variants of its update take turns on the same state:
+Each case is a process of its own, with a time limit and an empty compilation cache, and compiles
+and trains as the launcher does. Four variants of its update take turns on the same state:
 
     environment    random actions in place of the policy
     acting         the rollout alone, with the policy
@@ -14,8 +14,8 @@ trains exactly as the launcher does. Four variants of its update take turns on t
 
 and an update's seconds are split by subtraction: environment; acting (policy and noise, which is
 here drawn step by step); gradient (forward and backward passes, clipping, Adam); rest (targets,
-shuffling, gathering minibatches, statistics, metrics). Rates are environment steps per second of all
-seeds together. Evaluation is timed apart, on what little policy there is by then.
+shuffling, gathering minibatches, statistics, metrics). Rates are environment steps per second of
+all seeds together. Evaluation is timed apart, on the policy that there is by then.
 
 With --peer, PPO on CartPole is timed against another library, call by call in turn: `benchmark.py`
 and `peer_rejax.py` in the peer's Python have the same sizes and evaluate nothing.
@@ -94,7 +94,7 @@ def rollout_alone(build: Callable, acting: bool) -> Callable:
 
 def total(tree: Any) -> jax.Array:
     """Sum of all numbers of a tree."""
-    leaves = [x for x in jax.tree.leaves(tree) if not rundir.is_key(x)]
+    leaves = [x for x in map(jnp.asarray, jax.tree.leaves(tree)) if not rundir.is_key(x)]
     return sum((jnp.sum(x, dtype=jnp.float32) for x in leaves), jnp.zeros(()))
 
 
@@ -132,7 +132,7 @@ def free_gradients():
         mock.patch.object(jax, "value_and_grad", value_and_grad),
         mock.patch.object(jax, "grad", grad),
         mock.patch.object(optax, "scale_by_adam", scale_by_adam),
-        mock.patch.object(optax, "clip_by_global_norm", lambda norm: optax.identity()),
+        mock.patch.object(optax, "clip_by_global_norm", return_value=optax.identity()),
     ):
         yield
 
@@ -259,7 +259,10 @@ def in_own_process(case: dict[str, Any], limit: float) -> dict[str, Any]:
     """Measure one case in a process that may fail or hang without harm to the others."""
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, __file__, "--case", json.dumps(case)]
-        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
+        environment = os.environ | {
+            "JAX_COMPILATION_CACHE_DIR": cache,
+            "JAX_TRACEBACK_FILTERING": "off",  # the last line of an error is then its message
+        }
         try:
             done = subprocess.run(
                 command, env=environment, capture_output=True, text=True, timeout=limit

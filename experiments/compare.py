@@ -1,76 +1,112 @@
-"""Overlay finished or running launches of one environment, as curves and as a Markdown table.
+"""Runs side by side: one figure of all curves, and a Markdown table of the final evaluations.
 
-    python experiments/compare.py RUN_DIR RUN_DIR [--out curves.png]
+    python experiments/compare.py RUN_DIR RUN_DIR --out comparison.png --json comparison.json
 
-Final greedy returns: interquartile mean (IQM) over seeds with its 95 % bootstrap interval. A swept
-launch gives one row and one curve for each value.
+All runs must be of one environment. The table has a row for each run, and for each value of a swept
+run: the interquartile mean over seeds of the last greedy evaluation, with its 95 % bootstrap
+interval. Seconds are of the whole launch, all of its rows together.
 """
 
 import argparse
 import json
-import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import envs
-from algos import rundir
-
-HEADER = ["run", "environment", "seeds", "IQM [95 %]", "steps", "train s", "compile s", "device"]
+from algos import logs, rundir
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Print the table and draw the curves; one line and exit status 2 for bad input."""
+def read_runs(run_dirs: list[str]) -> list[rundir.Run]:
+    """Read run directories; ValueError if one is none, or if they differ in environment."""
+    runs = [rundir.read_run(path) for path in run_dirs]
+    found = {envs.canonical(run.config["env"]): run.path for run in runs}
+    if len(found) > 1:
+        listed = ", ".join(f"{env} ({path})" for env, path in found.items())
+        raise ValueError(f"runs of different environments cannot share a figure: {listed}")
+    return runs
+
+
+def entries(runs: list[rundir.Run]) -> list[tuple[str, rundir.Run, np.ndarray]]:
+    """(label, run, indices of its rows) of every swept value; all labels differ."""
+    found = [
+        (f"{run.algo} {label}".strip(), run, index)
+        for run in runs
+        for label, index in rundir.groups(run)
+    ]
+    labels = [label for label, _, _ in found]
+    return [
+        (f"{label} ({run.path.name})" if labels.count(label) > 1 else label, run, index)
+        for label, run, index in found
+    ]
+
+
+def summary(label: str, run: rundir.Run, index: np.ndarray) -> dict[str, Any]:
+    """Final return of the rows `index` of a run, and what it cost."""
+    final = run.returns[index, -1].mean(-1)  # [n]
+    meta = json.loads((run.path / "meta.json").read_text())
+    seconds = run.done["seconds"] if run.done else {"train": run.seconds[-1], "compile": np.nan}
+    return {
+        "label": label,
+        "run": str(run.path),
+        "env": envs.canonical(run.config["env"]),
+        "finished": run.done is not None,
+        "n": len(index),
+        "alive": int(np.isfinite(final).sum()),
+        "iqm": logs.jsonable(rundir.iqm(final)),
+        "interval": logs.jsonable(rundir.iqm_interval(final)),
+        "per_seed": logs.jsonable(final),
+        "steps": int(run.steps[-1]),
+        "train_seconds": logs.jsonable(seconds["train"]),
+        "compile_seconds": logs.jsonable(seconds["compile"]),
+        "device": f"{meta['num_devices']} x {meta['device']}",
+    }
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Table of the summaries; a dash for what is not known."""
+    number = lambda x, digits: "-" if x is None else f"{x:,.{digits}f}"
+    lines = [
+        "| algorithm | environment | n | final greedy return, IQM [95 %] "
+        "| steps | train, s | compile, s | device |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lo, hi = (number(x, 1) for x in row["interval"])
+        cells = [
+            row["label"] + ("" if row["finished"] else ", unfinished"),
+            row["env"],
+            f"{row['alive']}/{row['n']}",
+            f"{number(row['iqm'], 1)} [{lo}, {hi}]",
+            f"{row['steps']:,}",
+            number(row["train_seconds"], 1),
+            number(row["compile_seconds"], 1),
+            row["device"],
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None):
+    """Compare from the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR")
-    parser.add_argument("--out", type=Path, default=Path("compare.png"), help="picture to write")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--out", default="comparison.png", help="PNG to write")
+    parser.add_argument("--json", help="JSON to write, with the values of every seed")
+    args = parser.parse_args(argv)
     try:
-        runs = curves_of([rundir.read_run(path) for path in arguments.run_dirs])
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    print(table(runs))
-    rundir.plot_curves(runs, arguments.out, envs.canonical(runs[0][1].config["env"]))
-    print(f"\ncurves: {arguments.out}")
-
-
-def curves_of(runs: list[rundir.Run]) -> list[tuple[str, rundir.Run, np.ndarray]]:
-    """(label, run, rows) of every curve; ValueError if the environments differ."""
-    tasks = {envs.canonical(run.config["env"]) for run in runs}
-    if len(tasks) > 1:
-        raise ValueError(f"runs of different environments cannot share axes: {sorted(tasks)}")
-    names = [run.algo for run in runs]
-    curves = []
-    for run in runs:
-        name = run.algo if names.count(run.algo) == 1 else run.path.name
-        curves += [(f"{name} {label}".strip(), run, rows) for label, rows in rundir.groups(run)]
-    return curves
-
-
-def table(curves: list[tuple[str, rundir.Run, np.ndarray]]) -> str:
-    """Markdown table, one row per curve; seeds are those alive over all."""
-    lines = [HEADER, ["---"] * len(HEADER)]
-    for label, run, rows in curves:
-        final = run.returns[rows, -1].mean(-1)
-        lo, hi = rundir.iqm_interval(final)
-        meta = json.loads((run.path / "meta.json").read_text())
-        compiling = f"{run.done['seconds']['compile']:.1f}" if run.done else "not finished"
-        lines.append(
-            [
-                label,
-                envs.canonical(run.config["env"]),
-                f"{np.isfinite(final).sum()}/{len(rows)}",
-                f"{rundir.iqm(final):.1f} [{lo:.1f}, {hi:.1f}]",
-                f"{run.steps[-1]:,}",
-                f"{run.seconds[-1]:.1f}",
-                compiling,
-                f"{meta['num_devices']} x {meta['device']}",
-            ]
-        )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        found = entries(read_runs(args.run_dirs))
+        rows = [summary(*entry) for entry in found]
+        rundir.plot_curves(found, Path(args.out), rows[0]["env"])
+        if args.json:
+            rundir.write_json(Path(args.json), rows)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print(markdown(rows), end="")
+    print(f"\ncurves: {args.out}")
 
 
 if __name__ == "__main__":

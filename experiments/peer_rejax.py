@@ -1,6 +1,6 @@
-"""PPO of rejax on CartPole, for `experiments/benchmark.py --peer rejax`; runs in rejax's own Python.
+"""PPO of rejax on CartPole for `experiments/benchmark.py --peer rejax`, in rejax's own Python.
 
-    REJAX_PYTHON experiments/peer_rejax.py '{"num_seeds": 16, "num_updates": 50, "num_envs": 32, ...}'
+    REJAX_PYTHON experiments/peer_rejax.py '{"num_seeds": 16, "num_updates": 50, ...}'
 
 The argument holds the sizes. One line of JSON tells the compile seconds; then each line of standard
 input is answered by one whole training and its seconds. Nothing of this project is imported.

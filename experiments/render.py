@@ -1,67 +1,107 @@
-"""Draw one greedy episode of the best, the median and the worst seed of a launch.
+"""Pictures of what was learnt: one greedy episode of the best, the median and the worst seed.
 
     python experiments/render.py RUN_DIR
 
-Writes RUN_DIR/videos: HTML for Brax, GIF for the others. Needs no display.
+Seeds are ranked by their final evaluation. All of them start from the same state and are played in
+one compiled scan, from the exported policies; what is drawn goes to RUN_DIR/videos.
 """
 
+import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import envs
 from algos import rundir
-from envs.wrappers import raw_state
+from envs import wrappers
 
 
-def render_run(run_dir: Path) -> list[Path]:
-    """Render the three seeds; returns the files. ValueError if there is nothing to draw."""
+def render_run(run_dir: Path | str) -> list[Path]:
+    """Draw a finished run; returns the files written.
+
+    What cannot be drawn is one line on stderr and no error, as this ends a training. Raises
+    ValueError if it is not a run directory.
+    """
     run = rundir.read_run(run_dir)
-    env = envs.make(run.config["env"], 1, stagger=False, reset_mode="cached")
-    if env.frame is None or env.render is None:
-        raise ValueError(f"{env.name} cannot be drawn")
+    try:
+        return draw(run)
+    except Exception as error:
+        print(f"not rendered: {type(error).__name__}: {error}", file=sys.stderr)
+        return []
+
+
+def draw(run: rundir.Run) -> list[Path]:
+    """Play the chosen seeds and draw their episodes."""
     final = run.returns[:, -1].mean(-1)
-    order = [i for i in np.argsort(final) if np.isfinite(final[i])]
-    if not order:
-        raise ValueError(f"{run_dir}: no seed is alive")
-    chosen = {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}
-    files = []
-    for name, row in chosen.items():
-        act = rundir.load_policy(run_dir / f"policy_s{row:03d}.npz")
-        frames, length = jax.device_get(jax.jit(episode, static_argnums=(0, 1))(act, env))
-        frames = jax.tree.map(lambda x, n=length: x[:n], frames)
-        files.append(env.render(frames, run_dir / "videos" / f"{name}_s{run.seeds[row]:03d}"))
-    return files
+    rows = ranked(final)
+    env = envs.make(run.config["env"], len(rows), stagger=False, reset_mode="cached")
+    if env.frame is None or env.render is None:
+        raise ValueError(f"{env.name} has no drawing")
+    acts = [rundir.load_policy(run.path / f"policy_s{row:03d}.npz") for row in rows.values()]
+    frames, lengths = jax.device_get(play(env, acts, jax.random.key(0)))
+    paths = []
+    for i, (rank, row) in enumerate(rows.items()):
+        episode = jax.tree.map(lambda x, i=i: x[: lengths[i], i], frames)
+        path = Path(env.render(episode, run.path / "videos" / f"{rank}_s{row:03d}"))
+        seed = f"seed {run.seeds[row]} {run.labels[row]}".strip()
+        print(f"{rank}: {seed}, final return {final[row]:.1f}, {path}", file=sys.stderr)
+        paths.append(path)
+    return paths
 
 
-def episode(act, env):
-    """Frames [max_steps, ...] of one episode, and how many of them belong to it."""
-    key_reset, key = jax.random.split(jax.random.key(0))
-    obs, state = env.reset(key_reset)
+def ranked(final: np.ndarray) -> dict[str, int]:
+    """Rows of the best, median and worst of the returns [R]; dead ones left out, none twice."""
+    order = np.argsort(-final)[: np.isfinite(final).sum()]  # NaN is last
+    if not len(order):
+        raise ValueError("no seed is alive")
+    chosen: dict[str, int] = {}
+    for rank, place in ("best", 0), ("median", (len(order) - 1) // 2), ("worst", -1):
+        if order[place] not in chosen.values():
+            chosen[rank] = int(order[place])
+    return chosen
+
+
+def play(env: envs.Env, acts: list[Callable], key: jax.Array):
+    """One greedy episode of each policy: frames, leaves [max_steps, n, ...], and lengths [n].
+
+    A frame shows the state before a step, so the last one is the state in which the last action was
+    taken; what follows an episode's end is to be cut off.
+    """
+    key_reset, key_step = jax.random.split(key)
 
     def step(carry, key):
-        obs, state = carry
-        frame = env.frame(raw_state(jax.tree.map(lambda x: x[0], state)))
-        obs, state, _, _, _, info = env.step(key, state, act(obs))
-        return (obs, state), (frame, info["returned"][0])
+        obs, state, alive = carry
+        frame = jax.vmap(env.frame)(wrappers.raw_state(state))
+        action = jnp.stack([act(x) for act, x in zip(acts, obs, strict=True)])
+        obs, state, _, _, _, info = env.step(key, state, action)
+        return (obs, state, alive & ~info["returned"]), (frame, alive)
 
-    _, (frames, returned) = jax.lax.scan(step, (obs, state), jax.random.split(key, env.max_steps))
-    return frames, returned.argmax() + 1
+    @jax.jit
+    def episodes():
+        same = lambda x: jnp.repeat(x[:1], len(acts), 0)
+        carry = *jax.tree.map(same, env.reset(key_reset)), jnp.ones(len(acts), bool)
+        frames, alive = jax.lax.scan(step, carry, jax.random.split(key_step, env.max_steps))[1]
+        return frames, alive.sum(0)
+
+    return episodes()
 
 
-def main() -> None:
-    """Render from the command line; one line and exit status 2 for bad input."""
-    if len(sys.argv) != 2:
-        print("usage: python experiments/render.py RUN_DIR", file=sys.stderr)
-        raise SystemExit(2)
+def main(argv: list[str] | None = None):
+    """Render from the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR")
+    args = parser.parse_args(argv)
     try:
-        files = render_run(Path(sys.argv[1]))
-    except (ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    print("\n".join(map(str, files)))
+        paths = render_run(args.run_dir)
+    except ValueError as error:
+        parser.error(str(error))
+    raise SystemExit(0 if paths else 1)
 
 
 if __name__ == "__main__":

@@ -267,7 +267,7 @@ def test_page_is_self_contained_and_holds_the_poses(hopper, tmp_path):
 
 def test_without_gl_the_page_is_written(hopper, tmp_path, monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "disable")
-    path = viewer.render(*hopper, tmp_path / "b", dt=0.01)
+    path = viewer.render(*hopper, tmp_path / "b", dt=0.01, gif=True)
     assert path == tmp_path / "b.html"
     assert path.exists()
 
@@ -279,5 +279,5 @@ def test_an_environment_draws_its_own_frames(backend, tmp_path):
     state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
     frames = jax.tree.map(lambda x: np.stack([x, x]), raw.frame(state))
     path = raw.render(frames, tmp_path / "c")
-    assert path.suffix in (".gif", ".html")
+    assert path.suffix == ".html"
     assert path.stat().st_size > 100
