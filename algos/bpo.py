@@ -192,62 +192,69 @@ TRACEABLE += ("vf_coef", "clip_rho", "clip_c", "symlog_reg_coef")
 # --- presets ---
 
 # fmt: off
-# What the three base blocks of the authors' code share; a base preset leaves nothing of the task's.
-BASE = {
-    "shuffle": "rows", "learning_rate": 3e-4, "anneal_lr": False, "max_grad_norm": 0.5,
-    "adam_eps": 1e-5, "gamma": 0.99, "gae_lambda": 0.95, "clip_eps": 0.2, "anneal_clip": False,
-    "ent_coef": 0.0, "vf_coef": 0.5, "normalize_advantage": True, "estimator": "vtrace",
-    "clip_rho": 1.5, "clip_c": 1.5, "clip_traj": False, "weight_on_adv": False,
-    "replay_rollouts": 4, "weight_td": True, "clip_targets": True, "clip_actions": True,
-    "symlog_targets": False, "symlog_reg_coef": 1.0, "polyak_tau": 0.0, "zero_norm_final": False,
-    "mu_loss": "kl_qhat", "fidelity": "fixed", "normalize_obs": False, "normalize_reward": False,
-    "exploration": "iid", "noise_interval": 1, "hidden": (64, 64), "policy_gain": 1.0,
-    "log_std_init": 0.0,
+# Tasks keep the values of PPO's presets, see docs/presets.md.
+REPLAY = {
+    "num_vf_epochs": 2, "num_vf_minibatches": 16, "num_mu_epochs": 2, "num_mu_minibatches": 16,
+}
+PHYSICS = {
+    **REPLAY, "num_envs": 64, "num_steps": 64, "num_epochs": 8, "num_minibatches": 16,
+    "anneal_lr": True, "normalize_obs": True, "normalize_reward": True,
+    "total_timesteps": 1_000_000,
+}
+MANY_ENVS = {
+    **REPLAY, "num_envs": 512, "num_steps": 32, "num_epochs": 4, "num_minibatches": 16,
+    "anneal_lr": True, "normalize_obs": True, "normalize_reward": True, "hidden": (256, 256),
+    "total_timesteps": 2_000_000,
+}
+PAPER = {  # everything a task's own preset may have changed, back to the published default
+    "shuffle": "rows", "learning_rate": 3e-4, "anneal_lr": False, "gamma": 0.99, "gae_lambda": 0.95,
+    "clip_eps": 0.2, "anneal_clip": False, "ent_coef": 0.0, "vf_coef": 0.5, "normalize_obs": False,
+    "normalize_reward": False, "exploration": "iid", "noise_interval": 1, "hidden": (64, 64),
+    "policy_gain": 1.0, "log_std_init": 0.0,
+    "clip_rho": 1.5, "clip_c": 1.5, "replay_rollouts": 4, "weight_td": True, "clip_targets": True,
+    "clip_actions": True, "symlog_targets": False, "polyak_tau": 0.0, "zero_norm_final": False,
 }
 SYMLOG = {"symlog_targets": True, "polyak_tau": 0.02}
-ZERO = SYMLOG | {"zero_norm_final": True, "q_kernel_init": "orthogonal"}
-# Many environments and few large minibatches.
-PHYSICS = {
-    "total_timesteps": 2_000_000, "num_envs": 512, "num_steps": 32, "num_epochs": 4,
-    "num_minibatches": 8, "num_vf_epochs": 2, "num_vf_minibatches": 8, "num_mu_epochs": 2,
-    "num_mu_minibatches": 8, "normalize_obs": True, "normalize_reward": True, "log_std_init": -0.5,
-}
+ZERO = {**SYMLOG, "zero_norm_final": True, "q_kernel_init": "orthogonal"}
 PRESETS: dict[str, dict[str, Any]] = {
     # tasks
     "cartpole": {
-        "total_timesteps": 80_000, "num_envs": 8, "num_steps": 32, "num_epochs": 20,
+        "total_timesteps": 100_000, "num_envs": 8, "num_steps": 32, "num_epochs": 20,
         "num_minibatches": 1, "shuffle": "rows", "learning_rate": 1e-3, "anneal_lr": True,
         "gamma": 0.98, "gae_lambda": 0.8, "anneal_clip": True, "policy_gain": 1.0,
         "kernel_init": "lecun_normal", "num_vf_epochs": 2, "num_mu_epochs": 2,
         "num_mu_minibatches": 8,
     },
     "pendulum": {
-        "total_timesteps": 300_000, "num_envs": 16, "num_steps": 128, "num_epochs": 10,
-        "num_minibatches": 16, "shuffle": "rows", "learning_rate": 1e-3, "anneal_lr": True,
-        "gamma": 0.9, "normalize_reward": True, "num_vf_epochs": 2, "num_vf_minibatches": 16,
-        "num_mu_epochs": 2, "num_mu_minibatches": 16,
+        **REPLAY, "total_timesteps": 300_000, "num_envs": 16, "num_steps": 128, "num_epochs": 10,
+        "num_minibatches": 16, "shuffle": "rows", "gamma": 0.9, "learning_rate": 1e-3,
+        "anneal_lr": True, "normalize_reward": True,
     },
-    "ant": PHYSICS,
-    "halfcheetah": PHYSICS,
+    "inverted_pendulum": {**PHYSICS, "total_timesteps": 300_000, "learning_rate": 1e-3},
+    "inverted_double_pendulum": {**PHYSICS, "total_timesteps": 300_000, "learning_rate": 1e-3},
     "hopper": PHYSICS,
     "walker2d": PHYSICS,
-    "inverted_pendulum": PHYSICS | {"total_timesteps": 500_000, "num_envs": 64},
-    "reacher": PHYSICS | {"total_timesteps": 1_000_000, "gamma": 0.95},
+    "halfcheetah": PHYSICS,
+    "reacher": {**PHYSICS, "gamma": 0.95},
+    "ant": MANY_ENVS,
     # the authors' base blocks
-    "cartpole_ppo": BASE | {
+    "cartpole_ppo": {
+        **PAPER,
         "total_timesteps": 100_000, "num_envs": 8, "num_steps": 32, "num_epochs": 20,
         "num_minibatches": 1, "learning_rate": 1e-3, "anneal_lr": True, "gamma": 0.98,
         "gae_lambda": 0.8, "anneal_clip": True, "num_vf_epochs": 10, "num_vf_minibatches": 4,
         "num_mu_epochs": 10, "num_mu_minibatches": 8, "clip_actions": False,
         "activation": "tanh", "kernel_init": "lecun_normal", "q_kernel_init": "lecun_normal",
     },
-    "mujoco_ppo": BASE | {
+    "mujoco_ppo": {
+        **PAPER,
         "total_timesteps": 1_500_000, "num_envs": 1, "num_steps": 2048, "num_epochs": 10,
         "num_minibatches": 32, "ent_coef": 0.001, "num_vf_epochs": 20, "num_vf_minibatches": 32,
         "num_mu_epochs": 20, "num_mu_minibatches": 64,
         "activation": "relu", "kernel_init": "orthogonal", "q_kernel_init": "orthogonal",
     },
-    "mujoco_ppo_gsde": BASE | {
+    "mujoco_ppo_gsde": {
+        **PAPER,
         "total_timesteps": 2_000_000, "num_envs": 16, "num_steps": 512, "num_epochs": 20,
         "num_minibatches": 64, "learning_rate": 3e-5, "gae_lambda": 0.9, "clip_eps": 0.4,
         "replay_rollouts": 1, "num_vf_epochs": 40, "num_vf_minibatches": 64, "num_mu_epochs": 40,
@@ -256,13 +263,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "kernel_init": "lecun_normal", "q_kernel_init": "lecun_normal", "log_std_init": -1.0,
     },
     # the authors' add-on blocks, to follow one of these
-    "ppo_bpo": SYMLOG | {"clip_rho": 1.5, "clip_c": 1.5, "clip_traj": False},
-    "ppo_bpo_zero": ZERO | {"clip_rho": 1.5, "clip_c": 1.5, "clip_traj": False},
-    "ppo_bpo_zero1.0": ZERO | {"clip_rho": 1.0, "clip_c": 1.0, "clip_traj": False},
-    "ppo_bpo_zero1.0_1.5": ZERO | {"clip_rho": 1.5, "clip_c": 1.0, "clip_traj": False},
-    "ppo_bpo_zero1.0_1.4": ZERO | {"clip_rho": 1.4, "clip_c": 1.0, "clip_traj": False},
-    "ppo_bpo_zero1.0_traj": ZERO | {"clip_rho": 1.0, "clip_c": 1.0, "clip_traj": True},
-    "ppo_bpo_zero1.5_traj": ZERO | {"clip_rho": 1.5, "clip_c": 1.5, "clip_traj": True},
+    "ppo_bpo": {**SYMLOG, "clip_rho": 1.5, "clip_c": 1.5, "clip_traj": False},
+    "ppo_bpo_zero": {**ZERO, "clip_rho": 1.5, "clip_c": 1.5, "clip_traj": False},
+    "ppo_bpo_zero1.0": {**ZERO, "clip_rho": 1.0, "clip_c": 1.0, "clip_traj": False},
+    "ppo_bpo_zero1.0_1.5": {**ZERO, "clip_rho": 1.5, "clip_c": 1.0, "clip_traj": False},
+    "ppo_bpo_zero1.0_1.4": {**ZERO, "clip_rho": 1.4, "clip_c": 1.0, "clip_traj": False},
+    "ppo_bpo_zero1.0_traj": {**ZERO, "clip_rho": 1.0, "clip_c": 1.0, "clip_traj": True},
+    "ppo_bpo_zero1.5_traj": {**ZERO, "clip_rho": 1.5, "clip_c": 1.5, "clip_traj": True},
 }
 # fmt: on
 

@@ -33,6 +33,9 @@ fluid.jp = _OldNumpy()
 
 MAX_STEPS = 1000  # Brax's default episode_length; its environments hold no limit of their own
 
+# What tasks read of the state before they step, beside MuJoCo's integration state.
+READ = ("q", "qd", "x", "xd")
+
 # MJX runs the line search for its full count whether or not it has converged, and Brax leaves
 # MuJoCo's 50 in most models. These caps give the same trajectories as the model's own settings
 # (docs/environments.md has the agreement).
@@ -71,7 +74,7 @@ def make(
     def pack(state):
         pipeline = state.pipeline_state
         if backend == "mjx":
-            pipeline = mjx.pack(pipeline, extra=("q", "qd", "x", "xd"))
+            pipeline = mjx.pack(pipeline, READ)
         return BraxState(pipeline, state.info)
 
     def unpack(state):

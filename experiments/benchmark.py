@@ -276,25 +276,29 @@ def in_own_process(case: dict[str, Any], limit: float) -> dict[str, Any]:
 
 def markdown(cases: list[dict[str, Any]]) -> str:
     """One row per case."""
-    lines = [
-        "| algorithm | environment | seeds x envs x steps | devices | environment alone, steps/s "
-        f"| training, steps/s | {' | '.join(PARTS)} | trace + compile, s | one evaluation, s |",
-        "|---|---|---|---|---|---|" + "---|" * (len(PARTS) + 2),
-    ]
+    head = ["algorithm", "environment", "seeds x envs x steps", "devices"]
+    head += ["environment alone, steps/s", "training, steps/s", *PARTS]
+    head += ["trace + compile, s", "one evaluation, s"]
+    rows = [head, ["---"] * len(head)]
     for case in cases:
-        head = f"| {case['algo']} | {case['env']} | {case['num_seeds']}"
+        cells = [case["algo"], case["env"], str(case["num_seeds"])]
         if "error" in case:
-            lines.append(f"{head} | {case['error']} |" + " |" * (len(PARTS) + 5))
-            continue
-        rates, seconds = case["rates"], case["seconds"]
-        shares = " | ".join(f"{case['shares'][part]:.0%}" for part in PARTS)
-        lines.append(
-            f"{head} x {case['num_envs']} x {case['num_steps']} "
-            f"| {case['devices']} x {case['device']} | {rates['environment']:,.0f} "
-            f"| {rates['training']:,.0f} | {shares} "
-            f"| {seconds['trace']:.0f} + {seconds['compile']:.0f} | {seconds['evaluation']:.1f} |"
-        )
-    return "\n".join(lines) + "\n"
+            cells.append(case["error"])
+        else:
+            seconds = case["seconds"]
+            cells[-1] += f" x {case['num_envs']} x {case['num_steps']}"
+            cells.append(f"{case['devices']} x {case['device']}")
+            cells += [f"{case['rates'][name]:,.0f}" for name in ("environment", "training")]
+            cells += [f"{case['shares'][part]:.0%}" for part in PARTS]
+            cells.append(f"{seconds['trace']:.0f} + {seconds['compile']:.0f}")
+            cells.append(f"{seconds['evaluation']:.1f}")
+        rows.append(cells + [""] * (len(head) - len(cells)))
+    return table(rows)
+
+
+def table(rows: list[list[str]]) -> str:
+    """Markdown of the rows."""
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
 
 
 # --- against another library ---
@@ -398,23 +402,19 @@ def ratios(ours: list[float], theirs: list[float]) -> dict[str, float]:
 
 def peer_markdown(cases: list[dict[str, Any]]) -> str:
     """One row per case."""
-    lines = [
-        "| sizes of | seeds | envs x steps | epochs x minibatches | PurePO, steps/s | one device "
-        "| rejax | ratio [min, max] | one device | compile, s | rejax |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = ["sizes of", "seeds", "envs x steps", "epochs x minibatches", "PurePO, steps/s"]
+    head += ["one device", "rejax", "ratio [min, max]", "one device", "compile, s", "rejax"]
+    rows = [head, ["---"] * len(head)]
     for case in cases:
-        rates = [f"{statistics.median(x):,.0f}" for x in case["rates"].values()]
-        found = [f"{r['median']:.2f} [{r['min']:.2f}, {r['max']:.2f}]"
-                 for r in case["ratios"].values()]  # fmt: skip
-        compiled = [f"{case['processes'][name]['compile']:.0f}" for name in ("ours", "rejax")]
-        sizes = (
-            f"{case['num_envs']} x {case['num_steps']}",
-            f"{case['num_epochs']} x {case['num_minibatches']}",
-        )
-        cells = [case["sizes"], str(case["num_seeds"]), *sizes, *rates, *found, *compiled]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        cells = [case["sizes"], str(case["num_seeds"])]
+        cells.append(f"{case['num_envs']} x {case['num_steps']}")
+        cells.append(f"{case['num_epochs']} x {case['num_minibatches']}")
+        cells += [f"{statistics.median(x):,.0f}" for x in case["rates"].values()]
+        for ratio in case["ratios"].values():
+            cells.append(f"{ratio['median']:.2f} [{ratio['min']:.2f}, {ratio['max']:.2f}]")
+        cells += [f"{case['processes'][name]['compile']:.0f}" for name in ("ours", "rejax")]
+        rows.append(cells)
+    return table(rows)
 
 
 # --- command line ---

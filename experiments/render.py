@@ -55,7 +55,7 @@ def draw(run: rundir.Run) -> list[Path]:
 
 def ranked(final: np.ndarray) -> dict[str, int]:
     """Rows of the best, median and worst of the returns [R]; dead ones left out, none twice."""
-    order = np.argsort(-final)[: np.isfinite(final).sum()]  # NaN is last
+    order = np.argsort(-final, kind="stable")[: np.isfinite(final).sum()]  # NaN is last
     if not len(order):
         raise ValueError("no seed is alive")
     chosen: dict[str, int] = {}

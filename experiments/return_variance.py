@@ -147,8 +147,8 @@ def read_networks(run: rundir.Run, config: bpo.Config, algo: Any, env: envs.Env,
     axes = bpo.TrainState(*[0] * len(bpo.TrainState._fields))._replace(update=None)
     template = jax.eval_shape(jax.vmap(algo.init, out_axes=axes), keys)
     state, _ = rundir.load_tree(rundir.checkpoints(run.path)[-1], template)
-    params, obs_stats, return_stats = jax.tree.map(
-        lambda x: jnp.asarray(x[row]), (state.params, state.obs_stats, state.return_stats)
+    params, obs_stats, reward_scale = jax.tree.map(
+        lambda x: jnp.asarray(x[row]), (state.params, state.obs_stats, state.reward_scale)
     )
     actor = bpo.Actor(config, env.action_size, env.discrete)
 
@@ -181,8 +181,8 @@ def read_networks(run: rundir.Run, config: bpo.Config, algo: Any, env: envs.Env,
     policies = {"pi": network("actor"), "mu as trained": network("mu")}
     if env.discrete:
         policies |= {"mu in closed form": closed_form(False), "mu centred": closed_form(True)}
-    scale = jnp.sqrt(return_stats.var + 1e-8) if config.normalize_reward else 1.0
-    return Networks(policies, value, 1.0 / scale)
+    scale = reward_scale.scale(1.0) if config.normalize_reward else 1.0
+    return Networks(policies, value, scale)
 
 
 def sampled_rows(run_dir: str, row: int, starts: int, repeats: int, num_steps: int) -> list[dict]:

@@ -114,9 +114,9 @@ def test_ring_keeps_the_last_rows():
 
 
 def test_evaluation_is_the_first_episode_of_each_environment():
-    env = envs.make("cartpole", 5, stagger=False, max_steps=30)
+    env = envs.make("cartpole", 12, stagger=False, max_steps=30)
     # Some of these environments fall early, and start again while others still balance.
-    sides = jnp.array([1.0, 1.0, 1.0, -1.0, -1.0])
+    sides = jnp.repeat(jnp.array([1.0, -1.0]), 6)
     asked = []
 
     def act(policy, obs, key, greedy):
@@ -130,8 +130,8 @@ def test_evaluation_is_the_first_episode_of_each_environment():
 
     key_reset, key = jax.random.split(key)
     obs, state = jax.jit(env.reset)(key_reset)
-    expected_return, expected_length = np.zeros(5), np.zeros(5, int)
-    alive = np.ones(5, bool)
+    expected_return, expected_length = np.zeros(12), np.zeros(12, int)
+    alive = np.ones(12, bool)
     step = jax.jit(env.step)
     while alive.any():
         key, key_act, key_step = jax.random.split(key, 3)
@@ -143,8 +143,8 @@ def test_evaluation_is_the_first_episode_of_each_environment():
         alive &= ~np.asarray(terminated | truncated)
     np.testing.assert_allclose(returns, expected_return)
     np.testing.assert_array_equal(lengths, expected_length)
-    assert len(set(expected_length.tolist())) > 1
-    assert expected_length[3:].max() * 2 < expected_length.max()  # these played a second episode
+    assert len(set(expected_length[6:].tolist())) > 1
+    assert expected_length[6:].max() * 2 < expected_length.max()  # these played a second episode
 
 
 def test_episode_metrics_count_episodes_not_steps():

@@ -16,7 +16,7 @@ pytest.importorskip("mujoco_playground")
 
 from mujoco_playground import State, registry
 
-from envs import playground
+from envs import mjx, playground
 
 NUM_STEPS = 30
 DMC = [t for t in envs.TASKS["playground"] if not t.startswith(tuple(playground.MENAGERIE))]
@@ -37,35 +37,39 @@ def test_the_tasks_are_those_of_playground():
     ],
 )
 def test_parity_with_playground(task):
+    """Our step from every state of a random rollout of Playground's own environment."""
     raw = playground.make(task)
     source = registry.load(task, config_overrides={"impl": "jax"})
-    actions = jax.random.uniform(
-        jax.random.key(1), (4, NUM_STEPS, raw.action_size), minval=-1.2, maxval=1.2
-    )
-
-    def ours(key, actions):
-        def step(state, action):
-            obs, state, reward, terminated, info = raw.step(key, state, action)
-            return wrappers.strong(state), (obs, reward, terminated, info["env_nan"])
-
-        obs, state = raw.reset(key)
-        return obs, jax.lax.scan(step, wrappers.strong(state), actions)[1]
 
     def theirs(key, actions):
         def step(state, action):
-            state = wrappers.strong(source.step(state, jnp.clip(action, -1, 1)))
-            return state, (state.obs, state.reward, state.done)
+            after = wrappers.strong(source.step(state, jnp.clip(action, -1, 1)))
+            info = {field: state.info[field] for field in state.info if field != "rng"}
+            before = playground.PlaygroundState(mjx.pack(state.data), state.obs, info)
+            outputs = after.obs, after.reward, after.done > 0.5
+            return after, (before, state.info["rng"], outputs)
 
-        state = wrappers.strong(source.reset(key))
-        return state.obs, jax.lax.scan(step, state, actions)[1]
+        start = wrappers.strong(source.reset(key))
+        return start.obs, jax.lax.scan(step, start, actions)[1]
 
-    keys = jax.random.split(jax.random.key(0), 4)
-    start, (obs, reward, terminated, env_nan) = jax.jit(jax.vmap(ours))(keys, actions)
-    source_start, (source_obs, source_reward, done) = jax.jit(jax.vmap(theirs))(keys, actions)
+    def ours(key, before, keys, actions):
+        def step(inputs):
+            obs, _, reward, terminated, info = raw.step(*inputs)
+            return (obs, reward, terminated), info["env_nan"]
+
+        return raw.reset(key)[0], jax.lax.map(step, (keys, before, actions))
+
+    shape = (4, NUM_STEPS, raw.action_size)
+    actions = jax.random.uniform(jax.random.key(1), shape, minval=-1.2, maxval=1.2)
+    resets = jax.random.split(jax.random.key(0), 4)
+    source_start, (before, keys, expected) = jax.jit(jax.vmap(theirs))(resets, actions)
+    start, (out, env_nan) = jax.jit(jax.vmap(ours))(resets, before, keys, actions)
+    # programs compiled apart round apart, and contacts magnify that
+    tolerance = 1e-5 if task == "CartpoleBalance" else 2e-3
     np.testing.assert_allclose(start, source_start, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(obs, source_obs, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(reward, source_reward, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(terminated, done > 0.5)
+    for result, wanted in zip(out[:2], expected[:2], strict=True):
+        np.testing.assert_allclose(result, wanted, rtol=tolerance, atol=tolerance)
+    np.testing.assert_array_equal(out[2], expected[2])
     assert not env_nan.any()
     assert raw.max_steps == source._config.episode_length
     assert source._config.action_repeat == 1

@@ -200,12 +200,31 @@ def test_state_is_a_stable_carry_without_keys_or_weak_types(mode):
 
 
 def test_no_key_is_used_twice():
-    with jax.debug_key_reuse(True):
-        env = envs.make("probe/both", 3)
-        key_reset, key_step, key_refresh = jax.random.split(jax.random.key(0), 3)
-        _, state = jax.jit(env.reset)(key_reset)
-        state = jax.jit(env.step)(key_step, state, jnp.zeros(3, jnp.int32))[1]
-        jax.jit(env.refresh)(key_refresh, state)
+    """An environment that shows the keys it is given: all of them differ."""
+
+    def show(key):
+        return jax.random.uniform(key, (1,))
+
+    def step(key, state, action):
+        return show(key), state, 0.0, True, {}
+
+    shown = []
+    for mode in wrappers.RESET_MODES:
+        raw = RawEnv("keys", lambda key: (show(key), 0), step, 1, (1,), 1, False, 1000, mode)
+        env = wrappers.wrap(raw, 3, stagger=False)
+        key_reset, *keys = jax.random.split(jax.random.key(len(mode)), 5)
+        obs, state = env.reset(key_reset)
+        shown.append(obs)
+        for key in keys:
+            key_step, key_refresh = jax.random.split(key)
+            obs, state, *_, info = env.step(key_step, state, jnp.zeros((3, 1)))
+            state = env.refresh(key_refresh, state)
+            shown.append(info["final_observation"])
+            if mode == "fresh":
+                shown.append(obs)
+            if mode == "refreshed":
+                shown.append(state.inner.start[0])
+    assert len(np.unique(shown)) == np.size(shown)
 
 
 # --- names ---
@@ -332,7 +351,7 @@ def test_the_example_of_the_docs_runs(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     env = envs.make("line_walk:factory", 8)
     step = jax.jit(env.step)
-    obs, state = env.reset(jax.random.key(0))
+    _, state = env.reset(jax.random.key(0))
     for t in range(15):
         _, state, reward, terminated, *_ = step(jax.random.key(t), state, jnp.ones((8, 1)))
         np.testing.assert_array_equal(reward, terminated)

@@ -1,123 +1,340 @@
-"""Comparison, rendering and the statistics behind them."""
+"""Compare, render and benchmark, on run directories written by hand and on the smallest runs."""
 
+import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 from scipy import stats
 
+import envs
 from algos import ppo, rundir
-from experiments import compare, render
+from experiments import benchmark, compare, render
+
+EVALS = 3
 
 
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory):
-    """A run of two seeds, as the launcher leaves it, whose second seed died."""
-    path = tmp_path_factory.mktemp("runs") / "run"
-    path.mkdir()
-    write_run(path, np.array([[[1.0, 3.0], [10.0, 20.0]], [[2.0, 2.0], [np.nan, np.nan]]]))
+def write_run(path, env="cartpole", labels=("",), seeds=(0, 1, 2, 3), done=True, offset=0.0):
+    """A run directory without policies: return 10 x seed + evaluation + offset, dead where None."""
+    alive = [i for i in seeds if i is not None]
+    rows = [(label, seed) for label in labels for seed in seeds]
+    path.mkdir(parents=True)
+    launch = {"seed": alive[0], "num_seeds": len(seeds)}
+    numbers = [-1 if seed is None else seed for _, seed in rows]
+    description = {
+        "algo": "ppo",
+        "config": dataclasses.asdict(tiny.config_of("ppo", env=env)),
+        "launch": launch,
+        "rows": {"seeds": numbers, "labels": [label for label, _ in rows]},
+    }
+    rundir.write_json(path / "config.json", description)
+    rundir.write_json(path / "meta.json", {"num_devices": 2, "device": "cpu"})
+    base = np.array([np.nan if seed is None else 10.0 * seed + offset for _, seed in rows])
+    returns = [np.stack([base + i - 0.5, base + i + 0.5], 1) for i in range(EVALS)]
+    steps, seconds = [0, 100, 200], [0.0, 1.0, 2.0]
+    evals = {"steps": steps, "seconds": seconds, "returns": returns, "lengths": returns}
+    rundir.write_evals(path, evals)
+    if done:
+        rundir.write_json(path / "done.json", {"seconds": {"train": 2.0, "compile": 30.0}})
     return path
 
 
-def write_run(path, returns, env="cartpole"):
-    num_rows, num_evals, _ = returns.shape
-    rundir.write_json(
-        path / "config.json",
-        {
-            "algo": "ppo",
-            "config": {"env": env},
-            "launch": {},
-            "rows": {"seeds": list(range(num_rows)), "labels": [""] * num_rows},
-        },
-    )
-    rundir.write_json(path / "meta.json", {"num_devices": 2, "device": "cpu"})
-    evals = {
-        "steps": [100 * i for i in range(num_evals)],
-        "seconds": [0.5 * i for i in range(num_evals)],
-        "returns": list(returns.transpose(1, 0, 2)),
-        "lengths": list(returns.transpose(1, 0, 2)),
-    }
-    rundir.write_evals(path, evals)
+def table_of(capsys):
+    """Cells of the Markdown table that was printed, without its head."""
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("|")]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert len({len(row) for row in cells}) == 1
+    return cells[2:]
 
 
-def test_iqm_is_the_mean_of_the_middle_half():
-    x = np.array([-100.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 900.0])
-    assert rundir.iqm(x) == pytest.approx(np.mean([2.0, 3.0, 4.0, 5.0]))
-    assert rundir.iqm(np.append(x, np.nan)) == rundir.iqm(x)  # a dead seed is left out
+# --- statistics ---
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 10, 16, 50])
+def test_iqm_is_the_trimmed_mean(n):
+    x = np.random.default_rng(n).normal(size=n) ** 3
+    np.testing.assert_allclose(rundir.iqm(x), stats.trim_mean(x, 0.25), rtol=1e-12)
+    middle = np.sort(x)[n // 4 : n - n // 4]
+    np.testing.assert_allclose(rundir.iqm(x), middle.mean(), rtol=1e-12)
+
+
+def test_iqm_leaves_dead_seeds_out():
+    assert rundir.iqm(np.array([np.nan, 1.0, 2.0, 3.0, 1000.0])) == 2.5
     assert np.isnan(rundir.iqm(np.array([np.nan])))
+    assert np.isnan(rundir.iqm_interval(np.array([1.0, np.nan]))).all()
 
 
-def test_interval_covers_the_iqm_and_shrinks_with_seeds():
-    rng = np.random.default_rng(1)
-    few, many = rng.normal(size=10), rng.normal(size=1000)
-    for x in (few, many):
-        lo, hi = rundir.iqm_interval(x)
-        assert lo < rundir.iqm(x) < hi
-    assert np.diff(rundir.iqm_interval(many)) < np.diff(rundir.iqm_interval(few)) / 3
+@pytest.mark.parametrize("n", [5, 16])
+def test_interval_agrees_with_scipys_bootstrap(n):
+    x = np.random.default_rng(n).normal(100.0, 20.0, n)
+    lo, hi = rundir.iqm_interval(x)
     reference = stats.bootstrap(
-        (many,), lambda x, axis: stats.trim_mean(x, 0.25, axis=axis), method="percentile", rng=0
+        (x,),
+        lambda x, axis: stats.trim_mean(x, 0.25, axis=axis),
+        n_resamples=20_000,
+        method="percentile",
+        rng=np.random.default_rng(1),
     ).confidence_interval
-    assert np.allclose(rundir.iqm_interval(many), reference, atol=0.02)
+    width = reference.high - reference.low
+    assert abs(lo - reference.low) < 0.1 * width
+    assert abs(hi - reference.high) < 0.1 * width
+    assert lo < rundir.iqm(x) < hi
 
 
-def test_run_is_read_as_it_was_written(run_dir):
-    run = rundir.read_run(run_dir)
-    assert run.returns.shape == (2, 2, 2)
-    assert run.returns[0, 1].tolist() == [10.0, 20.0]
-    assert run.steps.tolist() == [0, 100]
-    assert run.done is None
+def test_interval_covers():
+    rng = np.random.default_rng(0)
+    intervals = [rundir.iqm_interval(rng.normal(size=16), 500) for _ in range(200)]
+    inside = np.mean([lo < 0.0 < hi for lo, hi in intervals])
+    assert 0.85 < inside < 0.99  # a percentile bootstrap of 16 is a little too narrow
 
 
-def test_table_names_dead_seeds_and_steps(run_dir):
-    text = compare.table(compare.curves_of([rundir.read_run(run_dir)]))
-    cells = [cell.strip() for cell in text.splitlines()[2].split("|")[1:-1]]
-    assert cells[0] == "ppo"
-    assert cells[1] == "gymnax/CartPole-v1"
-    assert cells[2] == "1/2"
-    assert cells[3].startswith("15.0")
-    assert cells[4] == "100"
-    assert cells[6] == "not finished"
+# --- compare ---
 
 
-def test_compare_draws_and_prints(run_dir, tmp_path, capsys):
-    compare.main([str(run_dir), str(run_dir), "--out", str(tmp_path / "c.png")])
-    assert "| run |" in capsys.readouterr().out
-    with Image.open(tmp_path / "c.png") as image:
+def test_compare_prints_a_row_for_each_run(tmp_path, capsys):
+    one = write_run(tmp_path / "one")
+    two = write_run(tmp_path / "two", seeds=(0, 1, 2, None), offset=100.0, done=False)
+    out, data = tmp_path / "plots" / "both.png", tmp_path / "both.json"
+    compare.main([str(one), str(two), "--out", str(out), "--json", str(data)])
+
+    rows = table_of(capsys)
+    final = np.array([2.0, 12.0, 22.0, 32.0])
+    lo, hi = rundir.iqm_interval(final)
+    assert rows[0][0] == "ppo (one)"
+    assert rows[0][1:4] == ["gymnax/CartPole-v1", "4/4", f"17.0 [{lo:.1f}, {hi:.1f}]"]
+    assert rows[0][4:] == ["200", "2.0", "30.0", "2 x cpu"]
+    assert rows[1][0] == "ppo (two), unfinished"
+    assert rows[1][2] == "3/4"
+    assert rows[1][3].startswith("112.0 [")
+    assert rows[1][5:7] == ["2.0", "-"]
+    with Image.open(out) as image:
+        image.load()
         assert image.format == "PNG"
-        assert len(set(image.convert("L").getdata())) > 10  # not an empty sheet
+        assert min(image.size) > 300
+    saved = json.loads(data.read_text())
+    assert saved[0]["per_seed"] == final.tolist()
+    assert saved[1]["per_seed"] == [102.0, 112.0, 122.0, None]
 
 
-def test_compare_refuses_other_environments_and_no_runs(run_dir, tmp_path, capsys):
-    other = tmp_path / "other"
-    other.mkdir()
-    write_run(other, np.ones((1, 2, 2)), env="pendulum")
-    for arguments in ([str(run_dir), str(other)], [str(tmp_path)]):
-        with pytest.raises(SystemExit) as stop:
-            compare.main(arguments)
-        assert stop.value.code == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ")
-        assert error.count("\n") == 1
+def test_compare_prints_a_row_for_each_swept_value(tmp_path, capsys):
+    run = write_run(tmp_path / "run", labels=("gamma=0.9", "gamma=0.99"), seeds=(1, 2))
+    compare.main([str(run), "--out", str(tmp_path / "x.png")])
+    rows = table_of(capsys)
+    assert [row[0] for row in rows] == ["ppo gamma=0.9", "ppo gamma=0.99"]
+    assert [row[2] for row in rows] == ["2/2", "2/2"]
 
 
-def test_render_draws_best_median_and_worst(tmp_path, monkeypatch, signals):
-    monkeypatch.chdir(tmp_path)
-    flags = "--num-seeds 3 --total-timesteps 64 --num-envs 4 --num-steps 8 --num-minibatches 2"
-    flags += " --num-evals 1 --eval-episodes 2 --verbose 0 --run-dir run --render"
-    monkeypatch.setattr("sys.argv", ["ppo.py", *flags.split()])
-    ppo.main()
-    run = rundir.read_run("run")
-    final = run.returns[:, -1].mean(-1)
-    names = sorted(path.name for path in (tmp_path / "run" / "videos").iterdir())
-    assert [name.split("_")[0] for name in names] == ["best", "median", "worst"]
-    assert names[0] == f"best_s{final.argmax():03d}.gif" or (final == final.max()).sum() > 1
-    with Image.open(tmp_path / "run" / "videos" / names[0]) as video:
-        assert video.format == "GIF"
-        assert video.n_frames > 1
-    assert json.loads((tmp_path / "run" / "done.json").read_text())["alive"] == 3
+def test_compare_with_nobody_alive(tmp_path, capsys):
+    run = write_run(tmp_path / "run", seeds=(1, None))
+    dead = write_run(tmp_path / "dead", labels=("a",), seeds=(1,))
+    evals = {"steps": [0, 9], "seconds": [0.0, 1.0]}
+    nothing = [np.full((1, 2), np.nan)] * 2
+    rundir.write_evals(dead, evals | {"returns": nothing, "lengths": nothing})
+    compare.main([str(run), str(dead), "--out", str(tmp_path / "x.png")])
+    rows = table_of(capsys)
+    assert rows[0][3] == "12.0 [-, -]"
+    assert rows[1][2:4] == ["0/1", "- [-, -]"]
 
 
-def test_render_says_what_is_missing(run_dir):
-    with pytest.raises(ValueError, match="does not exist"):
-        render.render_run(run_dir)
+def test_compare_refuses(tmp_path, capsys):
+    one = write_run(tmp_path / "one")
+    alias = write_run(tmp_path / "alias", env="gymnax/CartPole-v1")
+    other = write_run(tmp_path / "other", env="pendulum")
+    out = tmp_path / "x.png"
+    compare.main([str(one), str(alias), "--out", str(out)])  # two names of one environment
+    out.unlink()
+    for paths, message in [
+        ([one, other], "different environments"),
+        ([one, tmp_path], "is not a run directory"),
+    ]:
+        with pytest.raises(SystemExit) as error:
+            compare.main([*map(str, paths), "--out", str(out)])
+        assert error.value.code == 2
+        assert message in capsys.readouterr().err
+        assert not out.exists()
+
+
+# --- render ---
+
+
+@pytest.mark.parametrize(
+    ("final", "expected"),
+    [
+        ([3.0, 1.0, 5.0, 2.0, 4.0], {"best": 2, "median": 0, "worst": 1}),
+        ([3.0, np.nan, 5.0, np.nan, 4.0], {"best": 2, "median": 4, "worst": 0}),
+        ([1.0, 2.0], {"best": 1, "worst": 0}),
+        ([np.nan, 2.0], {"best": 1}),
+    ],
+)
+def test_ranked(final, expected):
+    assert render.ranked(np.array(final)) == expected
+
+
+def test_ranked_with_nobody_alive():
+    with pytest.raises(ValueError, match="no seed is alive"):
+        render.ranked(np.array([np.nan]))
+
+
+def write_policies(path, seeds, env="cartpole"):
+    """Policies of untrained networks, as a launch exports them."""
+    algo = ppo.build(tiny.config_of("ppo", env=env))
+    for i in seeds:
+        policy = jax.jit(lambda key: algo.policy_of(algo.init(key)))(jax.random.key(i))
+        rundir.save_arrays(path / f"policy_s{i:03d}.npz", rundir.flatten(policy), {})
+
+
+def test_render_cartpole(tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+    write_policies(run, (0, 2, 3))  # of 4 seeds the upper of the middle ones is drawn
+    paths = render.render_run(run)
+    videos = run / "videos"
+    assert paths == [videos / f"{x}.gif" for x in ("best_s003", "median_s002", "worst_s000")]
+    assert "best: seed 3, final return 32.0" in capsys.readouterr().err
+    for path in paths:
+        with Image.open(path) as image:
+            assert 5 < image.n_frames < 500
+
+
+def test_played_episodes_are_those_of_an_evaluation():
+    """Lengths agree with stepping by hand, and frames stop where the episode does."""
+    env = envs.make("cartpole", 2, stagger=False, reset_mode="cached")
+    acts = [lambda obs: jnp.int32(0), lambda obs: jnp.int32(obs[2] > 0)]
+    frames, lengths = jax.device_get(render.play(env, acts, jax.random.key(1)))
+    np.testing.assert_array_equal(frames[0, 0], frames[0, 1])  # the same start
+    assert lengths[0] < lengths[1]
+    key_reset, _ = jax.random.split(jax.random.key(1))
+    obs, state = env.reset(key_reset)
+    for t in range(lengths[0]):
+        np.testing.assert_allclose(frames[t, 0], obs[0], rtol=1e-5)
+        key, actions = jax.random.key(0), jnp.zeros(2, jnp.int32)
+        obs, state, _, terminated, _, _ = env.step(key, state, actions)
+        assert bool(terminated[0]) == (t == lengths[0] - 1)
+
+
+def test_what_cannot_be_drawn_is_one_line(tmp_path, capsys):
+    for env in ("probe/value", "cartpole"):  # no drawing; no policies
+        run = write_run(tmp_path / env.replace("/", "-"), env=env)
+        assert render.render_run(run) == []
+        assert capsys.readouterr().err.startswith("not rendered: ValueError: ")
+    with pytest.raises(ValueError, match="not a run directory"):
+        render.render_run(tmp_path)
+
+
+@pytest.mark.slow
+def test_render_brax(tmp_path, monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "none")  # as on a machine without any GL library
+    name = "inverted_pendulum?backend=spring"
+    run = write_run(tmp_path / "run", env=name, seeds=(0,))
+    write_policies(run, (0,), env=name)
+    (path,) = render.render_run(run)
+    assert path == run / "videos" / "best_s000.html"
+    assert "<canvas" in path.read_text()
+
+
+# --- benchmark ---
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--envs", "cartpol"], "did you mean"),
+        (["--algos", "launch"], "algos/launch.py is not an algorithm"),
+        (["--seeds", "0"], "must be at least 1"),
+        (["--peer", "rejax"], "go together"),
+        (["--peer", "other", "--peer-python", "python"], "invalid choice"),
+    ],
+)
+def test_benchmark_refuses(flags, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        benchmark.parse(flags)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_benchmark_measures_every_case(monkeypatch, tmp_path, capsys):
+    seen = []
+
+    def in_own_process(case, limit):
+        seen.append((case["algo"], case["env"], case["num_seeds"]))
+        return case | {"error": "no time"} if case["num_seeds"] == 1 else case | RESULT
+
+    monkeypatch.setattr(benchmark, "in_own_process", in_own_process)
+    out = tmp_path / "new" / "out.json"
+    flags = ["--envs", "cartpole", "ant", "--algos", "ppo", "--seeds", "1", "16"]
+    monkeypatch.setattr("sys.argv", ["benchmark.py", *flags, "--out", str(out)])
+    benchmark.main()
+    assert seen == [("ppo", env, seeds) for env in ("cartpole", "ant") for seeds in (1, 16)]
+    rows = table_of(capsys)
+    assert rows[0][3] == "no time"
+    assert rows[1][2:] == [
+        *("16 x 8 x 32", "2 x cpu", "4,000", "1,000", "25%", "10%", "60%", "5%", "3 + 40", "1.5"),
+    ]
+    report = json.loads(out.read_text())
+    assert report["command"].startswith("python benchmark.py --envs")
+    assert {"commit", "versions", "cores", "cases"} <= report.keys()
+    assert [case.get("error") for case in report["cases"]] == ["no time", None] * 2
+
+
+SAMPLES = {"environment": [1.0, 1.0, 9.0], "acting": [1.4], "full": [4.0], "no gradient": [1.6]}
+RESULT = {
+    "num_envs": 8,
+    "num_steps": 32,
+    "device": "cpu",
+    "devices": 2,
+    "seconds": {"trace": 3.0, "compile": 40.0, "evaluation": 1.5},
+    **benchmark.derived(SAMPLES, steps=4000),
+}
+
+
+def test_shares_add_up():
+    assert sum(RESULT["shares"].values()) == pytest.approx(1.0)
+
+
+def test_a_failing_case_is_reported(tmp_path):
+    case = {"algo": "ppo", "env": "nothing", "num_seeds": 1, "budget": 1.0}
+    assert "unknown environment 'nothing'" in benchmark.in_own_process(case, 60.0)["error"]
+    assert benchmark.in_own_process(case, 0.01)["error"] == "nothing after 0 s"
+
+
+def test_free_gradients_change_nothing_else():
+    """Same rollout, metrics and counters as the real update; parameters stay where they were."""
+    for name in tiny.ALGOS:
+        algo = tiny.module_of(name).build(tiny.config_of(name))
+        state = jax.jit(algo.init)(jax.random.key(0))
+        real, metrics = jax.jit(algo.update)(state)
+        with benchmark.free_gradients():
+            update = jax.jit(lambda state, algo=algo: algo.update(state))
+            free, free_metrics = update(state)
+        tiny.assert_same(free.obs, real.obs)
+        tiny.assert_same(free.env_state, real.env_state)
+        tiny.assert_close(free.params, state.params, atol=1e-9)
+        assert jax.tree.structure(free) == jax.tree.structure(real)
+        assert free_metrics.keys() == metrics.keys()
+        assert jax.grad.__module__.startswith("jax")
+
+
+@pytest.mark.parametrize("acting", [False, True])
+def test_rollout_alone_steps_the_environment(acting):
+    """It plays num_steps in the training environments and leaves all else of the state alone."""
+    config = tiny.config_of("ppo", env="probe/truncation")
+    algo = benchmark.rollout_alone(ppo.build, acting)(config)
+    state = jax.jit(algo.init)(jax.random.key(0))
+    new, metrics = jax.jit(algo.update)(state)
+    assert int(new.update) == 1
+    assert np.isfinite(metrics["seen"])
+    elapsed = lambda state: np.asarray(state.env_state.inner.inner.elapsed)
+    np.testing.assert_array_equal(elapsed(new), (elapsed(state) + config.num_steps) % 8)
+    tiny.assert_same(new.params, state.params)
+    tiny.assert_same(new.opt_state, state.opt_state)
+
+
+def test_ratios_are_of_neighbouring_calls():
+    assert benchmark.ratios([2.0, 6.0, 3.0], [1.0, 2.0, 3.0]) == {
+        "min": 1.0,
+        "median": 2.0,
+        "max": 3.0,
+    }
