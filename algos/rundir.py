@@ -8,6 +8,7 @@ All of it is JSON or numpy arrays without pickles. `algos/launch.py` writes, exp
 
 import dataclasses
 import importlib
+import itertools
 import json
 import os
 import zipfile
@@ -284,10 +285,10 @@ def plot_curves(runs: list[tuple[str, Run, np.ndarray]], path: Path, title: str)
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2, sharey=True)
     algos = [run.algo for _, run, _ in runs]
-    for i, (label, run, rows) in enumerate(runs):
-        color = COLORS.get(run.algo, "#000000")
-        if algos.count(run.algo) > 1:
-            color = SPARE_COLORS[i % len(SPARE_COLORS)]
+    own = {algo: COLORS[algo] for algo in algos if algo in COLORS and algos.count(algo) == 1}
+    spare = itertools.cycle(c for c in SPARE_COLORS if c not in own.values())
+    for label, run, rows in runs:
+        color = own.get(run.algo) or next(spare)
         middle, lo, hi = curve_of(run.returns[rows])
         text = f"{label} (n={len(rows)})"
         for axis, x in zip(axes, (run.steps, run.seconds), strict=True):
