@@ -104,7 +104,7 @@ class Stats(NamedTuple):
 
     mean: jax.Array  # [...]
     var: jax.Array  # [...]
-    count: jax.Array  # []  # type: ignore[assignment]  (hides tuple.count)
+    count: jax.Array  # type: ignore[assignment]  # [], hides tuple.count
 
     @classmethod
     def empty(cls, shape: tuple[int, ...]) -> "Stats":
