@@ -880,7 +880,13 @@ def build(config: Config) -> common.Algo:
         state = state._replace(
             params=state.params | params,
             opt_state=state.opt_state | opt_state,
-            replay=common.ring_write(state.replay, traj, state.update * T),
+            replay=jax.tree.map(
+                lambda ring, x: jax.lax.dynamic_update_slice_in_dim(
+                    ring, x, state.update % K * T, 0
+                ),
+                state.replay,
+                traj,
+            ),
             reward_range=jnp.stack([rewards.min(), rewards.max()]),
         )
         rate = learning_rate(state.update, state.opt_state["actor"][1].count)
@@ -892,7 +898,7 @@ def build(config: Config) -> common.Algo:
         )
         ratio = jnp.exp(log_ratio)
         metrics = {name: x.mean() for name, x in aux.items()} | replay_metrics
-        metrics |= common.episode_metrics(info)
+        metrics |= common.run_metrics(info, (state.params, aux["losses/value_loss"]))
         metrics |= {
             "losses/explained_variance": 1.0 - (target - value).var() / (target.var() + 1e-8),
             "ratios/mean": ratio.mean(),
@@ -903,7 +909,6 @@ def build(config: Config) -> common.Algo:
             "health/kl_mu_pi": (ratio - 1.0 - log_ratio).mean(),
             "health/qhat_q2_corr": (standardize(qhat) * standardize(q**2)).mean(),
             "health/qhat_below_q2": (qhat < q**2).mean(),
-            "health/finite": common.all_finite((state.params, aux["losses/value_loss"])),
         }
         state = state._replace(
             obs_stats=state.obs_stats.add(traj.obs),

@@ -1,6 +1,6 @@
 """Device-side helpers that hold no algorithmic idea and must be identical in every file.
 
-Pure functions of arrays: running statistics, a ring of rows, greedy evaluation, episode metrics.
+Pure functions of arrays: distributions, running statistics, greedy evaluation, episode metrics.
 """
 
 import math
@@ -153,22 +153,6 @@ class RewardScale(NamedTuple):
         return RewardScale(self.stats.add(returns), running_return)
 
 
-# --- replay ---
-
-
-def ring_write(ring: Any, rows: Any, index: jax.Array) -> Any:
-    """Write `rows` [n, ...] at row `index % capacity` of `ring` [capacity, ...], trees alike.
-
-    `capacity` must be a multiple of n and `index` too, so that a write never wraps.
-    """
-
-    def write(buffer, new):
-        start = index % buffer.shape[0]
-        return jax.lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), start, 0)
-
-    return jax.tree.map(write, ring, rows)
-
-
 # --- evaluation and metrics ---
 
 
@@ -197,8 +181,10 @@ def evaluate(act: Callable, policy: Any, env: envs.Env, key: jax.Array):
     return returns, lengths
 
 
-def episode_metrics(info: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Sums over the episodes that ended in a rollout; `info` holds arrays [T, N].
+def run_metrics(info: dict[str, jax.Array], learned: Any) -> dict[str, jax.Array]:
+    """Sums over the episodes that ended in a rollout, and whether what was learned is finite.
+
+    `info` holds arrays [T, N]; `learned` is any tree, of parameters and losses say.
 
     Sums and a count, not means: a rollout in which no episode ended must not count as a zero.
     The launcher divides, and leaves the metric out where the count is 0.
@@ -209,6 +195,7 @@ def episode_metrics(info: dict[str, jax.Array]) -> dict[str, jax.Array]:
         "episodes/return": jnp.where(ended, info["episode_return"], 0.0).sum(),
         "episodes/length": jnp.where(ended, info["episode_length"], 0).sum(),
         "health/env_nan": info["env_nan"].sum(),
+        "health/finite": all_finite(learned),
     }
 
 

@@ -473,10 +473,9 @@ def build(config: Config) -> common.Algo:
         )
 
         metrics = {name: x.mean() for name, x in aux.items()}
-        metrics |= common.episode_metrics(info)
+        metrics |= common.run_metrics(info, (params, metrics["losses/value_loss"]))
         metrics["losses/explained_variance"] = 1.0 - advantage.var() / (batch.target.var() + 1e-8)
         metrics["charts/learning_rate"] = jnp.asarray(learning_rate)
-        metrics["health/finite"] = common.all_finite((params, metrics["losses/value_loss"]))
         state = state._replace(
             params=params,
             opt_state=opt_state,

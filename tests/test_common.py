@@ -99,17 +99,6 @@ def test_reward_scale_is_the_deviation_of_the_running_discounted_return():
 # --- ring ---
 
 
-def test_ring_keeps_the_last_rows():
-    ring = {"x": jnp.zeros((6, 2)), "n": jnp.zeros(6, jnp.uint8)}
-    write = jax.jit(common.ring_write)
-    for i in range(0, 10, 2):
-        rows = jnp.arange(i, i + 2)
-        ring = write(ring, {"x": jnp.stack([rows, -rows], 1), "n": rows}, jnp.int32(i))
-    np.testing.assert_array_equal(ring["n"], [6, 7, 8, 9, 4, 5])
-    np.testing.assert_array_equal(ring["x"], [[i, -i] for i in (6, 7, 8, 9, 4, 5)])
-    assert ring["n"].dtype == jnp.uint8
-
-
 # --- evaluation ---
 
 
@@ -154,7 +143,7 @@ def test_episode_metrics_count_episodes_not_steps():
         "episode_length": jnp.array([[1, 3], [2, 50], [50, 4]]),
         "env_nan": jnp.array([[False, True], [False, False], [False, True]]),
     }
-    metrics = common.episode_metrics(info)
+    metrics = common.run_metrics(info, jnp.zeros(1))
     values = {k: float(v) for k, v in metrics.items()}
     assert values == {
         "episodes/count": 3,
@@ -171,7 +160,7 @@ def test_episode_metrics_of_no_episode_are_zero_even_if_a_return_is_not_finite()
         "episode_length": jnp.ones((2, 1), int),
         "env_nan": jnp.zeros((2, 1), bool),
     }
-    assert all(v == 0 for v in common.episode_metrics(info).values())
+    assert all(v == 0 for v in common.run_metrics(info, jnp.full(1, jnp.nan)).values())
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
