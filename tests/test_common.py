@@ -150,6 +150,7 @@ def test_episode_metrics_count_episodes_not_steps():
         "episodes/return": 14,
         "episodes/length": 9,
         "health/env_nan": 2,
+        "health/finite": 1,
     }
 
 
