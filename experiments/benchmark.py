@@ -321,7 +321,7 @@ SIZES = {
     },
 }
 NETWORK = {"hidden": (64, 64), "activation": "tanh"}
-UPDATES = {"ours": 640, "rejax": 80}  # of one call, over the number of seeds
+UPDATES = {"ours": 160, "rejax": 20}  # of one call, over the number of seeds
 
 
 class Contestant:
@@ -432,7 +432,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds to wait for one case")
     parser.add_argument("--peer", choices=["rejax"], help="compare with this library instead")
     parser.add_argument("--peer-python", help="Python that has rejax 0.1.3 and gymnax 0.0.9")
-    parser.add_argument("--rounds", type=int, default=7, help="calls of each side of --peer")
+    parser.add_argument("--rounds", type=int, default=21, help="calls of each side of --peer")
     parser.add_argument("--out", default="", help="JSON to write")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--serve", type=json.loads, help=argparse.SUPPRESS)
