@@ -46,118 +46,72 @@ from algos import common, launch
 class Config:
     """Settings of a run; `--help --env NAME` shows those of a task's preset."""
 
-    env: str = "cartpole"
-    """task, see docs/environments.md"""
-    total_timesteps: int = 500_000
-    """environment steps per seed, all parallel environments together"""
+    env: str = "cartpole"  # task, see docs/environments.md
+    total_timesteps: int = 500_000  # environment steps per seed, all parallel environments together
 
     # batch
-    num_envs: int = 16
-    """parallel environments per seed"""
-    num_steps: int = 64
-    """length of a rollout in each environment"""
-    num_epochs: int = 8
-    """passes over a rollout"""
-    num_minibatches: int = 4
-    """gradient steps per pass"""
-    shuffle: Literal["transitions", "rows"] = "transitions"
-    """what a minibatch is cut from: single transitions, or time steps with all environments"""
+    num_envs: int = 16  # parallel environments per seed
+    num_steps: int = 64  # length of a rollout in each environment
+    num_epochs: int = 8  # passes over a rollout
+    num_minibatches: int = 4  # gradient steps per pass
+    shuffle: Literal["transitions", "rows"] = "transitions"  # rows: of all environments at a time
 
     # optimiser: Adam after clipping by global norm, for every network alike
-    learning_rate: float = 3e-4
-    """step size of Adam"""
-    anneal_lr: bool = False
-    """decrease the step size linearly to 0 over the run"""
-    max_grad_norm: float = 0.5
-    """largest global norm of the gradient of one network"""
-    adam_eps: float = 1e-5
-    """epsilon of Adam"""
+    learning_rate: float = 3e-4  # step size of Adam
+    anneal_lr: bool = False  # decrease the step size linearly to 0 over the run
+    max_grad_norm: float = 0.5  # largest global norm of the gradient of one network
+    adam_eps: float = 1e-5  # epsilon of Adam
 
     # objective
-    gamma: float = 0.99
-    """discount"""
-    gae_lambda: float = 0.95
-    """decay of the advantage's trace"""
-    clip_eps: float = 0.2
-    """clip range of the ratio"""
-    anneal_clip: bool = False
-    """decrease the clip range linearly to 0 over the run"""
-    ent_coef: float = 0.0
-    """weight of the entropy bonus of mu"""
-    vf_coef: float = 0.5
-    """weight of the value loss"""
-    normalize_advantage: bool = True
-    """standardise advantages within each minibatch"""
+    gamma: float = 0.99  # discount
+    gae_lambda: float = 0.95  # decay of the advantage's trace
+    clip_eps: float = 0.2  # clip range of the ratio
+    anneal_clip: bool = False  # decrease the clip range linearly to 0 over the run
+    ent_coef: float = 0.0  # weight of the entropy bonus of mu
+    vf_coef: float = 0.5  # weight of the value loss
+    normalize_advantage: bool = True  # standardise advantages within each minibatch
 
     # return estimator
-    estimator: Literal["vtrace", "pdis"] = "vtrace"
-    """ratios weight the temporal difference, or reward and next value alone (theory)"""
-    clip_rho: float = 1.5
-    """largest ratio of a target's first step"""
-    clip_c: float = 1.5
-    """largest ratio of the steps after it"""
-    clip_traj: bool = False
-    """clip_c bounds the product of the ratios instead of each one"""
-    weight_on_adv: bool = False
-    """the first ratio weights the advantage, and the surrogate's ratio is pi / pi_old"""
+    estimator: Literal["vtrace", "pdis"] = "vtrace"  # pdis: per-decision weights, for theory
+    clip_rho: float = 1.5  # largest ratio of a target's first step
+    clip_c: float = 1.5  # largest ratio of the steps after it
+    clip_traj: bool = False  # clip_c bounds the product of the ratios instead of each one
+    weight_on_adv: bool = False  # first ratio on the advantage, surrogate of pi / pi_old
 
     # fitted Q evaluation, of Q and of Q^ each
-    replay_rollouts: int = 1
-    """rollouts kept in the replay"""
-    num_vf_epochs: int = 4
-    """passes over the replay"""
-    num_vf_minibatches: int = 4
-    """gradient steps per pass over a full replay"""
-    weight_td: bool = False
-    """weight the regression by pi / mu"""
-    clip_targets: bool = True
-    """bound targets by what the rewards seen so far can add up to"""
-    clip_actions: bool = True
-    """show the Q networks actions as the environment clips them"""
-    symlog_targets: bool = True
-    """regress symlog(target)"""
-    symlog_reg_coef: float = 1.0
-    """weight of the pull to the target network in symlog space"""
-    polyak_tau: float = 0.02
-    """step of the target networks to the online ones; 0: copy after each pass"""
-    zero_norm_final: bool = True
-    """layer normalisation and an output layer that starts at 0"""
-    q_kernel_init: Literal["orthogonal", "lecun_normal"] = "orthogonal"
-    """initialiser of the Q networks"""
+    replay_rollouts: int = 1  # rollouts kept in the replay
+    num_vf_epochs: int = 4  # passes over the replay
+    num_vf_minibatches: int = 4  # gradient steps per pass over a full replay
+    weight_td: bool = False  # weight the regression by pi / mu
+    clip_targets: bool = True  # bound targets by what the rewards seen so far can add up to
+    clip_actions: bool = True  # show the Q networks actions as the environment clips them
+    symlog_targets: bool = True  # regress symlog(target)
+    symlog_reg_coef: float = 1.0  # weight of the pull to the target network in symlog space
+    polyak_tau: float = 0.02  # step of the target networks; 0: copy after each pass
+    zero_norm_final: bool = True  # layer normalisation and an output layer that starts at 0
+    q_kernel_init: Literal["orthogonal", "lecun_normal"] = "orthogonal"  # of Q and Q^
 
     # behaviour policy
-    num_mu_epochs: int = 4
-    """passes over the replay"""
-    num_mu_minibatches: int = 4
-    """gradient steps per pass over a full replay"""
+    num_mu_epochs: int = 4  # passes over the replay
+    num_mu_minibatches: int = 4  # gradient steps per pass over a full replay
+    # fit mu to pi sqrt(Q^), to pi, or to pi sqrt(Q^ - 2 V Q + V^2)
     mu_loss: Literal["kl_qhat", "kl", "centred"] = "kl_qhat"
-    """fit mu to pi sqrt(Q^), to pi, or to pi sqrt(Q^ - 2 V Q + V^2)"""
-    fidelity: Literal["fixed", "official"] = "fixed"
-    """restore the four defects of the authors' code"""
+    fidelity: Literal["fixed", "official"] = "fixed"  # restore four defects of the authors' code
 
     # observations and rewards
-    normalize_obs: bool = False
-    """standardise observations by running statistics"""
-    normalize_reward: bool = False
-    """divide rewards by the running deviation of the discounted return"""
+    normalize_obs: bool = False  # standardise observations by running statistics
+    normalize_reward: bool = False  # divide rewards by the deviation of the discounted return
 
     # exploration, continuous actions only
-    exploration: Literal["iid", "sticky", "gsde"] = "iid"
-    """noise drawn every step, held for some steps, or linear in the actor's last hidden layer"""
-    noise_interval: int = 1
-    """steps for which sticky noise or a gSDE matrix is held; -1: the whole rollout"""
+    exploration: Literal["iid", "sticky"] = "iid"  # noise drawn every step, or held for some
+    noise_interval: int = 1  # steps for which noise is held; -1: the whole rollout
 
     # networks
-    hidden: tuple[int, ...] = (64, 64)
-    """hidden layers of every network"""
-    activation: Literal["tanh", "relu", "swish"] = "tanh"
-    """activation of the hidden layers"""
-    kernel_init: Literal["orthogonal", "lecun_normal"] = "orthogonal"
-    """initialiser of the policies and of V"""
-    policy_gain: float = 0.01
-    """factor on the initial weights of the policies' output layer"""
-    log_std_init: float = 0.0
-    """initial log standard deviation of a Gaussian policy"""
+    hidden: tuple[int, ...] = (64, 64)  # hidden layers of every network
+    activation: Literal["tanh", "relu", "swish"] = "tanh"  # activation of the hidden layers
+    kernel_init: Literal["orthogonal", "lecun_normal"] = "orthogonal"  # of the policies and V
+    policy_gain: float = 0.01  # factor on the initial weights of the policies' output layer
+    log_std_init: float = 0.0  # initial log standard deviation of a Gaussian policy
 
     @property
     def steps_per_update(self) -> int:
@@ -202,8 +156,7 @@ PHYSICS = {
     "total_timesteps": 1_000_000,
 }
 MANY_ENVS = {
-    **REPLAY, "num_envs": 512, "num_steps": 32, "num_epochs": 4, "num_minibatches": 16,
-    "anneal_lr": True, "normalize_obs": True, "normalize_reward": True, "hidden": (256, 256),
+    **PHYSICS, "num_envs": 512, "num_steps": 32, "num_epochs": 4, "hidden": (256, 256),
     "total_timesteps": 2_000_000,
 }
 PAPER = {  # everything a task's own preset may have changed, back to the published default
@@ -302,17 +255,11 @@ class Actor(nn.Module):
     @nn.compact
     def __call__(self, obs):
         config, size = self.config, self.action_size
-        x = Torso(config)(obs)
-        out = nn.Dense(size, kernel_init=initializer(config, config.policy_gain))(x)
+        init = initializer(config, config.policy_gain)
+        out = nn.Dense(size, kernel_init=init)(Torso(config)(obs))
         if self.discrete:
             return common.Categorical(out)
-        shape = (x.shape[-1], size) if config.exploration == "gsde" else (size,)
-        log_std = self.param("log_std", nn.initializers.constant(config.log_std_init), shape)
-        if config.exploration == "gsde":
-            # The features are constants here: exploration must not bend the representation.
-            features, weight_std = jax.lax.stop_gradient(x), jnp.exp(log_std)
-            variance = features**2 @ weight_std**2
-            return common.Gaussian(out, 0.5 * jnp.log(variance + 1e-6), features, weight_std)
+        log_std = self.param("log_std", nn.initializers.constant(config.log_std_init), (size,))
         return common.Gaussian(out, jnp.broadcast_to(log_std, out.shape))
 
 
@@ -328,21 +275,30 @@ class Critic(nn.Module):
 
 
 class ActionCritic(nn.Module):
-    """Q, or Q^ if `positive`: [..., obs_size] -> [..., number of actions], or, if actions are
-    continuous, observation and action [..., obs_size + action_size] -> [..., 1].
+    """Q, or Q^ if `positive`, of an observation [..., obs_size] and an action -> [...].
+
+    Without an action, if actions are discrete, of each of them: [..., action_size].
     """
 
     config: Config
-    num_outputs: int
+    action_size: int
+    discrete: bool
     positive: bool
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, obs, action=None):
         config = replace(self.config, kernel_init=self.config.q_kernel_init)
+        if not self.discrete:
+            action = jnp.clip(action, -1.0, 1.0) if config.clip_actions else action
+            obs = jnp.concatenate([obs, action], -1)
         zero = config.zero_norm_final
         init = nn.initializers.zeros if zero else initializer(config)
-        out = nn.Dense(self.num_outputs, kernel_init=init)(Torso(config, layer_norm=zero)(x))
-        return nn.softplus(out) + 1e-6 if self.positive else out
+        size = self.action_size if self.discrete else 1
+        out = nn.Dense(size, kernel_init=init)(Torso(config, layer_norm=zero)(obs))
+        out = nn.softplus(out) + 1e-6 if self.positive else out
+        if not self.discrete:
+            return out[..., 0]
+        return out if action is None else jnp.take_along_axis(out, action[..., None], -1)[..., 0]
 
 
 def initializer(config: Config, gain: float = 1.0):
@@ -546,11 +502,9 @@ def build(config: Config) -> common.Algo:
     env = envs.make(config.env, config.num_envs)
     actor = Actor(config, env.action_size, env.discrete)
     critic = Critic(config)
-    num_outputs = env.action_size if env.discrete else 1
-    action_critics = {
-        "q": ActionCritic(config, num_outputs, positive=False),
-        "qhat": ActionCritic(config, num_outputs, positive=True),
-    }
+    q_net, qhat_net = (
+        ActionCritic(config, env.action_size, env.discrete, positive) for positive in (False, True)
+    )
     optimizer = optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.scale_by_adam(b1=0.9, b2=0.999, eps=config.adam_eps),
@@ -568,24 +522,23 @@ def build(config: Config) -> common.Algo:
         key_actor, key_critic, key_q, key_qhat, key_env, key = jax.random.split(key, 6)
         obs, env_state = env.reset(key_env)
         sample = jnp.zeros((1, env.obs_size))
-        pair = sample if env.discrete else jnp.zeros((1, env.obs_size + env.action_size))
+        action = jnp.zeros((N,), jnp.int32) if env.discrete else jnp.zeros((N, env.action_size))
         params = {
             "actor": actor.init(key_actor, sample),
             "critic": critic.init(key_critic, sample),
-            "q": action_critics["q"].init(key_q, pair),
-            "qhat": action_critics["qhat"].init(key_qhat, pair),
+            "q": q_net.init(key_q, sample, action[:1]),
+            "qhat": qhat_net.init(key_qhat, sample, action[:1]),
         }
         params["mu"] = jax.tree.map(jnp.copy, params["actor"])  # the first rollout is on-policy
-        action = jnp.zeros((N,), jnp.int32) if env.discrete else jnp.zeros((N, env.action_size))
         scalar, flag = jnp.zeros(N), jnp.zeros(N, bool)
         row = Transition(obs, action, scalar, scalar, flag, flag, obs)
         return TrainState(
             params=params,
-            target_params={name: jax.tree.map(jnp.copy, params[name]) for name in action_critics},
+            target_params={name: jax.tree.map(jnp.copy, params[name]) for name in ("q", "qhat")},
             opt_state={name: optimizer.init(params[name]) for name in params},
             replay=jax.tree.map(lambda x: jnp.zeros((K * T, *x.shape), x.dtype), row),
             reward_range=jnp.zeros(2),
-            r_hat_max=jnp.asarray(1e-8),
+            r_hat_max=jnp.float32(1e-8),
             obs_stats=common.Stats.empty((env.obs_size,)),
             reward_scale=common.RewardScale.empty(N),
             obs=obs,
@@ -599,11 +552,9 @@ def build(config: Config) -> common.Algo:
         return obs_stats.normalize(obs) if config.normalize_obs else obs
 
     def noise_of(key, shape):
-        """Exploration noise for `shape` actions: a vector or, under gSDE, a matrix for each."""
-        if env.discrete:
-            return jax.random.gumbel(key, (*shape, env.action_size))
-        features = config.hidden[-1:] if config.exploration == "gsde" else ()
-        return jax.random.normal(key, (*shape, *features, env.action_size))
+        """Exploration noise for `shape` actions."""
+        draw = jax.random.gumbel if env.discrete else jax.random.normal
+        return draw(key, (*shape, env.action_size))
 
     def rollout(state, key):
         """Let mu act for T steps; returns the next observation and state, and arrays [T, N]."""
@@ -634,21 +585,7 @@ def build(config: Config) -> common.Algo:
         (obs, env_state), (traj, info) = jax.lax.scan(step, (state.obs, env_state), xs)
         return obs, env_state, traj, info
 
-    def learning_rate(update, count):
-        """Step size of a network that has made `count` gradient steps."""
-        remaining = 1.0 - update / config.num_updates
-        if official:  # B5
-            steps = config.num_updates * config.num_epochs * config.num_minibatches
-            remaining = jnp.maximum(1.0 - count / steps, 0.0)
-        return config.learning_rate * (remaining if config.anneal_lr else 1.0)
-
-    def descend(params, opt_state, grads, update):
-        """One step of the optimiser on one network."""
-        rate = learning_rate(update, opt_state[1].count)
-        direction, opt_state = optimizer.update(grads, opt_state)
-        return jax.tree.map(lambda p, u: p - rate * u, params, direction), opt_state
-
-    def loss_fn(params, batch, clip_eps):
+    def ppo_loss_fn(clip_eps, params, _, batch, key):
         policy = actor.apply(params["actor"], batch.obs)
         advantage = batch.advantage
         if config.normalize_advantage:
@@ -657,69 +594,48 @@ def build(config: Config) -> common.Algo:
             policy.log_prob(batch.action), batch.log_prob, advantage, clip_eps
         )
         vf_loss = value_loss(critic.apply(params["critic"], batch.obs), batch.target)
-        loss = pg_loss + config.vf_coef * vf_loss
-        aux |= {
-            "losses/policy_loss": pg_loss,
-            "losses/value_loss": vf_loss,
-            "losses/entropy": policy.entropy().mean(),
-        }
-        return loss, aux
+        entropy = {"losses/entropy": policy.entropy().mean()}
+        aux |= {"losses/policy_loss": pg_loss, "losses/value_loss": vf_loss} | entropy
+        return pg_loss + config.vf_coef * vf_loss, aux
 
     def to_value(output):
         return symexp(output) if config.symlog_targets else output
 
-    def marginal(params, obs):
-        """Policy without what ties the actions of several steps together under gSDE."""
-        policy = actor.apply(params, obs)
-        return policy if env.discrete else policy._replace(features=None, weight_std=None)
-
     def sampled(policy, key):
         """One action for each state; None, which stands for all of them, if they are discrete."""
-        return None if env.discrete else policy.sample(jax.random.normal(key, policy.mean.shape))
-
-    def output(name, params, obs, action):
-        """What Q or Q^ says of `action`; of all of them if it is None (discrete)."""
-        if not env.discrete:
-            action = jnp.clip(action, -1.0, 1.0) if config.clip_actions else action
-            obs = jnp.concatenate([obs, action], -1)
-        out = action_critics[name].apply(params, obs)
-        if not env.discrete:
-            return out[..., 0]
-        return out if action is None else jnp.take_along_axis(out, action[..., None], -1)[..., 0]
+        return None if env.discrete else policy.sample(noise_of(key, policy.mean.shape[:-1]))
 
     def q_value(params, obs, action, bounds):
-        """Q within the `bounds` of returns."""
-        q = to_value(output("q", params, obs, action))
+        """Q, clipped to `bounds` where its targets are."""
+        q = to_value(q_net.apply(params, obs, action))
         return jnp.clip(q, *bounds) if config.clip_targets else q
 
-    def fqe_loss_fn(name, gamma, bounds, stale, params, target_params, batch, key):
+    def fqe_loss_fn(net, name, gamma, bounds, stale, params, target_params, batch, key):
+        params, target_params = params[name], target_params[name]
         source = params if from_online else target_params
-        next_action = sampled(batch.next_policy, key)
-        next_value = to_value(output(name, source, batch.next_obs, next_action))
+        next_value = to_value(net.apply(source, batch.next_obs, sampled(batch.next_policy, key)))
         if env.discrete:
             next_value = (jax.nn.softmax(batch.next_policy.logits) * next_value).sum(-1)
         reward = batch.reward if stale is None else stale
         target = fqe_target(reward, batch.terminated, next_value, gamma)
         bounded = jnp.clip(target, *bounds) if config.clip_targets else target
-        anchor, reg_coef = 0.0, 0.0
-        if config.symlog_targets:
-            anchor = output(name, target_params, batch.obs, batch.action)
-            reg_coef = config.symlog_reg_coef
-        weight = td_weight(batch.log_ratio) if config.weight_td else 1.0
-        out = output(name, params, batch.obs, batch.action)
         wanted = jax.lax.stop_gradient(symlog(bounded) if config.symlog_targets else bounded)
-        return fqe_loss(out, wanted, anchor, weight, reg_coef), (bounded != target).mean()
+        output, anchor = (net.apply(x, batch.obs, batch.action) for x in (params, target_params))
+        reg_coef = config.symlog_reg_coef if config.symlog_targets else 0.0
+        weight = td_weight(batch.log_ratio) if config.weight_td else 1.0
+        loss = fqe_loss(output, wanted, anchor, weight, reg_coef)
+        return loss, {"loss": loss, "clipped": (bounded != target).mean()}
 
-    def mu_loss_fn(q_params, q_bounds, qhat_max, params, _, batch, key):
-        mu = marginal(params, batch.obs)
+    def mu_loss_fn(critic_params, q_bounds, qhat_max, params, _, batch, key):
+        mu = actor.apply(params["mu"], batch.obs)
         action = sampled(mu, key)
         moment = jnp.ones(())
         if config.mu_loss != "kl":
-            moment = to_value(output("qhat", q_params["qhat"], batch.obs, action))
+            moment = to_value(qhat_net.apply(critic_params["qhat"], batch.obs, action))
             moment = jnp.clip(moment, 1e-6, qhat_max if config.clip_targets else None)
         if config.mu_loss == "centred":
             value = batch.value[..., None] if env.discrete else batch.value
-            q = q_value(q_params["q"], batch.obs, action, q_bounds)
+            q = q_value(critic_params["q"], batch.obs, action, q_bounds)
             moment = centred_moment(moment, q, value)
         if env.discrete:
             log_pi, log_mu = (jax.nn.log_softmax(x.logits) for x in (batch.policy, mu))
@@ -727,57 +643,74 @@ def build(config: Config) -> common.Algo:
         else:
             log_pi = batch.policy.log_prob(action)
             loss = mu_loss_continuous(mu.log_prob(action), log_pi, moment, official)
-        return loss - config.ent_coef * mu.entropy().mean(), 0.0
+        return loss - config.ent_coef * mu.entropy().mean(), {"loss": loss}
 
-    def fit(state, name, loss_fn, data, key, num_epochs, num_minibatches):
-        """Train one network by `loss_fn(params, target_params, batch, key)` on the replay so far.
+    def learning_rate(state, opt_state):
+        remaining = 1.0 - state.update / config.num_updates
+        if official:  # B5: as many steps as pi takes, whatever network it is
+            steps = config.num_updates * config.num_epochs * config.num_minibatches
+            remaining = jnp.maximum(1.0 - opt_state[1].count / steps, 0.0)
+        return config.learning_rate * (remaining if config.anneal_lr else 1.0)
 
-        Rollouts fill the replay in order and each is whole minibatches, so there are fewer of them
-        at first. The loop's bound depends on the shared counter alone: no seed waits for another.
+    def descend(state, params, grads, opt_state):
+        """One step of the optimiser on one network."""
+        rate = learning_rate(state, opt_state)
+        direction, opt_state = optimizer.update(grads, opt_state)
+        return jax.tree.map(lambda p, u: p - rate * u, params, direction), opt_state
+
+    def fit(state, names, loss_fn, data, num_rollouts, key, num_epochs, num_minibatches):
+        """Train networks by `loss_fn(params, target_params, batch, key)`; also returns its metrics.
+
+        `data` has room for `num_rollouts` of equal size, which fill it in order and are whole
+        minibatches each, so there are fewer of them at first. The loop's bound depends on the
+        shared counter alone: no seed waits for another.
         """
-        size = len(data.obs)
-        filled = jnp.minimum(state.update + 1, K)
-        used = filled * (num_minibatches // K)
+        size, filled = len(data.obs), jnp.minimum(state.update + 1, num_rollouts)
+        used = filled * (num_minibatches // num_rollouts)
+
+        def gradient_step(index, key, i, carry):
+            params, target_params, opt_state, metrics = carry
+            batch = jax.tree.map(lambda x: x[index[i]], data)
+            grads, aux = jax.grad(loss_fn, has_aux=True)(
+                params, target_params, batch, jax.random.fold_in(key, i)
+            )
+            aux["losses/grad_norm"] = optax.global_norm(grads)
+            metrics = jax.tree.map(lambda total, x: total + x / (num_epochs * used), metrics, aux)
+            steps = {n: descend(state, params[n], grads[n], opt_state[n]) for n in names}
+            params, opt_state = ({n: steps[n][part] for n in names} for part in (0, 1))
+            tau = config.polyak_tau if config.polyak_tau > 0 else 1.0 * (i == used - 1)
+            target_params = {
+                name: optax.incremental_update(params[name], target_params[name], tau)
+                for name in target_params
+            }
+            return params, target_params, opt_state, metrics
 
         def epoch(carry, key):
             key_order, key_steps = jax.random.split(key)
             order = jax.random.uniform(key_order, (size,))
-            order = jnp.where(jnp.arange(size) < filled * (size // K), order, jnp.inf)
+            order = jnp.where(jnp.arange(size) < filled * (size // num_rollouts), order, jnp.inf)
             index = jnp.argsort(order).reshape(num_minibatches, -1)
+            return jax.lax.fori_loop(0, used, partial(gradient_step, index, key_steps), carry), None
 
-            def gradient_step(i, carry):
-                (params, target_params, opt_state, _), key = carry
-                key, key_step = jax.random.split(key)
-                batch = jax.tree.map(lambda x: x[index[i]], data)
-                (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-                    params, target_params, batch, key_step
-                )
-                params, opt_state = descend(params, opt_state, grads, state.update)
-                if name in state.target_params:
-                    tau = config.polyak_tau if config.polyak_tau > 0 else 1.0 * (i == used - 1)
-                    target_params = optax.incremental_update(params, target_params, tau)
-                return (params, target_params, opt_state, jnp.stack([loss, aux])), key
-
-            return jax.lax.fori_loop(0, used, gradient_step, (carry, key_steps))[0], None
-
-        target_params = state.target_params.get(name)
-        carry = state.params[name], target_params, state.opt_state[name], jnp.zeros(2)
+        trees = state.params, state.target_params, state.opt_state
+        carry = [{name: tree[name] for name in names if name in tree} for tree in trees]
+        aux = jax.eval_shape(loss_fn, *carry[:2], jax.tree.map(lambda x: x[:1], data), key)[1]
+        aux = {name: jnp.zeros(()) for name in (*aux, "losses/grad_norm")}
         keys = jax.random.split(key, num_epochs)
-        (params, target_params, opt_state, aux), _ = jax.lax.scan(epoch, carry, keys)
-        targets = state.target_params | ({} if target_params is None else {name: target_params})
+        (params, targets, opt_state, metrics), _ = jax.lax.scan(epoch, (*carry, aux), keys)
         state = state._replace(
-            params=state.params | {name: params},
-            target_params=targets,
-            opt_state=state.opt_state | {name: opt_state},
+            params=state.params | params,
+            target_params=state.target_params | targets,
+            opt_state=state.opt_state | opt_state,
         )
-        return state, aux
+        return state, metrics
 
     def fit_to_replay(state, scale, key):
         """Fit Q, Q^ and then mu to the new pi, whose opinion of the replay is computed once."""
         key_q, key_qhat, key_stale, key_mu = jax.random.split(key, 4)
         replay, pi = state.replay, state.params["actor"]
         obs, next_obs = (normalize(state.obs_stats, x) for x in (replay.obs, replay.next_obs))
-        policy = marginal(pi, obs)
+        policy = actor.apply(pi, obs)
         data = Experience(
             obs=obs,
             action=replay.action,
@@ -787,19 +720,20 @@ def build(config: Config) -> common.Algo:
             log_ratio=policy.log_prob(replay.action) - replay.log_prob,
             value=critic.apply(state.params["critic"], obs),
             next_obs=next_obs,
-            next_policy=marginal(pi, next_obs),
+            next_policy=actor.apply(pi, next_obs),
         )
         if config.shuffle == "transitions":
             data = jax.tree.map(lambda x: x.reshape((K * T * N, *x.shape[2:])), data)
 
         gamma, passes = config.gamma, (config.num_vf_epochs, config.num_vf_minibatches)
         q_bounds = scale * state.reward_range / (1.0 - gamma)
-        q_loss_fn = partial(fqe_loss_fn, "q", gamma, q_bounds, None)
-        state, (q_loss, clipped) = fit(state, "q", q_loss_fn, data, key_q, *passes)
+        loss_fn = partial(fqe_loss_fn, q_net, "q", gamma, q_bounds, None)
+        state, q_metrics = fit(state, ["q"], loss_fn, data, K, key_q, *passes)
 
         q_params = (state.params if from_online else state.target_params)["q"]
-        q = q_value(q_params, data.obs, data.action, q_bounds)
-        r_hat = second_moment_reward(data.reward, q)
+        r_hat = second_moment_reward(
+            data.reward, q_value(q_params, data.obs, data.action, q_bounds)
+        )
         filled = jnp.arange(K)[:, None] <= state.update
         r_hat_max = jnp.max(r_hat.reshape(K, -1), where=filled, initial=0.0) / scale**2
         state = state._replace(r_hat_max=jnp.maximum(state.r_hat_max, r_hat_max))
@@ -810,25 +744,26 @@ def build(config: Config) -> common.Algo:
             index = (len(r_hat) // config.num_vf_minibatches,)
             stale = data.reward[jax.random.randint(key_stale, index, 0, size)]
         qhat_bounds = jnp.stack([1e-8, scale**2 * state.r_hat_max]) / (1.0 - gamma**2)
-        qhat_loss_fn = partial(fqe_loss_fn, "qhat", gamma**2, qhat_bounds, stale)
-        qhat_data = data._replace(reward=r_hat)
-        state, (qhat_loss, _) = fit(state, "qhat", qhat_loss_fn, qhat_data, key_qhat, *passes)
+        loss_fn = partial(fqe_loss_fn, qhat_net, "qhat", gamma**2, qhat_bounds, stale)
+        data = data._replace(reward=r_hat)
+        state, qhat_metrics = fit(state, ["qhat"], loss_fn, data, K, key_qhat, *passes)
 
         passes = config.num_mu_epochs, config.num_mu_minibatches
         source = state.params if config.symlog_targets else state.target_params
-        mu_fn = partial(mu_loss_fn, source, q_bounds, qhat_bounds[1])
-        state, (mu_loss, _) = fit(state, "mu", mu_fn, data, key_mu, *passes)
+        loss_fn = partial(mu_loss_fn, source, q_bounds, qhat_bounds[1])
+        state, mu_metrics = fit(state, ["mu"], loss_fn, data, K, key_mu, *passes)
         return state, {
-            "losses/q_loss": q_loss,
-            "losses/qhat_loss": qhat_loss,
-            "losses/mu_loss": mu_loss,
-            "health/q_target_clip_fraction": clipped,
+            "losses/q_loss": q_metrics["loss"],
+            "losses/qhat_loss": qhat_metrics["loss"],
+            "losses/mu_loss": mu_metrics["loss"],
+            "health/q_target_clip_fraction": q_metrics["clipped"],
         }
 
     def update(state):
         key, key_rollout, key_shuffle, key_replay = jax.random.split(state.key, 4)
-        remaining = 1.0 - state.update / config.num_updates
-        clip_eps = config.clip_eps * (remaining if config.anneal_clip else 1.0)
+        clip_eps = config.clip_eps
+        if config.anneal_clip:
+            clip_eps *= 1.0 - state.update / config.num_updates
 
         obs, env_state, traj, info = rollout(state, key_rollout)
 
@@ -850,62 +785,36 @@ def build(config: Config) -> common.Algo:
         )  # fmt: skip
         log_old = log_pi if config.weight_on_adv else traj.log_prob
         batch = Batch(normalized_obs, traj.action, log_old, advantage, target)
-
         if config.shuffle == "transitions":
             batch = jax.tree.map(lambda x: x.reshape((T * N, *x.shape[2:])), batch)
-        size = len(batch.obs)
+        passes = config.num_epochs, config.num_minibatches
+        loss_fn = partial(ppo_loss_fn, clip_eps)
+        state, metrics = fit(state, ["actor", "critic"], loss_fn, batch, 1, key_shuffle, *passes)
 
-        def gradient_step(carry, index):
-            params, opt_state = carry
-            minibatch = jax.tree.map(lambda x: x[index], batch)
-            grads, aux = jax.grad(loss_fn, has_aux=True)(params, minibatch, clip_eps)
-            aux["losses/grad_norm"] = optax.global_norm(grads)
-            steps = {
-                name: descend(params[name], opt_state[name], grads[name], state.update)
-                for name in params
-            }
-            return tuple({name: steps[name][i] for name in params} for i in range(2)), aux
-
-        def epoch(carry, key):
-            index = jax.random.permutation(key, size).reshape(config.num_minibatches, -1)
-            return jax.lax.scan(gradient_step, carry, index)
-
-        trained = ("actor", "critic")
-        (params, opt_state), aux = jax.lax.scan(
-            epoch,
-            tuple({name: x[name] for name in trained} for x in (state.params, state.opt_state)),
-            jax.random.split(key_shuffle, config.num_epochs),
+        write = partial(
+            jax.lax.dynamic_update_slice_in_dim, start_index=state.update % K * T, axis=0
         )
         rewards = jnp.append(traj.reward, state.reward_range)
         state = state._replace(
-            params=state.params | params,
-            opt_state=state.opt_state | opt_state,
-            replay=jax.tree.map(
-                lambda ring, x: jax.lax.dynamic_update_slice_in_dim(
-                    ring, x, state.update % K * T, 0
-                ),
-                state.replay,
-                traj,
-            ),
+            replay=jax.tree.map(write, state.replay, traj),
             reward_range=jnp.stack([rewards.min(), rewards.max()]),
         )
-        rate = learning_rate(state.update, state.opt_state["actor"][1].count)
         state, replay_metrics = fit_to_replay(state, scale, key_replay)
 
         q, qhat = (
-            to_value(output(name, state.params[name], normalized_obs, traj.action))
-            for name in action_critics
+            to_value(net.apply(state.params[name], normalized_obs, traj.action))
+            for net, name in ((q_net, "q"), (qhat_net, "qhat"))
         )
         ratio = jnp.exp(log_ratio)
-        metrics = {name: x.mean() for name, x in aux.items()} | replay_metrics
-        metrics |= common.run_metrics(info, (state.params, aux["losses/value_loss"]))
+        metrics |= replay_metrics
+        metrics |= common.run_metrics(info, (state.params, metrics["losses/value_loss"]))
         metrics |= {
             "losses/explained_variance": 1.0 - (target - value).var() / (target.var() + 1e-8),
             "ratios/mean": ratio.mean(),
             "ratios/max": ratio.max(),
             "ratios/ess": ratio.mean() ** 2 / (ratio**2).mean(),
             "ratios/clip_fraction": (ratio > config.clip_rho).mean(),
-            "charts/learning_rate": jnp.asarray(rate),
+            "charts/learning_rate": jnp.asarray(learning_rate(state, state.opt_state["actor"])),
             "health/kl_mu_pi": (ratio - 1.0 - log_ratio).mean(),
             "health/qhat_q2_corr": (standardize(qhat) * standardize(q**2)).mean(),
             "health/qhat_below_q2": (qhat < q**2).mean(),

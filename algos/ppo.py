@@ -43,72 +43,46 @@ from algos import common, launch
 class Config:
     """Settings of a run; `--help --env NAME` shows those of a task's preset."""
 
-    env: str = "cartpole"
-    """task, see docs/environments.md"""
-    total_timesteps: int = 500_000
-    """environment steps per seed, all parallel environments together"""
+    env: str = "cartpole"  # task, see docs/environments.md
+    total_timesteps: int = 500_000  # environment steps per seed, all parallel environments together
 
     # batch
-    num_envs: int = 16
-    """parallel environments per seed"""
-    num_steps: int = 64
-    """length of a rollout in each environment"""
-    num_epochs: int = 8
-    """passes over a rollout"""
-    num_minibatches: int = 4
-    """gradient steps per pass"""
-    shuffle: Literal["transitions", "rows"] = "transitions"
-    """what a minibatch is cut from: single transitions, or time steps with all environments"""
+    num_envs: int = 16  # parallel environments per seed
+    num_steps: int = 64  # length of a rollout in each environment
+    num_epochs: int = 8  # passes over a rollout
+    num_minibatches: int = 4  # gradient steps per pass
+    shuffle: Literal["transitions", "rows"] = "transitions"  # rows: of all environments at a time
 
     # optimiser: Adam after clipping by global norm, for the actor and the critic alike
-    learning_rate: float = 3e-4
-    """step size of Adam"""
-    anneal_lr: bool = False
-    """decrease the step size linearly to 0 over the run"""
-    max_grad_norm: float = 0.5
-    """largest global norm of the gradient of one network"""
-    adam_eps: float = 1e-5
-    """epsilon of Adam"""
+    learning_rate: float = 3e-4  # step size of Adam
+    anneal_lr: bool = False  # decrease the step size linearly to 0 over the run
+    max_grad_norm: float = 0.5  # largest global norm of the gradient of one network
+    adam_eps: float = 1e-5  # epsilon of Adam
 
     # objective
-    gamma: float = 0.99
-    """discount"""
-    gae_lambda: float = 0.95
-    """decay of the advantage's trace"""
-    clip_eps: float = 0.2
-    """clip range of the ratio"""
-    anneal_clip: bool = False
-    """decrease the clip range linearly to 0 over the run"""
-    ent_coef: float = 0.0
-    """weight of the entropy bonus"""
-    vf_coef: float = 0.5
-    """weight of the value loss"""
-    normalize_advantage: bool = True
-    """standardise advantages within each minibatch"""
+    gamma: float = 0.99  # discount
+    gae_lambda: float = 0.95  # decay of the advantage's trace
+    clip_eps: float = 0.2  # clip range of the ratio
+    anneal_clip: bool = False  # decrease the clip range linearly to 0 over the run
+    ent_coef: float = 0.0  # weight of the entropy bonus
+    vf_coef: float = 0.5  # weight of the value loss
+    normalize_advantage: bool = True  # standardise advantages within each minibatch
 
     # observations and rewards
-    normalize_obs: bool = False
-    """standardise observations by running statistics"""
-    normalize_reward: bool = False
-    """divide rewards by the running deviation of the discounted return"""
+    normalize_obs: bool = False  # standardise observations by running statistics
+    normalize_reward: bool = False  # divide rewards by the deviation of the discounted return
 
     # exploration, continuous actions only
+    # noise drawn every step, held for some steps, or linear in the actor's last hidden layer
     exploration: Literal["iid", "sticky", "gsde"] = "iid"
-    """noise drawn every step, held for some steps, or linear in the actor's last hidden layer"""
-    noise_interval: int = 1
-    """steps for which sticky noise or a gSDE matrix is held; -1: the whole rollout"""
+    noise_interval: int = 1  # steps for which noise is held; -1: the whole rollout
 
     # networks
-    hidden: tuple[int, ...] = (64, 64)
-    """hidden layers of the actor and of the critic"""
-    activation: Literal["tanh", "relu", "swish"] = "tanh"
-    """activation of the hidden layers"""
-    kernel_init: Literal["orthogonal", "lecun_normal"] = "orthogonal"
-    """initialiser of all layers"""
-    policy_gain: float = 0.01
-    """factor on the initial weights of the policy's output layer"""
-    log_std_init: float = 0.0
-    """initial log standard deviation of a Gaussian policy"""
+    hidden: tuple[int, ...] = (64, 64)  # hidden layers of the actor and of the critic
+    activation: Literal["tanh", "relu", "swish"] = "tanh"  # activation of the hidden layers
+    kernel_init: Literal["orthogonal", "lecun_normal"] = "orthogonal"  # of every layer
+    policy_gain: float = 0.01  # factor on the initial weights of the policy's output layer
+    log_std_init: float = 0.0  # initial log standard deviation of a Gaussian policy
 
     @property
     def steps_per_update(self) -> int:
@@ -143,8 +117,7 @@ PHYSICS = {
     "normalize_obs": True, "normalize_reward": True, "total_timesteps": 1_000_000,
 }
 MANY_ENVS = {
-    "num_envs": 512, "num_steps": 32, "num_epochs": 4, "num_minibatches": 16, "anneal_lr": True,
-    "normalize_obs": True, "normalize_reward": True, "hidden": (256, 256),
+    **PHYSICS, "num_envs": 512, "num_steps": 32, "num_epochs": 4, "hidden": (256, 256),
     "total_timesteps": 2_000_000,
 }
 PAPER = {  # everything a task's own preset may have changed, back to the published default

@@ -165,10 +165,10 @@ def read_networks(run: rundir.Run, config: bpo.Config, algo: Any, env: envs.Env,
     def closed_form(centred):
         def policy(obs):
             q, qhat = (
-                bpo.ActionCritic(config, env.action_size, name == "qhat").apply(
+                bpo.ActionCritic(config, env.action_size, env.discrete, positive).apply(
                     params[name], normalize(obs)
                 )
-                for name in ("q", "qhat")
+                for name, positive in (("q", False), ("qhat", True))
             )
             if config.symlog_targets:
                 q, qhat = bpo.symexp(q), bpo.symexp(qhat)

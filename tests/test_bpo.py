@@ -365,7 +365,7 @@ def test_td_weight():
 @pytest.mark.parametrize("positive", [False, True])
 def test_zero_final_networks_start_without_preference(positive):
     config = bpo.Config(hidden=(8, 8), zero_norm_final=True)
-    net = bpo.ActionCritic(config, 3, positive=positive)
+    net = bpo.ActionCritic(config, 3, True, positive)
     x = jax.random.normal(jax.random.key(1), (20, 5))
     params = net.init(jax.random.key(0), x)
     close(bpo.symexp(net.apply(params, x)), 1.000002 if positive else 0.0, rtol=1e-6, atol=1e-7)
@@ -380,7 +380,7 @@ def test_q_networks_have_their_own_initialiser():
     config = bpo.Config(
         hidden=(16,), kernel_init="lecun_normal", q_kernel_init="orthogonal", zero_norm_final=False
     )
-    kernel = first_kernel(bpo.ActionCritic(config, 1, positive=False))
+    kernel = first_kernel(bpo.ActionCritic(config, 1, True, False))
     close(kernel @ kernel.T, np.eye(16), atol=1e-5)
     kernel = first_kernel(bpo.Critic(config))
     assert np.abs(kernel @ kernel.T - np.eye(16)).max() > 0.1
@@ -570,10 +570,10 @@ CONTINUOUS = replace(
     SMALL, env="pendulum", num_vf_minibatches=2, num_mu_minibatches=2, symlog_targets=False,
     polyak_tau=0.0,
 )  # fmt: skip
-GSDE = replace(CONTINUOUS, exploration="gsde", noise_interval=4, weight_on_adv=True, clip_traj=True)
+WEIGHTED = replace(CONTINUOUS, weight_on_adv=True, clip_traj=True)
 
 
-@pytest.mark.parametrize("config", [SMALL, ROWS, GSDE], ids=["transitions", "rows", "weighted"])
+@pytest.mark.parametrize("config", [SMALL, ROWS, WEIGHTED], ids=["transitions", "rows", "weighted"])
 def test_surrogate_ratio_is_against_mu_unless_the_advantage_is_weighted(config):
     _, [metric] = run(config, 1, shifted("mu"), **FROZEN)
     assert metric["health/kl_mu_pi"] > 1e-3
@@ -611,12 +611,6 @@ def test_sticky_noise():
     assert (np.abs(np.diff(independent, axis=0)) > 1e-4).all()
 
 
-def test_gsde_of_mu_is_scored_by_its_marginal():
-    states, metrics = run(GSDE, 2, shifted("mu"))
-    replay_noise(GSDE, states)
-    assert all(metric["health/finite"] for metric in metrics)
-
-
 FOREVER = replace(SMALL, env="probe/truncation", num_steps=16, normalize_reward=True)
 
 
@@ -645,7 +639,7 @@ def test_largest_reward_of_the_second_moment():
     states, _ = run(FOREVER, 1, shifted("q"), learning_rate=0.0)
     close(states[0].r_hat_max, 1e-8, atol=0)
     one = jax.tree.map(lambda x: x[:16], states[1].replay)
-    q = bpo.symexp(bpo.ActionCritic(FOREVER, 2, False).apply(states[1].params["q"], one.obs))
+    q = bpo.symexp(bpo.ActionCritic(FOREVER, 2, True, False).apply(states[1].params["q"], one.obs))
     q = jnp.take_along_axis(jnp.clip(q, 0.0, 10.0), one.action[..., None], -1)[..., 0]
     expected = (2 * q - 1).max()
     assert (jnp.abs(expected) > 1e-3).all()
@@ -682,7 +676,7 @@ def two_step_moments(**changes):
     value = bpo.symexp if config.symlog_targets else lambda x: x
     heads = ("q", False), ("qhat", True)
     return [
-        value(bpo.ActionCritic(config, 2, positive).apply(state.params[name], obs))
+        value(bpo.ActionCritic(config, 2, True, positive).apply(state.params[name], obs))
         for name, positive in heads
     ]
 

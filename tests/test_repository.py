@@ -67,16 +67,19 @@ def test_an_algorithm_is_documented(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_field_has_its_own_words(name):
-    tree = ast.parse((ROOT / "algos" / f"{name}.py").read_text())
-    config = next(x for x in tree.body if isinstance(x, ast.ClassDef) and x.name == "Config")
-    for i, node in enumerate(config.body):
+    source = (ROOT / "algos" / f"{name}.py").read_text()
+    body = ast.parse(source).body
+    config = next(x for x in body if isinstance(x, ast.ClassDef) and x.name == "Config")
+    lines = source.splitlines()
+    for node in config.body:
         if isinstance(node, ast.AnnAssign):
-            below = config.body[i + 1]
-            assert isinstance(below, ast.Expr), ast.unparse(node)
-            assert isinstance(below.value.value, str), ast.unparse(node)
+            code = lines[node.end_lineno - 1]
+            blank, above = lines[node.lineno - 3 : node.lineno - 1]
+            own_line = blank and above.startswith("    # ")  # not the title of a group
+            assert "  # " in code or own_line, code
 
 
-TOO_LONG = {"bpo": "has about 950 lines; networks and replay fits are still to be shortened"}
+TOO_LONG = {"bpo": "has about 860 lines, 170 of them settings and presets"}
 
 
 @pytest.mark.parametrize("name", FILES)
