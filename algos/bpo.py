@@ -135,6 +135,8 @@ class Config:
                     f"{self.shuffle} (num_envs={self.num_envs}, num_steps={self.num_steps}, "
                     f"replay_rollouts={kept}) into whole minibatches: change one of them"
                 )
+        if self.noise_interval != -1 and self.noise_interval < 1:
+            raise ValueError(f"noise_interval={self.noise_interval}: at least 1, or -1, is needed")
         if self.clip_traj and self.estimator == "pdis":
             raise ValueError("estimator='pdis' clips single ratios: set clip_traj=False")
 
@@ -500,6 +502,8 @@ def build(config: Config) -> common.Algo:
     """Compose environment, networks and optimiser into the pure functions of a run."""
     config.validate()
     env = envs.make(config.env, config.num_envs)
+    if env.privileged_size:
+        raise ValueError(f"{env.name}: the actor would see what only a critic may: no privileged=1")
     actor = Actor(config, env.action_size, env.discrete)
     critic = Critic(config)
     q_net, qhat_net = (
@@ -767,7 +771,7 @@ def build(config: Config) -> common.Algo:
 
         obs, env_state, traj, info = rollout(state, key_rollout)
 
-        scale = state.reward_scale.scale(1.0) if config.normalize_reward else 1.0
+        scale = state.reward_scale.factor() if config.normalize_reward else 1.0
         normalized_obs = normalize(state.obs_stats, traj.obs)
         value, next_value = (
             critic.apply(state.params["critic"], x)

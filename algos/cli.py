@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -60,7 +61,13 @@ RESUMABLE = {"total_timesteps", "num_evals", "checkpoint_every", "verbose", "ren
 RESUMABLE |= {"track", "wandb_project", "wandb_entity", "wandb_tags", "wandb_seeds", "tensorboard"}
 RESUMABLE |= {"preset"}
 
-COUNTS = ("total_timesteps", "num_envs", "num_steps", "num_epochs", "num_minibatches")
+# Smallest and largest sensible value of fields that several algorithms have.
+BOUNDS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("total_timesteps", "num_envs", "num_steps"), (1, math.inf)),
+    **dict.fromkeys(("num_epochs", "num_minibatches"), (1, math.inf)),
+    **dict.fromkeys(("learning_rate", "clip_eps", "max_grad_norm"), (0, math.inf)),
+    **dict.fromkeys(("gamma", "gae_lambda"), (0, 1)),
+}
 
 
 def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str] | None = None):
@@ -105,6 +112,7 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
     arguments, unknown = tyro.cli(
         Arguments,
         prog=f"python algos/{name}.py",
+        description=f"Train {name}; the values shown are those that would run.",
         default=Arguments(config, launch),
         args=argv,
         return_unknown_args=True,
@@ -117,9 +125,11 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
     if chosen.resume:
         check_resumable(saved_config, arguments.config)
         check_resumable(launch, arguments.launch)
-    for field in COUNTS:
-        if getattr(arguments.config, field, 1) < 1:
-            raise ValueError(f"{field}={getattr(arguments.config, field)}: at least 1 is needed")
+    for field, (least, most) in BOUNDS.items():
+        value = getattr(arguments.config, field, least)
+        if not least <= value <= most:
+            wanted = f"at least {least}" if most == math.inf else f"{least} to {most}"
+            raise ValueError(f"{field}={value}: {wanted} is needed")
     return arguments
 
 
@@ -150,10 +160,8 @@ def check_resumable(saved: Any, wanted: Any) -> None:
 
 
 def find_run(path: str) -> Path:
-    """The run directory at `path`; ValueError if it is none or has nothing to resume."""
+    """The run directory at `path`; ValueError if it is none."""
     run_dir = Path(path)
     if not (run_dir / "config.json").exists():
         raise ValueError(f"{path} is not a run directory: it has no config.json")
-    if not rundir.checkpoints(run_dir):
-        raise ValueError(f"{path} has no checkpoint to resume from: start the run again")
     return run_dir

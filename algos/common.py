@@ -137,9 +137,12 @@ class RewardScale(NamedTuple):
         """No reward seen: scale 1."""
         return cls(Stats.empty(()), jnp.zeros(num_envs))
 
-    def scale(self, reward: jax.Array) -> jax.Array:
-        """`reward` over the deviation of the discounted return; not centred, so signs stay."""
-        return reward / jnp.sqrt(self.stats.var + 1e-8)
+    def factor(self) -> jax.Array:
+        """What rewards are to be multiplied by: one over the deviation of the discounted return.
+
+        At most 10, so that the first reward after a silent start does not blow up the critic.
+        """
+        return jnp.minimum(1.0 / jnp.sqrt(self.stats.var + 1e-8), 10.0)
 
     def add(self, reward: jax.Array, done: jax.Array, gamma: float) -> "RewardScale":
         """With the rewards [T, N] of a rollout added; an episode's sum ends at `done`."""

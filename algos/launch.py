@@ -17,6 +17,7 @@ import json
 import math
 import operator
 import os
+import re
 import signal
 import sys
 import time
@@ -52,10 +53,15 @@ def make_rows(launch: Launch, config: Any, traceable: tuple[str, ...]) -> Rows:
         field, _, values = item.partition("=")
         common.traceable({field: None}, traceable)
         try:
-            grid[field] = [float(value) for value in values.split(",")]
+            numbers = [float(value) for value in values.split(",")]
         except ValueError:
             raise ValueError(f"cannot read --sweep {item!r}: write {field}=VALUE,VALUE") from None
-        for value in grid[field]:
+        if field in grid or len({f"{x:g}" for x in numbers}) < len(numbers):
+            raise ValueError(f"--sweep {item!r} repeats a field or a value (to 6 digits)")
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError(f"--sweep {item!r} has a value that is not finite")
+        grid[field] = numbers
+        for value in numbers:
             dataclasses.replace(config, **{field: value}).validate()
     if launch.num_seeds < 1 or launch.num_evals < 1 or launch.eval_episodes < 1:
         raise ValueError("--num-seeds, --num-evals and --eval-episodes must be at least 1")
@@ -75,16 +81,15 @@ def make_rows(launch: Launch, config: Any, traceable: tuple[str, ...]) -> Rows:
 def setup_jax(num_rows: int) -> None:
     """Settings that must be made before jax starts its backends."""
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize(
-            os.environ["JAX_COORDINATOR_ADDRESS"],
-            int(os.environ["JAX_NUM_PROCESSES"]),
-            int(os.environ["JAX_PROCESS_ID"]),
-        )
+        try:
+            count, index = (int(os.environ[f"JAX_{x}"]) for x in ("NUM_PROCESSES", "PROCESS_ID"))
+        except KeyError as missing:
+            raise ValueError(f"JAX_COORDINATOR_ADDRESS is set, but not {missing}") from None
+        jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], count, index)
     # One host device per core: on a CPU, seeds run faster side by side than with shared threads.
     if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # the backend is already up, as in tests
             jax.config.update("jax_num_cpu_devices", max(1, min(num_rows, os.cpu_count() or 1)))
-    jax.config.update("jax_default_matmul_precision", "highest")  # physics fails under TF32
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "purepo"
         jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -189,6 +194,11 @@ def row_inputs(rows: Rows) -> tuple[jax.Array, dict[str, jax.Array]]:
     return keys, {k: jnp.asarray(v) for k, v in rows.hparams.items()}
 
 
+def evaluation_key() -> jax.Array:
+    """The key of every evaluation, which is no seed's own."""
+    return jax.random.fold_in(jax.random.key(0), 2**31)
+
+
 def strong(x: jax.Array) -> jax.Array:
     """`x` without a weak type, so that an update returns the types it was given."""
     return x if rundir.is_key(x) else jax.lax.convert_element_type(x, x.dtype)
@@ -211,7 +221,7 @@ def trace(program: Program, rows: Rows) -> Program:
     return program._replace(
         init=program.init.trace(keys, hparams),
         train=program.train.trace(state, hparams, jnp.int32(1)),
-        evaluate=program.evaluate.trace(state, jax.random.key(0)),
+        evaluate=program.evaluate.trace(state, evaluation_key()),
     )
 
 
@@ -266,7 +276,11 @@ def main(
     build: Callable,
     argv: list[str] | None = None,
 ) -> None:
-    """Train from the command line; bad input is one line on stderr and exit status 2."""
+    """Train from the command line; bad input is one line on stderr and exit status 2.
+
+    With --verbose 2 an error keeps its traceback, for whoever is changing an algorithm.
+    """
+    launch = None
     try:
         config, launch = parse(name, config_type, presets, argv)
         rows = make_rows(launch, config, traceable)
@@ -274,6 +288,8 @@ def main(
         setup_jax(len(rows.seeds))
         session = Session(name, config, launch, rows, build)
     except (ValueError, OSError, ImportError) as error:
+        if launch and launch.verbose == 2:
+            raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     session.run()
@@ -307,19 +323,23 @@ class Session:
             self.restore()
         if self.lead:
             self.run_dir.mkdir(parents=True, exist_ok=True)
+            if not launch.resume:
+                (self.run_dir / "config.json").touch(exist_ok=False)  # it is ours from here on
             self.write_description()
-        self.log = logs.Log(self.run_dir, name, config, launch, rows, self.lead)
+        step = self.update * config.steps_per_update
+        self.log = logs.Log(self.run_dir, name, config, launch, rows, self.lead, step)
 
     def default_run_dir(self) -> str:
         """`runs/<env>/<algo>/<time>_s<seed>x<seeds>_<hash>`."""
-        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.config)).encode()).hexdigest()
-        env = envs.canonical(self.config.env).replace("/", "-").replace(":", "-")
+        settings = dataclasses.asdict(self.config) | dataclasses.asdict(self.launch)
+        digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+        env = re.sub("[^A-Za-z0-9_.]+", "-", envs.canonical(self.config.env))
         seeds = f"s{self.launch.seed}x{self.launch.num_seeds}"
         stamp = time.strftime("%Y%m%d-%H%M%S")
         return f"runs/{env}/{self.name}/{stamp}_{seeds}_{digest[:6]}"
 
     def write_description(self) -> None:
-        """config.json, from which the launch can be run again, and meta.json."""
+        """config.json, from which the launch can be run again, and meta.json with its history."""
         description = {
             "algo": self.name,
             "config": dataclasses.asdict(self.config),
@@ -336,14 +356,17 @@ class Session:
             "cores": os.cpu_count(),
             "xla_flags": os.environ.get("XLA_FLAGS", ""),
         }
-        rundir.write_json(self.run_dir / "meta.json", meta)
+        path = self.run_dir / "meta.json"
+        if self.launch.resume and path.exists():
+            first = json.loads(path.read_text())
+            meta = first | {"resumed": [*first.get("resumed", []), meta]}
+        rundir.write_json(path, meta)
 
     # the steps of a run
 
     def run(self) -> None:
         """Compile, train, evaluate, save; exit status 130 if interrupted, 1 if every seed died."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
+        handlers = {x: signal.signal(x, self.on_signal) for x in (signal.SIGINT, signal.SIGTERM)}
         start, rows = time.time(), local_rows(self.rows)
         with self.log.waiting("tracing"):
             traced = trace(self.program, rows)
@@ -357,11 +380,12 @@ class Session:
             self.restored = None
         steps_per_update = self.config.steps_per_update
         total = self.config.num_updates * steps_per_update * len(self.rows.seeds)
+        stopped = False  # what the hosts agree on; a signal that comes later is too late
         with self.log.progress(total, self.update * steps_per_update * len(self.rows.seeds)):
             for i, point in self.eval_points():
                 state = self.train_until(point, state)
-                self.stop = bool(gather(np.array([self.stop])).any())
-                if self.stop:
+                stopped = bool(gather(np.array([self.stop])).any())
+                if stopped:
                     break
                 self.evaluate(state)
                 every = self.launch.checkpoint_every
@@ -370,14 +394,16 @@ class Session:
                     self.save(state)
                 if self.dead.all():
                     break
-        if self.stop:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if stopped:
             self.save(state)
             self.log.say(f"stopped and saved; go on with --resume {self.run_dir}", 0)
         else:
             self.finish(state)
         self.log.close()
-        if self.stop or self.dead.all():
-            raise SystemExit(130 if self.stop else 1)
+        if stopped or self.dead.all():
+            raise SystemExit(130 if stopped else 1)
 
     def eval_points(self):
         """Evaluations still to come: (number, finished updates)."""
@@ -434,7 +460,7 @@ class Session:
     def evaluate(self, state: Any) -> None:
         """Greedy evaluation of every row, to the log, eval.npz and the console."""
         clock = time.time()
-        returns, lengths = self.program.evaluate(state, jax.random.key(0))
+        returns, lengths = self.program.evaluate(state, evaluation_key())
         returns = np.where(self.dead[:, None], np.nan, gather(np.asarray(returns)))
         lengths = np.where(self.dead[:, None], np.nan, gather(np.asarray(lengths)))
         self.seconds["eval"] += time.time() - clock
@@ -469,17 +495,25 @@ class Session:
 
     def restore(self) -> None:
         """Read the last checkpoint and forget what was logged after it."""
+        saved = rundir.checkpoints(self.run_dir)
+        done = self.run_dir / "done.json"
+        if not saved:
+            if done.exists():
+                raise ValueError(f"{self.run_dir} has no checkpoint to resume from")
+            self.evals = rundir.rewind(self.run_dir, -1, write=self.lead)  # from the start again
+            return
         template = jax.eval_shape(self.program.init, *row_inputs(self.rows))
-        path = rundir.checkpoints(self.run_dir)[-1]
-        self.restored, meta = rundir.load_tree(path, template)
+        self.restored, meta = rundir.load_tree(saved[-1], template)
         self.update, self.seconds = meta["update"], meta["seconds"]
         self.dead = np.array(meta["dead"])
         # Without done.json it was stopped between its last update and its end, which is to come.
-        if self.update >= self.config.num_updates and (self.run_dir / "done.json").exists():
+        if self.update >= self.config.num_updates and done.exists():
             raise ValueError(
                 f"{self.run_dir} is complete ({self.update} updates): "
                 "raise --total-timesteps to train on"
             )
+        if self.lead:
+            done.unlink(missing_ok=True)  # it speaks of a shorter run
         step = self.update * self.config.steps_per_update
         self.evals = rundir.rewind(self.run_dir, step, write=self.lead)
 
@@ -536,11 +570,7 @@ class Session:
         if self.launch.render:
             from experiments import render
 
-            try:
-                files = render.render_run(self.run_dir)
-                self.log.say("videos: " + ", ".join(map(str, files)))
-            except (ValueError, ImportError, RuntimeError) as error:
-                self.log.say(f"not rendered: {error}", 0)
+            render.render_run(self.run_dir)
 
     def plan(self) -> str:
         """What will run, where and, for physics on a CPU, about how long."""

@@ -23,14 +23,16 @@ from algos import rundir
 class Log:
     """All sinks of a launch; on any but the lead host it is silent and writes nothing."""
 
-    def __init__(self, run_dir: Path, name: str, config: Any, launch: Any, rows: Any, lead: bool):
+    def __init__(
+        self, run_dir: Path, name: str, config: Any, launch: Any, rows: Any, lead: bool, step: int
+    ):
         self.verbose = launch.verbose if lead else -1
         self.file = open(run_dir / "metrics.jsonl", "a") if lead else None  # noqa: SIM115
         self.tensorboard = None
         if lead and launch.tensorboard:
             from tensorboardX import SummaryWriter
 
-            self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"))
+            self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
         self.wandb_runs: list[tuple[Any, int | None]] = []  # (run, its row; None: all rows)
         if lead and launch.track:
             with self.wandb_guard():
@@ -84,9 +86,10 @@ class Log:
         """One aligned line: greedy return over live seeds, length, training speed, clock."""
         alive = np.flatnonzero(~seeds_dead)
         if not len(alive):
-            return self.say(f"step {step:>11,} | no seed is alive", 0)
+            self.say(f"step {step:>11,} | no seed is alive", 0)
+            return
         returns, lengths = returns[alive], lengths[alive]
-        return self.say(
+        self.say(
             f"step {step:>11,} | return {returns.mean():9.2f} "
             f"[{returns.min():9.2f}, {returns.max():9.2f}] | length {lengths.mean():6.1f} | "
             f"seeds {len(alive)}/{len(seeds_dead)} | {speed:9,.0f} steps/s | "
@@ -158,10 +161,13 @@ def start_wandb(run_dir: Path, name: str, config: Any, launch: Any, rows: Any):
     which = [None, *range(len(rows.seeds))] if launch.wandb_seeds else [None]
     runs = []
     for row in which:
-        suffix = "launch" if row is None else f"seed{rows.seeds[row]}{rows.labels[row]}"
+        suffix = "launch" if row is None else f"seed{rows.seeds[row]} {rows.labels[row]}".strip()
         identity = hashlib.sha256(f"{run_dir.resolve()} {suffix}".encode()).hexdigest()[:12]
         run = wandb.init(
-            name=f"{run_dir.name}-{suffix}", id=identity, job_type=suffix[:6], **options
+            name=f"{run_dir.name}-{suffix}",
+            id=identity,
+            job_type="launch" if row is None else "seed",
+            **options,
         )
         run.define_metric("*", step_metric="global_step")
         runs.append((run, row))
@@ -208,12 +214,12 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Git commit of this file's tree, with + if it was changed; empty outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    """Git commit, with + if algos/ or envs/ differ from it; empty outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parents[1])]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
         dirty = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
+            [*git, "status", "--porcelain", "algos", "envs"], capture_output=True, text=True
         )
     except OSError:
         return ""

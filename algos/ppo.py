@@ -95,7 +95,7 @@ class Config:
         return math.ceil(self.total_timesteps / self.steps_per_update)
 
     def validate(self) -> None:
-        """Raise ValueError if a rollout cannot be cut into equal minibatches."""
+        """Raise ValueError if a rollout cannot be cut into equal minibatches or noise not held."""
         size = self.steps_per_update if self.shuffle == "transitions" else self.num_steps
         if size % self.num_minibatches:
             raise ValueError(
@@ -103,6 +103,8 @@ class Config:
                 f"of a rollout (num_envs={self.num_envs}, num_steps={self.num_steps}): "
                 "change one of them"
             )
+        if self.noise_interval != -1 and self.noise_interval < 1:
+            raise ValueError(f"noise_interval={self.noise_interval}: at least 1, or -1, is needed")
 
 
 # Fields that may be arrays, so that a sweep is one more vmap.
@@ -310,6 +312,8 @@ def build(config: Config) -> common.Algo:
     """Compose environment, networks and optimiser into the pure functions of a run."""
     config.validate()
     env = envs.make(config.env, config.num_envs)
+    if env.privileged_size:
+        raise ValueError(f"{env.name}: the actor would see what only a critic may: no privileged=1")
     actor = Actor(config, env.action_size, env.discrete)
     critic = Critic(config)
     optimizer = optax.chain(
@@ -408,7 +412,7 @@ def build(config: Config) -> common.Algo:
 
         reward = traj.reward
         if config.normalize_reward:
-            reward = state.reward_scale.scale(reward)
+            reward = reward * state.reward_scale.factor()
         normalized_obs = normalize(state.obs_stats, traj.obs)
         value, next_value = (
             critic.apply(state.params["critic"], x)

@@ -50,17 +50,20 @@ def load_tree(path: Path, template: Any) -> tuple[Any, dict[str, Any]]:
             arrays = {name: file[name] for name in file.files}
         meta = json.loads(str(arrays.pop("__meta__")))
     except (zipfile.BadZipFile, EOFError, OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or not ours ({error}): use an earlier one") from None
+        raise ValueError(
+            f"{path} is damaged or not ours ({error}): delete it to use the one before"
+        ) from None
     wanted = {
         jax.tree_util.keystr(path): jax.eval_shape(jax.random.key_data, x) if is_key(x) else x
         for path, x in jax.tree_util.tree_flatten_with_path(template)[0]
     }
     problems = [f"missing {name}" for name in wanted.keys() - arrays.keys()]
     problems += [f"unexpected {name}" for name in arrays.keys() - wanted.keys()]
+    stored = lambda x: np.dtype(np.uint16 if x.dtype == jnp.bfloat16 else x.dtype)
     problems += [
-        f"{name} is {arrays[name].shape}, not {x.shape}"
+        f"{name} is {arrays[name].dtype}{list(arrays[name].shape)}, not {x.dtype}{list(x.shape)}"
         for name, x in wanted.items()
-        if name in arrays and arrays[name].shape != x.shape
+        if name in arrays and (arrays[name].shape, arrays[name].dtype) != (x.shape, stored(x))
     ]
     if problems:
         raise ValueError(f"{path} does not fit this configuration: " + "; ".join(problems[:5]))
@@ -208,10 +211,11 @@ def write_evals(run_dir: Path, evals: dict[str, list]) -> None:
 
 def rewind(run_dir: Path, step: int, write: bool) -> dict[str, list]:
     """The evaluations up to `step`; if `write`, drop what metrics.jsonl has after it."""
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     kept = "".join(x for x in lines if x.endswith("\n") and json.loads(x)["global_step"] <= step)
     if write:
-        write_atomic(run_dir / "metrics.jsonl", lambda file: file.write(kept.encode()))
+        write_atomic(path, lambda file: file.write(kept.encode()))
     if not (run_dir / "eval.npz").exists():  # stopped before the first evaluation
         return {"steps": [], "seconds": [], "returns": [], "lengths": []}
     run = read_run(run_dir)

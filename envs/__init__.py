@@ -190,19 +190,33 @@ def _load(name: str) -> RawEnv:
             if source == "brax":
                 options.setdefault("backend", _default_backend(task))
             raw = importlib.import_module(MODULES[source]).make(task, **options)
-    return raw._replace(name=name, reset=jax.jit(raw.reset), step=jax.jit(raw.step))
+    return raw._replace(name=name, reset=precise(raw.reset), step=precise(raw.step))
+
+
+def precise(function):
+    """Compiled in full single precision: physics fails under the TF32 of NVIDIA's matrix units."""
+
+    @jax.jit
+    def wrapper(*args):
+        with jax.default_matmul_precision("highest"):
+            return function(*args)
+
+    return wrapper
 
 
 def _load_factory(name: str) -> RawEnv:
     path, _, factory = name.partition(":")
     try:
-        raw = getattr(importlib.import_module(path), factory)()
-    except (ModuleNotFoundError, AttributeError) as error:
-        if isinstance(error, ModuleNotFoundError) and error.name not in (path, path.split(".")[0]):
+        function = getattr(importlib.import_module(path), factory, None)
+    except ModuleNotFoundError as error:
+        if error.name not in (path, path.split(".")[0]):
             raise
+        function = None
+    if function is None:
         raise ValueError(
             f"{name!r}: no such function; the module must be importable (its folder on PYTHONPATH)"
-        ) from error
+        )
+    raw = function()
     if not isinstance(raw, RawEnv):
         raise ValueError(f"{name!r} returned {type(raw).__name__}; it must return envs.RawEnv")
     return raw

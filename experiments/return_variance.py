@@ -181,7 +181,7 @@ def read_networks(run: rundir.Run, config: bpo.Config, algo: Any, env: envs.Env,
     policies = {"pi": network("actor"), "mu as trained": network("mu")}
     if env.discrete:
         policies |= {"mu in closed form": closed_form(False), "mu centred": closed_form(True)}
-    scale = reward_scale.scale(1.0) if config.normalize_reward else 1.0
+    scale = reward_scale.factor() if config.normalize_reward else 1.0
     return Networks(policies, value, scale)
 
 

@@ -86,14 +86,20 @@ def test_reward_scale_is_the_deviation_of_the_running_discounted_return():
     reward = jnp.array([[1.0, 1.0], [2.0, 2.0], [4.0, 4.0]])
     done = jnp.array([[False, True], [False, False], [True, False]])
     scale = common.RewardScale.empty(2)
-    np.testing.assert_allclose(scale.scale(reward), reward, rtol=1e-6)
+    np.testing.assert_allclose(scale.factor(), 1.0, rtol=1e-6)
     scale = scale.add(reward, done, 0.5)
     first = [[1.0, 1.0], [2.5, 2.0], [5.25, 5.0]]
     np.testing.assert_allclose(scale.running_return, [0.0, 5.0])
-    np.testing.assert_allclose(scale.scale(reward), reward / np.std(first), rtol=1e-5)
+    np.testing.assert_allclose(scale.factor(), 1 / np.std(first), rtol=1e-5)
     scale = scale.add(reward, done, 0.5)
     second = [[1.0, 3.5], [2.5, 2.0], [5.25, 5.0]]
-    np.testing.assert_allclose(scale.scale(reward), reward / np.std([first, second]), rtol=1e-5)
+    np.testing.assert_allclose(scale.factor(), 1 / np.std([first, second]), rtol=1e-5)
+
+
+def test_a_silent_start_does_not_blow_rewards_up():
+    silent = jnp.zeros((8, 2))
+    scale = common.RewardScale.empty(2).add(silent, silent > 0, 0.99)
+    np.testing.assert_allclose(scale.factor(), 10.0)
 
 
 # --- ring ---

@@ -231,6 +231,14 @@ def test_ratio_is_one_before_any_step(lab):
 # --- configuration ---
 
 
+def test_no_actor_sees_what_only_a_critic_may(lab, monkeypatch):
+    make = envs.make
+    cheat = lambda *args, **kwargs: make(*args, **kwargs)._replace(privileged_size=1)
+    monkeypatch.setattr(envs, "make", cheat)
+    with pytest.raises(ValueError, match="only a critic may"):
+        lab.module.build(lab.config)
+
+
 def test_build_does_not_change_the_config(lab):
     config = config_of(lab.name)
     before = dataclasses.asdict(config)
@@ -297,7 +305,7 @@ def test_command_line_end_to_end(lab, trained, tmp_path, monkeypatch, signals):
     assert run.steps.tolist() == [0, 96, 192]
     assert run.returns.shape == run.lengths.shape == (2, 3, 2)
     np.testing.assert_array_equal(
-        run.returns[:, -1], lab.program.evaluate(state, jax.random.key(0))[0]
+        run.returns[:, -1], lab.program.evaluate(state, launch.evaluation_key())[0]
     )
     assert run.done["steps"] == 192
     with open(run_dir / "metrics.jsonl") as file:

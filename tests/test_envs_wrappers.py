@@ -317,6 +317,7 @@ def user_module(monkeypatch):
     module = types.ModuleType("user_module")
     module.factory = counter
     module.number = lambda: 3
+    module.broken = lambda: jnp.no_such_function
     monkeypatch.setitem(sys.modules, "user_module", module)
 
 
@@ -341,6 +342,22 @@ def test_a_users_factory_gets_the_whole_stack(user_module):
 def test_a_wrong_factory_is_named(user_module, name, message):
     with pytest.raises(ValueError, match=message):
         envs.make(name, 2)
+
+
+def test_an_error_in_a_factory_is_the_users_to_see(user_module):
+    with pytest.raises(AttributeError, match="no_such_function"):
+        envs.make("user_module:broken", 2)
+
+
+def test_physics_is_compiled_in_full_precision():
+    seen = []
+
+    def step(*args):
+        seen.append(jax.config.jax_default_matmul_precision)
+        return args
+
+    jax.eval_shape(envs.precise(step), 1.0)
+    assert seen == ["highest"]
 
 
 def test_the_example_of_the_docs_runs(tmp_path, monkeypatch):

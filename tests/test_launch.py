@@ -148,6 +148,13 @@ def test_spellings_of_a_flag(dash, join):
         (["--sweep", "num_envs=1,2"], r"cannot sweep over 'num_envs': .*learning_rate"),
         (["--sweep", "gamma"], r"'gamma'"),
         (["--sweep", "gamma=0.9,high"], r"'gamma=0.9,high'"),
+        (["--sweep", "gamma=0.9,0.90"], r"repeats"),
+        (["--sweep", "gamma=0.9", "gamma=0.8"], r"repeats"),
+        (["--sweep", "gamma=0.9,nan"], r"finite"),
+        (["--gamma", "7"], r"gamma=7.0: 0 to 1"),
+        (["--learning-rate", "-1"], r"learning_rate=-1.0: at least 0"),
+        (["--learning-rate", "nan"], r"learning_rate=nan"),
+        (["--noise-interval", "0"], r"noise_interval=0"),
         (["--resume", "nowhere"], r"nowhere is not a run directory"),
         (["--resume"], r"--resume"),
     ],
@@ -160,6 +167,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(argv, message, tmp_path, monke
     assert said.count("\n") == 1
     assert re.search(message, said), said
     assert not list(tmp_path.iterdir())
+
+
+def test_whoever_changes_an_algorithm_can_see_where_it_fails(tmp_path):
+    flags = [*FLAGS, "--num-minibatches", "7", "--run-dir", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match="num_minibatches=7"):
+        run(*flags, "--verbose", "2")
 
 
 def test_a_value_of_the_wrong_type_is_refused(tmp_path, monkeypatch, capfd):
@@ -219,7 +232,9 @@ def unreadable(run_dir):
 
 
 def no_checkpoint(run_dir):
+    """Of a run that had reached its end."""
     shutil.rmtree(run_dir / "checkpoints")
+    (run_dir / "done.json").write_text("{}")
 
 
 def other_algorithm(run_dir):
@@ -248,7 +263,7 @@ def other_version(run_dir):
         (unreadable, [], r"not a run directory"),
         (no_checkpoint, [], r"no checkpoint"),
         (other_algorithm, [], r"is a run of bpo"),
-        (other_shape, [], r"does not fit .*\(2, 4, 8\), not \(2, 4, 16\)"),
+        (other_shape, [], r"does not fit .*\[2, 4, 8\], not float32\[2, 4, 16\]"),
         (other_version, [], r"clip_epsilon"),
         (None, ["--gamma", "0.5"], r"gamma=0.5, the run has 0.99"),
         (None, ["--env", "pendulum"], r"env='pendulum', the run has 'cartpole'"),
@@ -350,8 +365,13 @@ def test_default_run_directory(monkeypatch, tmp_path):
     path = session.default_run_dir()
     assert path.startswith("runs/gymnax-CartPole-v1/ppo/")
     assert "_s3x16_" in path
-    session.config = tiny.config_of("ppo", gamma=0.5)
-    assert path.split("_")[-1] != session.default_run_dir().split("_")[-1]
+    session.launch = cli.Launch(seed=3, num_seeds=16, num_evals=7)
+    other = session.default_run_dir()
+    assert path.split("_")[-1] != other.split("_")[-1]
+    session.config = tiny.config_of("ppo", env="brax/hopper?backend=spring&iterations=2")
+    path = session.default_run_dir()
+    assert path.startswith("runs/brax-hopper-backend-spring-iterations-2/ppo/")
+    assert path.split("_")[-1] != other.split("_")[-1]
 
 
 def test_quiet(tmp_path):
@@ -422,6 +442,31 @@ def test_resumed_after_a_crash_nothing_is_logged_twice(whole, copy):
     assert_same(checkpoint(copy), checkpoint(whole[0]))
     assert [x["global_step"] for x in lines_of(copy)] == [0, 96, 96, 192, 192]
     np.testing.assert_array_equal(rundir.read_run(copy).returns, rundir.read_run(whole[0]).returns)
+
+
+def test_a_crash_before_the_first_checkpoint_costs_the_start_only(whole, copy):
+    shutil.rmtree(copy / "checkpoints")
+    status, said = run("--resume", str(copy), "--verbose", "0")
+    assert (status, said) == (0, "")
+    assert_same(checkpoint(copy), checkpoint(whole[0]))
+    assert [x["global_step"] for x in lines_of(copy)] == [0, 96, 96, 192, 192]
+
+
+def test_a_longer_run_forgets_the_end_of_the_shorter(whole, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole[0], run_dir)
+    longer = ["--resume", str(run_dir), "--verbose", "0", "--total-timesteps", "256"]
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)  # after the last of its eight updates, before its end
+        status, _ = run(*longer)
+    assert status == 130
+    assert not (run_dir / "done.json").exists()
+    status, said = run("--resume", str(run_dir), "--verbose", "0")
+    assert (status, said) == (0, "")
+    assert strict_json(run_dir / "done.json")["steps"] == 256
+    meta = strict_json(run_dir / "meta.json")
+    assert meta["command"] == strict_json(whole[0] / "meta.json")["command"]
+    assert len(meta["resumed"]) == 2
 
 
 def test_second_interrupt_stops_at_once():
@@ -582,7 +627,7 @@ def test_rows_are_shared_by_hosts_in_order(monkeypatch):
 def make_log(run_dir, **changes):
     run_dir.mkdir(exist_ok=True)
     rows = launch.Rows(np.array([3, 4]), {}, ["", ""])
-    return logs.Log(run_dir, "ppo", tiny.config_of("ppo"), cli.Launch(**changes), rows, True)
+    return logs.Log(run_dir, "ppo", tiny.config_of("ppo"), cli.Launch(**changes), rows, True, 0)
 
 
 VALUES = {
@@ -626,7 +671,7 @@ def test_aggregates_leave_out_what_is_absent():
 def test_only_the_lead_host_writes(tmp_path, capsys):
     rows = launch.Rows(np.array([3]), {}, [""])
     options = cli.Launch(tensorboard=True, track=True)
-    log = logs.Log(tmp_path, "ppo", tiny.config_of("ppo"), options, rows, False)
+    log = logs.Log(tmp_path, "ppo", tiny.config_of("ppo"), options, rows, False, 0)
     log.write(1, VALUES)
     log.say("hello", 0)
     log.close()
@@ -753,7 +798,7 @@ def test_trees_survive_the_disk(tmp_path):
     ("tree", "message"),
     [
         ({"a": np.ones(3), "c": np.ones(1)}, r"missing \['b'\].*unexpected \['c'\]"),
-        ({"a": np.ones(4), "b": np.ones(2)}, r"\['a'\] is \(4,\), not \(3,\)"),
+        ({"a": np.ones(4), "b": np.ones(2)}, r"\['a'\] is float64\[4\], not float64\[3\]"),
     ],
 )
 def test_a_tree_of_another_shape_is_named(tmp_path, tree, message):
@@ -841,6 +886,8 @@ def test_settings_that_are_made_before_jax_starts(monkeypatch, tmp_path):
         jax.config.update(name, None)
         launch.setup_jax(1)
         assert jax.config.values[name] == str(tmp_path / "purepo")
-        assert jax.config.jax_default_matmul_precision == "highest"
+        monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+        with pytest.raises(ValueError, match="not 'JAX_NUM_PROCESSES'"):
+            launch.setup_jax(1)
     finally:
         jax.config.update(name, before)
