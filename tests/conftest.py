@@ -13,11 +13,6 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 # Most of the suite's time is compilation: half of it without optimisation, for the same semantics.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
-import jax  # noqa: E402
-
-# As `launch.setup_jax` sets it: what a test compiles is what a launch compiles.
-jax.config.update("jax_default_matmul_precision", "highest")
-
 
 @pytest.fixture
 def signals():

@@ -12,18 +12,15 @@ import re
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from tiny import assert_close, assert_same
+from tiny import assert_close, assert_same, lines_of
 
 from algos import cli, launch, logs, ppo, rundir
 
@@ -52,10 +49,6 @@ def parse(*argv):
 def content(folder):
     """Bytes of all files below a folder."""
     return {str(p): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
-
-
-def lines_of(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def checkpoint(run_dir, update=6):
@@ -621,217 +614,7 @@ def test_rows_are_shared_by_hosts_in_order(monkeypatch):
         launch.local_rows(rows)
 
 
-# --- TensorBoard and W&B ---
-
-
-def make_log(run_dir, **changes):
-    run_dir.mkdir(exist_ok=True)
-    rows = launch.Rows(np.array([3, 4]), {}, ["", ""])
-    return logs.Log(run_dir, "ppo", tiny.config_of("ppo"), cli.Launch(**changes), rows, True, 0)
-
-
-VALUES = {
-    "eval/episodic_return": np.array([1.0, 3.0]),
-    "charts/episodic_return": np.array([np.nan, 5.0]),
-    "losses/value_loss": np.array([np.nan, np.nan]),
-    "time/train": 2.5,
-}
-
-
-def test_lines_of_metrics_keep_every_seed(tmp_path):
-    log = make_log(tmp_path)
-    log.write(64, VALUES)
-    log.close()
-    assert lines_of(tmp_path) == [
-        {
-            "global_step": 64,
-            "eval/episodic_return": [1.0, 3.0],
-            "charts/episodic_return": [None, 5.0],
-            "losses/value_loss": [None, None],
-            "time/train": 2.5,
-        }
-    ]
-
-
-def test_aggregates_leave_out_what_is_absent():
-    assert logs.aggregate(VALUES) == {
-        "eval/episodic_return": 2.0,
-        "eval/episodic_return_min": 1.0,
-        "eval/episodic_return_max": 3.0,
-        "eval/episodic_return_iqm": 2.0,
-        "charts/episodic_return": 5.0,
-        "charts/episodic_return_min": 5.0,
-        "charts/episodic_return_max": 5.0,
-        "charts/episodic_return_iqm": 5.0,
-        "time/train": 2.5,
-    }
-    assert logs.row_values(VALUES, 0) == {"eval/episodic_return": 1.0}
-
-
-def test_only_the_lead_host_writes(tmp_path, capsys):
-    rows = launch.Rows(np.array([3]), {}, [""])
-    options = cli.Launch(tensorboard=True, track=True)
-    log = logs.Log(tmp_path, "ppo", tiny.config_of("ppo"), options, rows, False, 0)
-    log.write(1, VALUES)
-    log.say("hello", 0)
-    log.close()
-    assert not list(tmp_path.iterdir())
-    assert capsys.readouterr() == ("", "")
-
-
-def test_verbosity(tmp_path, capsys):
-    for verbose, expected in ((0, ["a"]), (1, ["a", "b"]), (2, ["a", "b", "c", "losses"])):
-        log = make_log(tmp_path, verbose=verbose)
-        for level, text in enumerate("abc"):
-            log.say(text, level)
-        log.write(0, {"losses/value_loss": np.array([1.0, 2.0])})
-        log.close()
-        said = capsys.readouterr().err.split()
-        assert [x.split("/")[0] for x in said if x[0].isalpha()] == expected
-
-
-def test_tensorboard(tmp_path):
-    from tensorboardX.proto import event_pb2
-
-    log = make_log(tmp_path, tensorboard=True)
-    log.write(64, VALUES)
-    log.close()
-    (path,) = (tmp_path / "tensorboard").iterdir()
-    data, seen = path.read_bytes(), {}
-    while data:
-        (size,) = struct.unpack("<Q", data[:8])
-        event = event_pb2.Event.FromString(data[12 : 12 + size])
-        seen |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
-        data = data[16 + size :]
-    assert seen == {(k, 64): pytest.approx(v) for k, v in logs.aggregate(VALUES).items()}
-
-
-def test_wandb_needs_no_account(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    log = make_log(tmp_path / "run", track=True, wandb_seeds=True, wandb_tags=("mine",))
-    assert [row for _, row in log.wandb_runs] == [None, 0, 1]
-    log.write(64, VALUES)
-    log.close()
-    assert "failed" not in capsys.readouterr().err
-    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 3
-
-
-class FakeRun:
-    def __init__(self, fails):
-        self.fails, self.logged, self.finished = fails, [], False
-
-    def define_metric(self, *args, **kwargs):
-        pass
-
-    def log(self, values):
-        if self.fails == "log":
-            raise ConnectionError("no network")
-        self.logged.append(values)
-
-    def finish(self):
-        if self.fails == "finish":
-            raise ConnectionError("no network")
-        self.finished = True
-
-
-@pytest.mark.parametrize("fails", ["import", "init", "log", "finish", ""])
-def test_wandb_never_ends_a_run(tmp_path, monkeypatch, capsys, fails):
-    made = []
-
-    def init(**options):
-        if fails == "init":
-            raise RuntimeError("not logged in")
-        made.append((FakeRun(fails), options))
-        return made[-1][0]
-
-    fake = None if fails == "import" else types.SimpleNamespace(init=init)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    log = make_log(tmp_path, track=True, wandb_seeds=True, wandb_tags=("mine",), verbose=0)
-    log.write(64, VALUES)
-    log.write(96, VALUES)
-    log.close()
-    said = capsys.readouterr().err
-    assert said.count("\n") == (1 if fails else 0)
-    assert len(lines_of(tmp_path)) == 2
-    if fails:
-        assert said.startswith("W&B failed")
-        return
-    (whole, options), (first, _), (second, _) = made
-    assert whole.logged[0] == {"global_step": 64} | logs.aggregate(VALUES)
-    assert first.logged[0] == {"global_step": 64, "eval/episodic_return": 1.0}
-    assert second.logged[1]["charts/episodic_return"] == 5.0
-    assert whole.finished
-    assert options["group"] == "ppo__cartpole"
-    assert "mine" in options["tags"]
-    assert options["config"].items() >= {"gamma": 0.99, "wandb_seeds": True}.items()
-    # A resumed launch goes on with the same W&B runs.
-    assert len({options["id"] for _, options in made}) == 3
-    ids = [options["id"] for _, options in made]
-    made.clear()
-    make_log(tmp_path, track=True, wandb_seeds=True, wandb_tags=("mine",), verbose=0).close()
-    assert [options["id"] for _, options in made] == ids
-
-
-# --- trees of arrays on disk ---
-
-
-def test_trees_survive_the_disk(tmp_path):
-    tree = {
-        "keys": jax.random.split(jax.random.key(0), 3),
-        "half": jnp.linspace(0, 1, 5, dtype=jnp.bfloat16),
-        "none": jnp.zeros((2, 0)),
-        "nested": (jnp.arange(3), [jnp.float32(np.nan), jnp.array(True)]),
-    }
-    rundir.save_arrays(tmp_path / "x.npz", rundir.flatten(tree), {"update": 3})
-    template = jax.eval_shape(lambda: tree)
-    loaded, meta = rundir.load_tree(tmp_path / "x.npz", template)
-    assert meta == {"update": 3}
-    assert_same(loaded, tree)
-    assert loaded["half"].dtype == jnp.bfloat16
-    assert jax.random.bits(loaded["keys"][1]) == jax.random.bits(tree["keys"][1])
-
-
-@pytest.mark.parametrize(
-    ("tree", "message"),
-    [
-        ({"a": np.ones(3), "c": np.ones(1)}, r"missing \['b'\].*unexpected \['c'\]"),
-        ({"a": np.ones(4), "b": np.ones(2)}, r"\['a'\] is float64\[4\], not float64\[3\]"),
-    ],
-)
-def test_a_tree_of_another_shape_is_named(tmp_path, tree, message):
-    rundir.save_arrays(tmp_path / "x.npz", rundir.flatten(tree), {})
-    with pytest.raises(ValueError, match=message):
-        rundir.load_tree(tmp_path / "x.npz", {"a": np.ones(3), "b": np.ones(2)})
-
-
-def test_a_file_of_someone_else_is_damaged_or_not_ours(tmp_path):
-    np.savez(tmp_path / "x.npz", a=np.ones(3))
-    (tmp_path / "y.npz").write_text("hello")
-    for name in ("x.npz", "y.npz", "z.npz"):
-        with pytest.raises(ValueError, match=f"{name} is damaged or not ours"):
-            rundir.load_tree(tmp_path / name, {"a": np.ones(3)})
-
-
-def test_a_write_is_all_or_nothing(tmp_path):
-    path = tmp_path / "x.json"
-    rundir.write_json(path, {"a": 1})
-
-    def fail(file):
-        file.write(b"half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        rundir.write_atomic(path, fail)
-    assert json.loads(path.read_text()) == {"a": 1}
-
-
-def test_the_last_two_checkpoints_are_kept(tmp_path):
-    for update in (1, 20, 300):
-        rundir.save_checkpoint(tmp_path, {"a": np.ones(1)}, {"update": update})
-    assert [p.name for p in rundir.checkpoints(tmp_path)] == ["000000020.npz", "000000300.npz"]
+# --- what reads a run ---
 
 
 def test_a_policy_that_is_not_there(whole):
@@ -841,25 +624,6 @@ def test_a_policy_that_is_not_there(whole):
         rundir.read_run(whole[0] / "plots")
 
 
-# --- statistics ---
-
-
-def test_iqm_is_the_mean_of_the_middle_half():
-    assert rundir.iqm(np.array([100.0, 1.0, 2.0, 3.0, 4.0, -50.0, 5.0, 6.0])) == 3.5
-    assert rundir.iqm(np.array([1.0, np.nan, 3.0])) == 2.0
-    assert np.isnan(rundir.iqm(np.array([np.nan])))
-
-
-def test_interval_covers_the_truth_about_as_often_as_it_says():
-    rng = np.random.default_rng(0)
-    inside = []
-    for _ in range(200):
-        lo, hi = rundir.iqm_interval(rng.normal(size=20), num_resamples=300)
-        inside.append(lo < 0 < hi)
-    assert 0.85 < np.mean(inside) <= 0.99
-    assert np.isnan(rundir.iqm_interval(np.array([1.0, np.nan]))).all()
-
-
 def test_curves_and_groups(whole):
     run = rundir.read_run(whole[0])
     middle, lo, hi = rundir.curve_of(run.returns)
@@ -867,10 +631,6 @@ def test_curves_and_groups(whole):
     assert ((lo <= middle) & (middle <= hi)).all()
     swept = run._replace(labels=["b", "a"])
     assert [(x, i.tolist()) for x, i in rundir.groups(swept)] == [("b", [0]), ("a", [1])]
-
-
-def test_clock():
-    assert [logs.clock(x) for x in (None, 59.9, 3661)] == ["-", "0:00:59", "1:01:01"]
 
 
 # --- settings of jax ---

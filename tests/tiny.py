@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 
 import jax
 import numpy as np
@@ -66,6 +67,11 @@ def program_of(name, config, seeds=(0, 1)):
     rows = launch.Rows(np.array(seeds), {}, [""] * len(seeds))
     program = launch.make_program(config, LAUNCH, module_of(name).build, rows)
     return program, *launch.row_inputs(rows)
+
+
+def lines_of(run_dir):
+    """The records of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def arrays(tree):

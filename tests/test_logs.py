@@ -1,0 +1,167 @@
+"""Where numbers go: metrics.jsonl, console, TensorBoard, Weights & Biases."""
+
+import struct
+import sys
+import types
+
+import numpy as np
+import pytest
+import tiny
+from tiny import lines_of
+
+from algos import cli, launch, logs
+
+
+def make_log(run_dir, **changes):
+    run_dir.mkdir(exist_ok=True)
+    rows = launch.Rows(np.array([3, 4]), {}, ["", ""])
+    return logs.Log(run_dir, "ppo", tiny.config_of("ppo"), cli.Launch(**changes), rows, True, 0)
+
+
+VALUES = {
+    "eval/episodic_return": np.array([1.0, 3.0]),
+    "charts/episodic_return": np.array([np.nan, 5.0]),
+    "losses/value_loss": np.array([np.nan, np.nan]),
+    "time/train": 2.5,
+}
+
+
+def test_lines_of_metrics_keep_every_seed(tmp_path):
+    log = make_log(tmp_path)
+    log.write(64, VALUES)
+    log.close()
+    assert lines_of(tmp_path) == [
+        {
+            "global_step": 64,
+            "eval/episodic_return": [1.0, 3.0],
+            "charts/episodic_return": [None, 5.0],
+            "losses/value_loss": [None, None],
+            "time/train": 2.5,
+        }
+    ]
+
+
+def test_aggregates_leave_out_what_is_absent():
+    assert logs.aggregate(VALUES) == {
+        "eval/episodic_return": 2.0,
+        "eval/episodic_return_min": 1.0,
+        "eval/episodic_return_max": 3.0,
+        "eval/episodic_return_iqm": 2.0,
+        "charts/episodic_return": 5.0,
+        "charts/episodic_return_min": 5.0,
+        "charts/episodic_return_max": 5.0,
+        "charts/episodic_return_iqm": 5.0,
+        "time/train": 2.5,
+    }
+    assert logs.row_values(VALUES, 0) == {"eval/episodic_return": 1.0}
+
+
+def test_only_the_lead_host_writes(tmp_path, capsys):
+    rows = launch.Rows(np.array([3]), {}, [""])
+    options = cli.Launch(tensorboard=True, track=True)
+    log = logs.Log(tmp_path, "ppo", tiny.config_of("ppo"), options, rows, False, 0)
+    log.write(1, VALUES)
+    log.say("hello", 0)
+    log.close()
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr() == ("", "")
+
+
+def test_verbosity(tmp_path, capsys):
+    for verbose, expected in ((0, ["a"]), (1, ["a", "b"]), (2, ["a", "b", "c", "losses"])):
+        log = make_log(tmp_path, verbose=verbose)
+        for level, text in enumerate("abc"):
+            log.say(text, level)
+        log.write(0, {"losses/value_loss": np.array([1.0, 2.0])})
+        log.close()
+        said = capsys.readouterr().err.split()
+        assert [x.split("/")[0] for x in said if x[0].isalpha()] == expected
+
+
+def test_tensorboard(tmp_path):
+    from tensorboardX.proto import event_pb2
+
+    log = make_log(tmp_path, tensorboard=True)
+    log.write(64, VALUES)
+    log.close()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    data, seen = path.read_bytes(), {}
+    while data:
+        (size,) = struct.unpack("<Q", data[:8])
+        event = event_pb2.Event.FromString(data[12 : 12 + size])
+        seen |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
+        data = data[16 + size :]
+    assert seen == {(k, 64): pytest.approx(v) for k, v in logs.aggregate(VALUES).items()}
+
+
+def test_wandb_needs_no_account(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    log = make_log(tmp_path / "run", track=True, wandb_seeds=True, wandb_tags=("mine",))
+    assert [row for _, row in log.wandb_runs] == [None, 0, 1]
+    log.write(64, VALUES)
+    log.close()
+    assert "failed" not in capsys.readouterr().err
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 3
+
+
+class FakeRun:
+    def __init__(self, fails):
+        self.fails, self.logged, self.finished = fails, [], False
+
+    def define_metric(self, *args, **kwargs):
+        pass
+
+    def log(self, values):
+        if self.fails == "log":
+            raise ConnectionError("no network")
+        self.logged.append(values)
+
+    def finish(self):
+        if self.fails == "finish":
+            raise ConnectionError("no network")
+        self.finished = True
+
+
+@pytest.mark.parametrize("fails", ["import", "init", "log", "finish", ""])
+def test_wandb_never_ends_a_run(tmp_path, monkeypatch, capsys, fails):
+    made = []
+
+    def init(**options):
+        if fails == "init":
+            raise RuntimeError("not logged in")
+        made.append((FakeRun(fails), options))
+        return made[-1][0]
+
+    fake = None if fails == "import" else types.SimpleNamespace(init=init)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    log = make_log(tmp_path, track=True, wandb_seeds=True, wandb_tags=("mine",), verbose=0)
+    log.write(64, VALUES)
+    log.write(96, VALUES)
+    log.close()
+    said = capsys.readouterr().err
+    assert said.count("\n") == (1 if fails else 0)
+    assert len(lines_of(tmp_path)) == 2
+    if fails:
+        assert said.startswith("W&B failed")
+        return
+    (whole, options), (first, _), (second, _) = made
+    assert whole.logged[0] == {"global_step": 64} | logs.aggregate(VALUES)
+    assert first.logged[0] == {"global_step": 64, "eval/episodic_return": 1.0}
+    assert second.logged[1]["charts/episodic_return"] == 5.0
+    assert whole.finished
+    assert options["group"] == "ppo__cartpole"
+    assert "mine" in options["tags"]
+    assert options["config"].items() >= {"gamma": 0.99, "wandb_seeds": True}.items()
+    # A resumed launch goes on with the same W&B runs.
+    assert len({options["id"] for _, options in made}) == 3
+    ids = [options["id"] for _, options in made]
+    made.clear()
+    make_log(tmp_path, track=True, wandb_seeds=True, wandb_tags=("mine",), verbose=0).close()
+    assert [options["id"] for _, options in made] == ids
+
+
+def test_clock():
+    assert [logs.clock(x) for x in (None, 59.9, 3661)] == ["-", "0:00:59", "1:01:01"]

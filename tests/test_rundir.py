@@ -1,0 +1,86 @@
+"""Trees of arrays on disk, checkpoints, and statistics over seeds."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import assert_same
+
+from algos import rundir
+
+
+def test_trees_survive_the_disk(tmp_path):
+    tree = {
+        "keys": jax.random.split(jax.random.key(0), 3),
+        "half": jnp.linspace(0, 1, 5, dtype=jnp.bfloat16),
+        "none": jnp.zeros((2, 0)),
+        "nested": (jnp.arange(3), [jnp.float32(np.nan), jnp.array(True)]),
+    }
+    rundir.save_arrays(tmp_path / "x.npz", rundir.flatten(tree), {"update": 3})
+    template = jax.eval_shape(lambda: tree)
+    loaded, meta = rundir.load_tree(tmp_path / "x.npz", template)
+    assert meta == {"update": 3}
+    assert_same(loaded, tree)
+    assert loaded["half"].dtype == jnp.bfloat16
+    assert jax.random.bits(loaded["keys"][1]) == jax.random.bits(tree["keys"][1])
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"a": np.ones(3), "c": np.ones(1)}, r"missing \['b'\].*unexpected \['c'\]"),
+        ({"a": np.ones(4), "b": np.ones(2)}, r"\['a'\] is float64\[4\], not float64\[3\]"),
+    ],
+)
+def test_a_tree_of_another_shape_is_named(tmp_path, tree, message):
+    rundir.save_arrays(tmp_path / "x.npz", rundir.flatten(tree), {})
+    with pytest.raises(ValueError, match=message):
+        rundir.load_tree(tmp_path / "x.npz", {"a": np.ones(3), "b": np.ones(2)})
+
+
+def test_a_file_of_someone_else_is_damaged_or_not_ours(tmp_path):
+    np.savez(tmp_path / "x.npz", a=np.ones(3))
+    (tmp_path / "y.npz").write_text("hello")
+    for name in ("x.npz", "y.npz", "z.npz"):
+        with pytest.raises(ValueError, match=f"{name} is damaged or not ours"):
+            rundir.load_tree(tmp_path / name, {"a": np.ones(3)})
+
+
+def test_a_write_is_all_or_nothing(tmp_path):
+    path = tmp_path / "x.json"
+    rundir.write_json(path, {"a": 1})
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        rundir.write_atomic(path, fail)
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_the_last_two_checkpoints_are_kept(tmp_path):
+    for update in (1, 20, 300):
+        rundir.save_checkpoint(tmp_path, {"a": np.ones(1)}, {"update": update})
+    assert [p.name for p in rundir.checkpoints(tmp_path)] == ["000000020.npz", "000000300.npz"]
+
+
+# --- statistics ---
+
+
+def test_iqm_is_the_mean_of_the_middle_half():
+    assert rundir.iqm(np.array([100.0, 1.0, 2.0, 3.0, 4.0, -50.0, 5.0, 6.0])) == 3.5
+    assert rundir.iqm(np.array([1.0, np.nan, 3.0])) == 2.0
+    assert np.isnan(rundir.iqm(np.array([np.nan])))
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    inside = []
+    for _ in range(200):
+        lo, hi = rundir.iqm_interval(rng.normal(size=20), num_resamples=300)
+        inside.append(lo < 0 < hi)
+    assert 0.85 < np.mean(inside) <= 0.99
+    assert np.isnan(rundir.iqm_interval(np.array([1.0, np.nan]))).all()
