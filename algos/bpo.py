@@ -5,8 +5,8 @@ pi is learned and evaluated. With ratio_t = pi(a_t | s_t) / mu(a_t | s_t) and de
 
     A_t = delta_t + gamma lambda (1 - done_t) D_{t+1},  targets of V: V(s_t) + D_t,  where
     D_t = min(ratio_t, clip_rho) delta_t + gamma lambda (1 - done_t) min(ratio_t, clip_c) D_{t+1}
-    Q(s, a)  = r + gamma E_pi[Q(s', a')]
-    Q^(s, a) = 2 r Q(s, a) - r^2 + gamma^2 E_pi[Q^(s', a')]          (second moment of the return)
+    Q(s, a)  = r + gamma (1 - terminated) E_pi[Q(s', a')]
+    Q^(s, a) = 2 r Q(s, a) - r^2 + gamma^2 (1 - terminated) E_pi[Q^(s', a')]     (second moment)
     mu(a | s) -> pi(a | s) sqrt(Q^(s, a)) / Z(s)
 
 Differences from ppo.py:
@@ -15,7 +15,7 @@ Differences from ppo.py:
 2. Advantages and targets are corrected by the ratios, clipped one by one or as running products.
 3. After the step of pi and V, a replay of the last rollouts trains Q and Q^ by fitted Q evaluation
    (in symlog space, pulled to a moving average), and then mu.
-4. The entropy bonus acts on mu alone.
+4. The entropy bonus acts on mu alone; there is no gSDE.
 
 `fidelity="official"` brings back four defects of the authors' code, to show their effect: Q^ fitted
 to raw rewards of other transitions; one moment, the minibatch's smallest, for all of mu's actions;
@@ -419,7 +419,7 @@ def trajectory_estimator(
 
 def policy_loss(log_prob, old_log_prob, advantage, clip_eps):
     """Clipped surrogate loss (Schulman et al. 2017, eq. 7), with its diagnostics."""
-    log_ratio = log_prob - old_log_prob
+    log_ratio = jnp.clip(log_prob - old_log_prob, -20.0, 20.0)  # far from 0 before any step
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1.0 - clip_eps, 1.0 + clip_eps)
     loss = -jnp.minimum(ratio * advantage, clipped * advantage).mean()
@@ -506,9 +506,10 @@ def build(config: Config) -> common.Algo:
         raise ValueError(f"{env.name}: the actor would see what only a critic may: no privileged=1")
     actor = Actor(config, env.action_size, env.discrete)
     critic = Critic(config)
-    q_net, qhat_net = (
-        ActionCritic(config, env.action_size, env.discrete, positive) for positive in (False, True)
-    )
+    nets = {
+        name: ActionCritic(config, env.action_size, env.discrete, positive=name == "qhat")
+        for name in ("q", "qhat")
+    }
     optimizer = optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.scale_by_adam(b1=0.9, b2=0.999, eps=config.adam_eps),
@@ -530,15 +531,15 @@ def build(config: Config) -> common.Algo:
         params = {
             "actor": actor.init(key_actor, sample),
             "critic": critic.init(key_critic, sample),
-            "q": q_net.init(key_q, sample, action[:1]),
-            "qhat": qhat_net.init(key_qhat, sample, action[:1]),
+            "q": nets["q"].init(key_q, sample, action[:1]),
+            "qhat": nets["qhat"].init(key_qhat, sample, action[:1]),
         }
         params["mu"] = jax.tree.map(jnp.copy, params["actor"])  # the first rollout is on-policy
         scalar, flag = jnp.zeros(N), jnp.zeros(N, bool)
         row = Transition(obs, action, scalar, scalar, flag, flag, obs)
         return TrainState(
             params=params,
-            target_params={name: jax.tree.map(jnp.copy, params[name]) for name in ("q", "qhat")},
+            target_params={name: jax.tree.map(jnp.copy, params[name]) for name in nets},
             opt_state={name: optimizer.init(params[name]) for name in params},
             replay=jax.tree.map(lambda x: jnp.zeros((K * T, *x.shape), x.dtype), row),
             reward_range=jnp.zeros(2),
@@ -589,7 +590,7 @@ def build(config: Config) -> common.Algo:
         (obs, env_state), (traj, info) = jax.lax.scan(step, (state.obs, env_state), xs)
         return obs, env_state, traj, info
 
-    def ppo_loss_fn(clip_eps, params, _, batch, key):
+    def ppo_loss_fn(clip_eps, params, _target, batch, _key):
         policy = actor.apply(params["actor"], batch.obs)
         advantage = batch.advantage
         if config.normalize_advantage:
@@ -598,8 +599,11 @@ def build(config: Config) -> common.Algo:
             policy.log_prob(batch.action), batch.log_prob, advantage, clip_eps
         )
         vf_loss = value_loss(critic.apply(params["critic"], batch.obs), batch.target)
-        entropy = {"losses/entropy": policy.entropy().mean()}
-        aux |= {"losses/policy_loss": pg_loss, "losses/value_loss": vf_loss} | entropy
+        aux |= {
+            "losses/policy_loss": pg_loss,
+            "losses/value_loss": vf_loss,
+            "losses/entropy": policy.entropy().mean(),
+        }
         return pg_loss + config.vf_coef * vf_loss, aux
 
     def to_value(output):
@@ -611,31 +615,31 @@ def build(config: Config) -> common.Algo:
 
     def q_value(params, obs, action, bounds):
         """Q, clipped to `bounds` where its targets are."""
-        q = to_value(q_net.apply(params, obs, action))
+        q = to_value(nets["q"].apply(params, obs, action))
         return jnp.clip(q, *bounds) if config.clip_targets else q
 
-    def fqe_loss_fn(net, name, gamma, bounds, stale, params, target_params, batch, key):
-        params, target_params = params[name], target_params[name]
+    def fqe_loss_fn(name, gamma, bounds, params, target_params, batch, key):
+        net, params, target_params = nets[name], params[name], target_params[name]
         source = params if from_online else target_params
         next_value = to_value(net.apply(source, batch.next_obs, sampled(batch.next_policy, key)))
         if env.discrete:
             next_value = (jax.nn.softmax(batch.next_policy.logits) * next_value).sum(-1)
-        reward = batch.reward if stale is None else stale
-        target = fqe_target(reward, batch.terminated, next_value, gamma)
+        target = fqe_target(batch.reward, batch.terminated, next_value, gamma)
         bounded = jnp.clip(target, *bounds) if config.clip_targets else target
         wanted = jax.lax.stop_gradient(symlog(bounded) if config.symlog_targets else bounded)
         output, anchor = (net.apply(x, batch.obs, batch.action) for x in (params, target_params))
         reg_coef = config.symlog_reg_coef if config.symlog_targets else 0.0
         weight = td_weight(batch.log_ratio) if config.weight_td else 1.0
         loss = fqe_loss(output, wanted, anchor, weight, reg_coef)
-        return loss, {"loss": loss, "clipped": (bounded != target).mean()}
+        clipped = (bounded != target).mean()
+        return loss, {f"losses/{name}_loss": loss, f"health/{name}_target_clip_fraction": clipped}
 
-    def mu_loss_fn(critic_params, q_bounds, qhat_max, params, _, batch, key):
+    def mu_loss_fn(critic_params, q_bounds, qhat_max, params, _target, batch, key):
         mu = actor.apply(params["mu"], batch.obs)
         action = sampled(mu, key)
         moment = jnp.ones(())
         if config.mu_loss != "kl":
-            moment = to_value(qhat_net.apply(critic_params["qhat"], batch.obs, action))
+            moment = to_value(nets["qhat"].apply(critic_params["qhat"], batch.obs, action))
             moment = jnp.clip(moment, 1e-6, qhat_max if config.clip_targets else None)
         if config.mu_loss == "centred":
             value = batch.value[..., None] if env.discrete else batch.value
@@ -647,7 +651,7 @@ def build(config: Config) -> common.Algo:
         else:
             log_pi = batch.policy.log_prob(action)
             loss = mu_loss_continuous(mu.log_prob(action), log_pi, moment, official)
-        return loss - config.ent_coef * mu.entropy().mean(), {"loss": loss}
+        return loss - config.ent_coef * mu.entropy().mean(), {"losses/mu_loss": loss}
 
     def learning_rate(state, opt_state):
         remaining = 1.0 - state.update / config.num_updates
@@ -669,6 +673,8 @@ def build(config: Config) -> common.Algo:
         minibatches each, so there are fewer of them at first. The loop's bound depends on the
         shared counter alone: no seed waits for another.
         """
+        if config.shuffle == "transitions":
+            data = jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), data)
         size, filled = len(data.obs), jnp.minimum(state.update + 1, num_rollouts)
         used = filled * (num_minibatches // num_rollouts)
 
@@ -683,10 +689,8 @@ def build(config: Config) -> common.Algo:
             steps = {n: descend(state, params[n], grads[n], opt_state[n]) for n in names}
             params, opt_state = ({n: steps[n][part] for n in names} for part in (0, 1))
             tau = config.polyak_tau if config.polyak_tau > 0 else 1.0 * (i == used - 1)
-            target_params = {
-                name: optax.incremental_update(params[name], target_params[name], tau)
-                for name in target_params
-            }
+            online = {name: params[name] for name in target_params}
+            target_params = optax.incremental_update(online, target_params, tau)
             return params, target_params, opt_state, metrics
 
         def epoch(carry, key):
@@ -696,18 +700,15 @@ def build(config: Config) -> common.Algo:
             index = jnp.argsort(order).reshape(num_minibatches, -1)
             return jax.lax.fori_loop(0, used, partial(gradient_step, index, key_steps), carry), None
 
-        trees = state.params, state.target_params, state.opt_state
+        fields = "params", "target_params", "opt_state"
+        trees = [getattr(state, field) for field in fields]
         carry = [{name: tree[name] for name in names if name in tree} for tree in trees]
         aux = jax.eval_shape(loss_fn, *carry[:2], jax.tree.map(lambda x: x[:1], data), key)[1]
         aux = {name: jnp.zeros(()) for name in (*aux, "losses/grad_norm")}
         keys = jax.random.split(key, num_epochs)
-        (params, targets, opt_state, metrics), _ = jax.lax.scan(epoch, (*carry, aux), keys)
-        state = state._replace(
-            params=state.params | params,
-            target_params=state.target_params | targets,
-            opt_state=state.opt_state | opt_state,
-        )
-        return state, metrics
+        (*fitted, metrics), _ = jax.lax.scan(epoch, (*carry, aux), keys)
+        fitted = [tree | new for tree, new in zip(trees, fitted, strict=True)]
+        return state._replace(**dict(zip(fields, fitted, strict=True))), metrics
 
     def fit_to_replay(state, scale, key):
         """Fit Q, Q^ and then mu to the new pi, whose opinion of the replay is computed once."""
@@ -726,12 +727,10 @@ def build(config: Config) -> common.Algo:
             next_obs=next_obs,
             next_policy=actor.apply(pi, next_obs),
         )
-        if config.shuffle == "transitions":
-            data = jax.tree.map(lambda x: x.reshape((K * T * N, *x.shape[2:])), data)
 
         gamma, passes = config.gamma, (config.num_vf_epochs, config.num_vf_minibatches)
         q_bounds = scale * state.reward_range / (1.0 - gamma)
-        loss_fn = partial(fqe_loss_fn, q_net, "q", gamma, q_bounds, None)
+        loss_fn = partial(fqe_loss_fn, "q", gamma, q_bounds)
         state, q_metrics = fit(state, ["q"], loss_fn, data, K, key_q, *passes)
 
         q_params = (state.params if from_online else state.target_params)["q"]
@@ -742,13 +741,11 @@ def build(config: Config) -> common.Algo:
         r_hat_max = jnp.max(r_hat.reshape(K, -1), where=filled, initial=0.0) / scale**2
         state = state._replace(r_hat_max=jnp.maximum(state.r_hat_max, r_hat_max))
 
-        stale = None
-        if official:  # B1: the rewards of one minibatch, whatever transitions they go with
-            size = jnp.minimum(state.update + 1, K) * (len(r_hat) // K)
-            index = (len(r_hat) // config.num_vf_minibatches,)
-            stale = data.reward[jax.random.randint(key_stale, index, 0, size)]
+        if official:  # B1: raw rewards, of whatever transitions
+            rows = jnp.minimum(state.update + 1, K) * T
+            r_hat = data.reward[jax.random.randint(key_stale, (K * T,), 0, rows)]
         qhat_bounds = jnp.stack([1e-8, scale**2 * state.r_hat_max]) / (1.0 - gamma**2)
-        loss_fn = partial(fqe_loss_fn, qhat_net, "qhat", gamma**2, qhat_bounds, stale)
+        loss_fn = partial(fqe_loss_fn, "qhat", gamma**2, qhat_bounds)
         data = data._replace(reward=r_hat)
         state, qhat_metrics = fit(state, ["qhat"], loss_fn, data, K, key_qhat, *passes)
 
@@ -756,18 +753,12 @@ def build(config: Config) -> common.Algo:
         source = state.params if config.symlog_targets else state.target_params
         loss_fn = partial(mu_loss_fn, source, q_bounds, qhat_bounds[1])
         state, mu_metrics = fit(state, ["mu"], loss_fn, data, K, key_mu, *passes)
-        return state, {
-            "losses/q_loss": q_metrics["loss"],
-            "losses/qhat_loss": qhat_metrics["loss"],
-            "losses/mu_loss": mu_metrics["loss"],
-            "health/q_target_clip_fraction": q_metrics["clipped"],
-        }
+        return state, q_metrics | qhat_metrics | mu_metrics
 
     def update(state):
         key, key_rollout, key_shuffle, key_replay = jax.random.split(state.key, 4)
-        clip_eps = config.clip_eps
-        if config.anneal_clip:
-            clip_eps *= 1.0 - state.update / config.num_updates
+        remaining = 1.0 - state.update / config.num_updates
+        clip_eps = config.clip_eps * (remaining if config.anneal_clip else 1.0)
 
         obs, env_state, traj, info = rollout(state, key_rollout)
 
@@ -779,18 +770,15 @@ def build(config: Config) -> common.Algo:
         )
         log_pi = actor.apply(state.params["actor"], normalized_obs).log_prob(traj.action)
         log_ratio = jnp.clip(log_pi - traj.log_prob, -20.0, 20.0)
-        estimator, option = step_estimator, config.estimator == "pdis"
+        args = scale * traj.reward, value, next_value, traj.terminated, traj.done, log_ratio
+        args += config.gamma, config.gae_lambda, config.clip_rho, config.clip_c
         if config.clip_traj:
-            estimator, option = trajectory_estimator, official
-        advantage, target = estimator(
-            scale * traj.reward, value, next_value, traj.terminated, traj.done, log_ratio,
-            config.gamma, config.gae_lambda, config.clip_rho, config.clip_c, config.weight_on_adv,
-            option,
-        )  # fmt: skip
+            advantage, target = trajectory_estimator(*args, config.weight_on_adv, official)
+        else:
+            pdis = config.estimator == "pdis"
+            advantage, target = step_estimator(*args, config.weight_on_adv, pdis)
         log_old = log_pi if config.weight_on_adv else traj.log_prob
         batch = Batch(normalized_obs, traj.action, log_old, advantage, target)
-        if config.shuffle == "transitions":
-            batch = jax.tree.map(lambda x: x.reshape((T * N, *x.shape[2:])), batch)
         passes = config.num_epochs, config.num_minibatches
         loss_fn = partial(ppo_loss_fn, clip_eps)
         state, metrics = fit(state, ["actor", "critic"], loss_fn, batch, 1, key_shuffle, *passes)
@@ -807,10 +795,10 @@ def build(config: Config) -> common.Algo:
 
         q, qhat = (
             to_value(net.apply(state.params[name], normalized_obs, traj.action))
-            for net, name in ((q_net, "q"), (qhat_net, "qhat"))
+            for name, net in nets.items()
         )
         ratio = jnp.exp(log_ratio)
-        metrics |= replay_metrics
+        metrics = replay_metrics | metrics  # the gradient norm is that of pi and V
         metrics |= common.run_metrics(info, (state.params, metrics["losses/value_loss"]))
         metrics |= {
             "losses/explained_variance": 1.0 - (target - value).var() / (target.var() + 1e-8),

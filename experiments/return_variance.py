@@ -5,9 +5,11 @@
 
 Without --run-dir: exactly, by dynamic programming, on a task of two states, for value targets that
 are not clipped and look at the whole return (lambda = 1). With it: by Monte Carlo on the task of a
-finished run of `algos/bpo.py`. Start states on pi's way are each played many times by pi and by
-behaviour policies made of the run's networks, and the run's estimator makes one value target of
-every rollout. Only a policy of few actions has mu in closed form; else mu is the trained network.
+finished run of `algos/bpo.py`. Pi plays --num-steps from the start of an episode; from the state it
+is in then, pi and behaviour policies made of the run's networks play as many steps many times, and
+the run's estimator makes one value target of every rollout (in units of normalised reward, if the
+run normalises it). Only a policy of few actions has mu in closed form, without the bounds of
+training; else mu is the trained network. After a variance stands its standard error over states.
 """
 
 import argparse
@@ -81,7 +83,7 @@ def solve(task: TabularTask) -> Solution:
     )
 
 
-def constant_part(task: TabularTask, baseline: np.ndarray) -> np.ndarray:
+def one_step_moment(task: TabularTask, baseline: np.ndarray) -> np.ndarray:
     """E[(R + gamma v(S') - baseline)^2 | s, a], [S, A], of pi's value v."""
     v = solve(task).v
     q = task.reward + task.gamma * task.transition @ v
@@ -96,7 +98,7 @@ def variance(task: TabularTask, mu: np.ndarray, baseline: np.ndarray) -> np.ndar
     """
     weight = task.policy**2 / mu
     v = solve(task).v
-    own = (weight * constant_part(task, baseline)).sum(-1) - (v - baseline) ** 2
+    own = (weight * one_step_moment(task, baseline)).sum(-1) - (v - baseline) ** 2
     kernel = task.gamma**2 * np.einsum("sa,saz->sz", weight, task.transition)
     return np.linalg.solve(np.eye(len(v)) - kernel, own)
 
@@ -107,7 +109,7 @@ def best_pdis_policy(task: TabularTask) -> np.ndarray:
     mu = task.policy
     for _ in range(100):
         later = task.gamma**2 * task.transition @ variance(task, mu, zero)
-        mu = proportional(task.policy * np.sqrt(constant_part(task, zero) + later))
+        mu = proportional(task.policy * np.sqrt(one_step_moment(task, zero) + later))
     return mu
 
 
@@ -188,8 +190,8 @@ def read_networks(run: rundir.Run, config: bpo.Config, algo: Any, env: envs.Env,
 def sampled_rows(run_dir: str, row: int, starts: int, repeats: int, num_steps: int) -> list[dict]:
     """Variance of estimates over `repeats` rollouts of `num_steps`, averaged over start states.
 
-    The start states are reached by pi within `num_steps`. Raises ValueError if the run is no
-    finished run of BPO.
+    The start states are where pi is after `num_steps`. Raises ValueError if the run is no finished
+    run of BPO, or one whose estimator or settings are not those of `step_estimator` and `config`.
     """
     run = rundir.read_run(run_dir)
     if run.algo != "bpo" or not rundir.checkpoints(run.path):
@@ -197,6 +199,8 @@ def sampled_rows(run_dir: str, row: int, starts: int, repeats: int, num_steps: i
     config, algo = rundir.load_algo("bpo", run.config)
     if config.exploration != "iid":
         raise ValueError(f"the run explores by {config.exploration} noise: train one with iid")
+    if config.clip_traj or any(run.labels):
+        raise ValueError(f"{run_dir} clips trajectories or sweeps: train one that does not")
     few = envs.make(config.env, starts, stagger=False)
     many = envs.make(config.env, starts * repeats, stagger=False)
     networks = read_networks(run, config, algo, few, row)
@@ -209,6 +213,7 @@ def sampled_rows(run_dir: str, row: int, starts: int, repeats: int, num_steps: i
             mu = acting(obs)
             action = mu.sample(noise_of(key_act, (env.num_envs, env.action_size)))
             log_ratio = networks.policies["pi"](obs).log_prob(action) - mu.log_prob(action)
+            log_ratio = jnp.clip(log_ratio, -20.0, 20.0)
             next_obs, env_state, reward, terminated, truncated, info = env.step(
                 key_env, env_state, action
             )
@@ -221,21 +226,19 @@ def sampled_rows(run_dir: str, row: int, starts: int, repeats: int, num_steps: i
         return jax.lax.scan(step, carry, jax.random.split(key, num_steps))
 
     estimates = {
-        "as trained": (config.gae_lambda, config.clip_rho, config.clip_c, 1.0),
-        "V-trace, no clipping, lambda 1": (1.0, jnp.inf, jnp.inf, 1.0),
-        "PDIS": (1.0, jnp.inf, jnp.inf, 0.0),
+        "as trained": (config.gae_lambda, config.clip_rho, config.clip_c, config.estimator),
+        "V-trace, no clipping, lambda 1": (1.0, jnp.inf, jnp.inf, "vtrace"),
+        "PDIS": (1.0, jnp.inf, jnp.inf, "pdis"),
     }
 
     @partial(jax.jit, static_argnames="acting")
     def targets(carry, key, acting):
         rollout = play(many, networks.policies[acting], carry, key)[1]
-        reward, value, next_value, *rest = rollout
         return {
             name: bpo.step_estimator(
-                *(reward, use * value, use * next_value, *rest),
-                *(config.gamma, lam, clip_rho, clip_c),
+                *rollout, config.gamma, lam, clip_rho, clip_c, pdis=estimator == "pdis"
             )[1][0]
-            for name, (lam, clip_rho, clip_c, use) in estimates.items()
+            for name, (lam, clip_rho, clip_c, estimator) in estimates.items()
         }
 
     key_reset, key_start, key_play = jax.random.split(jax.random.key(0), 3)

@@ -130,6 +130,13 @@ def test_surrogate_weights_the_first_action():
     close(gradient(log_mu, jnp.array([3.0, -1.0])), [-1.5, 0.5])  # -A grad log pi / 2
 
 
+@pytest.mark.parametrize("log_ratio", [-200.0, 200.0])
+@pytest.mark.parametrize("advantage", [-1.0, 1.0])
+def test_a_sample_that_mu_hardly_plays_is_no_danger(log_ratio, advantage):
+    loss = lambda x: bpo.policy_loss(x, jnp.zeros(1), jnp.array([advantage]), 0.2)[0]
+    assert jnp.isfinite(jax.grad(loss)(jnp.array([log_ratio]))).all()
+
+
 # --- an update ---
 
 SMALL = bpo.Config(
@@ -265,6 +272,106 @@ def test_surrogate_ratio_is_against_mu_unless_the_advantage_is_weighted(config):
     assert metric["health/kl_mu_pi"] > 1e-3
     expected = 0.0 if config.weight_on_adv else metric["health/kl_mu_pi"]
     close(metric["losses/approx_kl"], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"estimator": "pdis"}, {"clip_traj": True, "fidelity": "official"}],
+    ids=["vtrace", "pdis", "official"],
+)
+def test_targets_of_an_update(changes):
+    """V learns what the estimator makes of the rollout, of its ratios and of its ends."""
+    config = replace(
+        SMALL, num_steps=24, replay_rollouts=1, clip_rho=1.4, clip_c=1.1, anneal_lr=False, **changes
+    )
+    states, [metric] = run(config, 1, shifted("mu"), **FROZEN)
+    rows, params = states[1].replay, states[0].params
+    assert rows.done.any()
+    value, next_value = (
+        bpo.Critic(config).apply(params["critic"], x) for x in (rows.obs, rows.next_obs)
+    )
+    log_pi = bpo.Actor(config, 2, True).apply(params["actor"], rows.obs).log_prob(rows.action)
+    args = rows.reward, value, next_value, rows.terminated, rows.done, log_pi - rows.log_prob
+    args += 0.9, config.gae_lambda, 1.4, 1.1
+    if config.clip_traj:
+        _, target = bpo.trajectory_estimator(*args, official=True)
+    else:
+        _, target = bpo.step_estimator(*args, pdis=config.estimator == "pdis")
+    close(metric["losses/value_loss"], ((target - value) ** 2).mean(), rtol=1e-4)
+
+
+ONE_STEP = {"replay_rollouts": 1, "num_vf_epochs": 1, "num_vf_minibatches": 1, "polyak_tau": 0.0}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        replace(SMALL, **ONE_STEP),
+        replace(SMALL, symlog_targets=False, weight_td=True, clip_targets=False, **ONE_STEP),
+        replace(CONTINUOUS, **ONE_STEP),
+    ],
+    ids=["symlog", "weighted", "continuous"],
+)
+def test_what_q_and_the_second_moment_learn(config):
+    """One regression each by hand: networks, targets, bounds and weights; without learning."""
+    discrete = config.env == "cartpole"
+
+    def change(state):
+        for name in ("mu", "q", "qhat"):
+            state = shifted(name)(state)
+        targets = {k: shifted(k, 0.1)(state).params[k] for k in ("q", "qhat")}
+        if not discrete:  # pi is so sure that its samples are its mean
+            params = state.params["actor"]["params"] | {"log_std": jnp.array([-12.0])}
+            state = state._replace(params=state.params | {"actor": {"params": params}})
+        return state._replace(target_params=targets)
+
+    states, [metric] = run(config, 1, change, **FROZEN)
+    rows, params, targets = states[1].replay, states[0].params, states[0].target_params
+    rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
+    actor = bpo.Actor(config, 2 if discrete else 1, discrete)
+    pi, next_pi = (actor.apply(params["actor"], x) for x in (rows.obs, rows.next_obs))
+    online = config.symlog_targets or discrete
+    weight = jnp.ones(len(rows.reward))
+    if config.weight_td:
+        weight = bpo.td_weight(pi.log_prob(rows.action) - rows.log_prob)
+
+    def check(name, reward, gamma, bounds):
+        net = bpo.ActionCritic(config, 2 if discrete else 1, discrete, name == "qhat")
+        symlog, symexp = (bpo.symlog, bpo.symexp) if config.symlog_targets else [lambda x: x] * 2
+        source = (params if online else targets)[name]
+        if discrete:
+            out, anchor = (net.apply(x[name], rows.obs) for x in (params, targets))
+            chosen = jax.nn.one_hot(rows.action, 2)
+            out, anchor = (out * chosen).sum(-1), (anchor * chosen).sum(-1)
+            probs = jax.nn.softmax(next_pi.logits)
+            next_value = (probs * symexp(net.apply(source, rows.next_obs))).sum(-1)
+        else:
+            out, anchor = (net.apply(x[name], rows.obs, rows.action) for x in (params, targets))
+            next_value = net.apply(source, rows.next_obs, next_pi.mean)
+        target = reward + gamma * jnp.where(rows.terminated, 0.0, next_value)
+        if config.clip_targets:
+            target = jnp.clip(target, *(jnp.array(bounds) / (1 - gamma)))
+        pull = (out - anchor) ** 2 if config.symlog_targets else 0.0
+        expected = (weight * ((out - symlog(target)) ** 2 + pull)).mean()
+        close(metric[f"losses/{name}_loss"], expected, rtol=1e-3)
+        return symexp(out)
+
+    assert discrete == rows.terminated.any()
+    q = check("q", rows.reward, 0.9, states[1].reward_range)
+    if config.clip_targets:
+        q = jnp.clip(q, *(states[1].reward_range / 0.1))
+    # the target network has been copied by then
+    r_hat = 2 * rows.reward * q - rows.reward**2
+    check("qhat", r_hat, 0.81, (1e-8, states[1].r_hat_max))
+
+
+def test_official_mu_sees_the_smallest_moment_alone():
+    """Without learning, so that nothing else of the official code has an effect."""
+    losses = [
+        run(replace(CONTINUOUS, fidelity=x), 1, shifted("qhat"), **FROZEN)[1][0]["losses/mu_loss"]
+        for x in ("fixed", "official")
+    ]
+    assert losses[1] > losses[0] + 1e-3
 
 
 def test_mu_acts_and_pi_is_evaluated():
@@ -457,6 +564,17 @@ def test_seeds_side_by_side_are_the_seeds_alone():
     alone = run(SMALL, 3, seed=2)[0][-1]
     assert states.update.shape == ()
     jax.tree.map(lambda x, y: close(x[2], y, rtol=1e-3, atol=1e-4), states.params, alone.params)
+
+
+@pytest.mark.slow
+def test_cartpole_is_learned():
+    """Mu stays near pi throughout, and its episodes end up as long as pi's."""
+    config = replace(bpo.Config(), **bpo.PRESETS["cartpole"])
+    keys = jax.vmap(jax.random.key)(jnp.arange(4, dtype=jnp.uint32))
+    metrics = jax.jit(jax.vmap(bpo.make_train(config)))(keys)["metrics"]
+    assert (jnp.abs(metrics["ratios/mean"] - 1.0) < 0.1).all()
+    late = {k: x[:, -100:].sum(-1) for k, x in metrics.items() if k.startswith("episodes/")}
+    assert (late["episodes/return"] / late["episodes/count"] > 450).all()
 
 
 # --- configuration ---
