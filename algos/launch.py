@@ -145,11 +145,8 @@ def make_program(config: Any, launch: Launch, build: Callable, rows: Rows) -> Pr
     def algo_of(hparams):
         return build(dataclasses.replace(config, **hparams)) if hparams else algo
 
-    def init(keys, hparams):
-        # One row after the other: batched QR (orthogonal initialisers) on several host devices
-        # deadlocks in XLA's CPU thread pool.
-        state = jax.lax.map(lambda row: algo_of(row[1]).init(row[0]), (keys, hparams))
-        return jax.tree.map(strong, state._replace(update=state.update[0]))
+    def init(key, hparams):
+        return jax.tree.map(strong, algo_of(hparams).init(key))
 
     def train(state, hparams, num_updates):
         algo = algo_of(hparams)
@@ -176,7 +173,7 @@ def make_program(config: Any, launch: Launch, build: Callable, rows: Rows) -> Pr
         return jax.jit(mapped, **shardings, **options)
 
     return Program(
-        init=shard(init, (row, row), specs),
+        init=shard(jax.vmap(init, out_axes=axes), (row, row), specs),
         train=shard(
             jax.vmap(train, (axes, 0, None), (axes, 0)),
             (specs, row, shared),
