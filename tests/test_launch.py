@@ -577,6 +577,23 @@ def test_eight_devices_and_the_compilation_cache(whole, tmp_path):
     assert any((tmp_path / "cache" / "purepo").iterdir())
 
 
+MANY_FACTORS = """
+import jax, jax.numpy as jnp
+jax.config.update("jax_num_cpu_devices", 2)
+mesh, row = jax.sharding.Mesh(jax.local_devices(), "row"), jax.sharding.PartitionSpec("row")
+factors = lambda a: jax.lax.fori_loop(0, 50, lambda i, a: a + 0 * jnp.linalg.cholesky(a), a)
+factors = jax.shard_map(factors, mesh=mesh, in_specs=row, out_specs=row, check_vma=False)
+jax.block_until_ready(jax.jit(factors)(jnp.broadcast_to(jnp.eye(14), (4096, 14, 14))))
+"""
+
+
+def test_physics_of_many_environments_does_not_hang_on_several_devices():
+    """Batched Cholesky as MJX calls it; jaxlib 0.10 would wait for ever."""
+    variables = os.environ | {"XLA_FLAGS": ""}
+    done = subprocess.run([sys.executable, "-c", MANY_FACTORS], env=variables, timeout=60)
+    assert done.returncode == 0
+
+
 def test_two_hosts_are_one_launch(whole, tmp_path):
     run_dir = tmp_path / "run"
     with socket.socket() as free:
