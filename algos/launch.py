@@ -573,8 +573,9 @@ class Session:
         """What will run, where and, for physics on a CPU, about how long."""
         config, launch, rows = self.config, self.launch, len(self.rows.seeds)
         env, actual = envs.canonical(config.env), config.num_updates * config.steps_per_update
+        noun = "rows" if launch.sweep else "seeds"
         text = (
-            f"{self.name} on {env}: {rows} {'rows' if launch.sweep else 'seeds'} x {actual:,} steps "
+            f"{self.name} on {env}: {rows} {noun} x {actual:,} steps "
             f"({config.num_updates:,} updates of {config.steps_per_update:,}) "
             f"on {len(self.devices)} x {self.devices[0].device_kind}\n"
             f"run directory: {self.run_dir}"
