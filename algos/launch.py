@@ -254,14 +254,9 @@ def peak_bytes(jaxpr: Any) -> int:
 
 # --- the run ---
 
-# Environment steps per second and CPU core, from experiments/benchmark.py: for the first estimate.
-CPU_STEPS_PER_SECOND = {
-    "brax/ant": 4000,
-    "brax/halfcheetah": 3000,
-    "brax/hopper": 9000,
-    "brax/walker2d": 4500,
-    "brax/humanoid": 500,
-}
+# Steps per second and CPU core of training PPO with 16 seeds (docs/benchmark.md), for the first
+# estimate; an algorithm with more gradient steps takes longer.
+CPU_STEPS_PER_SECOND = {"brax/ant": 6300, "brax/halfcheetah": 7100, "brax/hopper": 11400}
 SLICE_SECONDS = 1.0  # device time between two looks at ctrl-C and the progress bar
 
 
@@ -585,8 +580,8 @@ class Session:
             evaluation = launch.num_evals * launch.eval_episodes * 1000  # steps of a full episode
             least, most = (logs.clock(rows * x / rate) for x in (actual, actual + evaluation))
             text += (
-                f"\non this CPU the physics of training takes about {least}, with evaluations up "
-                f"to {most}: fewer seeds, --total-timesteps or --num-evals make it shorter"
+                f"\non this CPU training takes at least about {least}, with evaluations up to "
+                f"{most}: fewer seeds, --total-timesteps or --num-evals make it shorter"
             )
         return text
 
