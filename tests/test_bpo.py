@@ -324,7 +324,7 @@ def test_what_q_and_the_second_moment_learn(config):
     discrete = config.env == "cartpole"
 
     def change(state):
-        for name in ("mu", "q", "qhat"):
+        for name in ("mu", "q", "qhat", *(["actor"] if discrete else [])):
             state = shifted(name)(state)
         targets = {k: shifted(k, 0.1)(state).params[k] for k in ("q", "qhat")}
         if not discrete:  # pi is so sure that its samples are its mean
