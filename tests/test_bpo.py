@@ -9,42 +9,38 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
+from tiny import assert_allclose
 
 from algos import bpo, common
-
-
-def close(actual, desired, rtol=1e-5, atol=1e-5):
-    np.testing.assert_allclose(actual, desired, rtol=rtol, atol=atol)
-
 
 # --- fitted Q evaluation ---
 
 
 def test_fqe_target_bootstraps_unless_terminated():
     terminated = jnp.array([True, False, False])  # failed, time limit, neither
-    close(bpo.fqe_target(jnp.ones(3), terminated, jnp.full(3, 5.0), 0.9), [1.0, 5.5, 5.5])
+    assert_allclose(bpo.fqe_target(jnp.ones(3), terminated, jnp.full(3, 5.0), 0.9), [1.0, 5.5, 5.5])
 
 
 def test_symlog():
     magnitudes = jnp.logspace(-6, 6, 200)
     x = jnp.concatenate([-magnitudes[::-1], magnitudes])
-    close(bpo.symexp(bpo.symlog(x)), x, atol=0)
-    close(bpo.symlog(-x), -bpo.symlog(x), atol=0)
+    assert_allclose(bpo.symexp(bpo.symlog(x)), x, atol=0)
+    assert_allclose(bpo.symlog(-x), -bpo.symlog(x), atol=0)
     assert (jnp.diff(bpo.symlog(x)) > 0).all()
-    close(bpo.symlog(jnp.e - 1.0), 1.0)
+    assert_allclose(bpo.symlog(jnp.e - 1.0), 1.0)
 
 
 def test_fqe_loss():
     # (1 - 3)^2 + 0.5 (1 - 2)^2 = 4.5 and (2 - 2)^2 + 0.5 (2 - 0)^2 = 2, weighted 2 and 1
     output, target, anchor = jnp.array([1.0, 2.0]), jnp.array([3.0, 2.0]), jnp.array([2.0, 0.0])
-    close(bpo.fqe_loss(output, target, anchor, jnp.array([2.0, 1.0]), 0.5), 5.5)
+    assert_allclose(bpo.fqe_loss(output, target, anchor, jnp.array([2.0, 1.0]), 0.5), 5.5)
 
 
 def test_td_weight():
     log_ratio = jnp.log(jnp.array([0.01, 0.5, 2.0, 50.0]))
     expected = np.array([0.1, 0.5, 2.0, 10.0]) / 3.15
-    close(bpo.td_weight(log_ratio), expected)
-    close(bpo.td_weight(log_ratio).mean(), 1.0)
+    assert_allclose(bpo.td_weight(log_ratio), expected)
+    assert_allclose(bpo.td_weight(log_ratio).mean(), 1.0)
     assert jnp.isfinite(bpo.td_weight(jnp.array([-300.0, 300.0]))).all()
 
 
@@ -54,7 +50,9 @@ def test_zero_final_networks_start_without_preference(positive):
     net = bpo.ActionCritic(config, 3, True, positive)
     x = jax.random.normal(jax.random.key(1), (20, 5))
     params = net.init(jax.random.key(0), x)
-    close(bpo.symexp(net.apply(params, x)), 1.000002 if positive else 0.0, rtol=1e-6, atol=1e-7)
+    assert_allclose(
+        bpo.symexp(net.apply(params, x)), 1.000002 if positive else 0.0, rtol=1e-6, atol=1e-7
+    )
     assert any("LayerNorm" in name for name in params["params"]["Torso_0"])
 
 
@@ -67,7 +65,7 @@ def test_q_networks_have_their_own_initialiser():
         hidden=(16,), kernel_init="lecun_normal", q_kernel_init="orthogonal", zero_norm_final=False
     )
     kernel = first_kernel(bpo.ActionCritic(config, 1, True, False))
-    close(kernel @ kernel.T, np.eye(16), atol=1e-5)
+    assert_allclose(kernel @ kernel.T, np.eye(16), atol=1e-5)
     kernel = first_kernel(bpo.Critic(config))
     assert np.abs(kernel @ kernel.T - np.eye(16)).max() > 0.1
 
@@ -78,13 +76,13 @@ def test_q_networks_have_their_own_initialiser():
 def test_discrete_mu_fits_its_target():
     log_pi = jnp.log(jnp.array([[0.5, 0.5]]))
     target = bpo.mu_target(log_pi, jnp.array([[1.0, 9.0]]))
-    close(jnp.exp(target), [[0.25, 0.75]])
+    assert_allclose(jnp.exp(target), [[0.25, 0.75]])
     loss = lambda logits, target: bpo.mu_loss_discrete(jax.nn.log_softmax(logits), target)
-    close(loss(target, target), 0.562335)
-    close(jax.grad(loss)(target, target), 0.0, atol=1e-6)
+    assert_allclose(loss(target, target), 0.562335)
+    assert_allclose(jax.grad(loss)(target, target), 0.0, atol=1e-6)
     constant = bpo.mu_target(log_pi, jnp.full((1, 2), 7.0))
-    close(constant, log_pi)
-    close(jax.grad(loss)(log_pi, constant), 0.0, atol=1e-6)
+    assert_allclose(constant, log_pi)
+    assert_allclose(jax.grad(loss)(log_pi, constant), 0.0, atol=1e-6)
 
 
 def gaussian_mu_loss(mean, log_std, ent_coef=0.0):
@@ -103,11 +101,11 @@ def gaussian_mu_loss(mean, log_std, ent_coef=0.0):
 def test_gaussian_mu_fits_its_target(ent_coef):
     log_std = jnp.log(0.5 * jnp.sqrt(1.0 + ent_coef))
     gradient = jax.grad(gaussian_mu_loss, (0, 1))
-    close(jnp.stack(gradient(jnp.array(0.5), log_std, ent_coef)), 0.0, atol=2e-3)
+    assert_allclose(jnp.stack(gradient(jnp.array(0.5), log_std, ent_coef)), 0.0, atol=2e-3)
     assert jnp.abs(jnp.stack(gradient(jnp.array(0.3), log_std, ent_coef)))[0] > 0.5
     assert jnp.abs(jnp.stack(gradient(jnp.array(0.5), log_std + 0.1, ent_coef)))[1] > 0.1
     if not ent_coef:
-        close(gaussian_mu_loss(jnp.array(0.5), log_std), -0.32)
+        assert_allclose(gaussian_mu_loss(jnp.array(0.5), log_std), -0.32)
 
 
 def test_every_action_feels_its_own_second_moment():
@@ -115,8 +113,8 @@ def test_every_action_feels_its_own_second_moment():
     gradient = lambda official: jax.grad(bpo.mu_loss_continuous, 2)(
         log_prob, log_prob, moment, official
     )
-    close(gradient(False), -0.125 / moment)
-    close(gradient(True), [0, 0, -0.5, 0])
+    assert_allclose(gradient(False), -0.125 / moment)
+    assert_allclose(gradient(True), [0, 0, -0.5, 0])
 
 
 def test_surrogate_weights_the_first_action():
@@ -125,9 +123,9 @@ def test_surrogate_weights_the_first_action():
     gradient = lambda log_pi, advantage: jax.grad(
         lambda x: bpo.policy_loss(x, log_mu, advantage, 0.2)[0]
     )(log_pi)
-    close(gradient(log_pi, jnp.ones(2)), [0.0, -0.5 / 0.45 / 2])
-    close(gradient(log_pi, -jnp.ones(2)), [0.625, 0.5 / 0.45 / 2])
-    close(gradient(log_mu, jnp.array([3.0, -1.0])), [-1.5, 0.5])  # -A grad log pi / 2
+    assert_allclose(gradient(log_pi, jnp.ones(2)), [0.0, -0.5 / 0.45 / 2])
+    assert_allclose(gradient(log_pi, -jnp.ones(2)), [0.625, 0.5 / 0.45 / 2])
+    assert_allclose(gradient(log_mu, jnp.array([3.0, -1.0])), [-1.5, 0.5])  # -A grad log pi / 2
 
 
 @pytest.mark.parametrize("log_ratio", [-200.0, 200.0])
@@ -204,8 +202,8 @@ def test_mu_starts_as_pi():
     state = states[0]
     assert equal(state.params["mu"], state.params["actor"])
     assert equal(state.target_params, {name: state.params[name] for name in ("q", "qhat")})
-    close(metrics[0]["ratios/mean"], 1.0)
-    close(metrics[0]["ratios/ess"], 1.0)
+    assert_allclose(metrics[0]["ratios/mean"], 1.0)
+    assert_allclose(metrics[0]["ratios/ess"], 1.0)
     assert metrics[1]["ratios/ess"] < 1.0
 
 
@@ -256,7 +254,7 @@ def test_target_networks_move_by_tau_or_at_the_end_of_a_pass(config):
     for name in ("q", "qhat"):
         online, target = states[1].params[name], states[1].target_params[name]
         assert equal(online, states[0].params[name])
-        jax.tree.map(lambda x, y: close(y - x, remains), online, target)
+        jax.tree.map(lambda x, y: assert_allclose(y - x, remains), online, target)
 
 
 CONTINUOUS = replace(
@@ -271,7 +269,7 @@ def test_surrogate_ratio_is_against_mu_unless_the_advantage_is_weighted(config):
     _, [metric] = run(config, 1, shifted("mu"), **FROZEN)
     assert metric["health/kl_mu_pi"] > 1e-3
     expected = 0.0 if config.weight_on_adv else metric["health/kl_mu_pi"]
-    close(metric["losses/approx_kl"], expected, rtol=1e-4)
+    assert_allclose(metric["losses/approx_kl"], expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +295,7 @@ def test_targets_of_an_update(changes):
         _, target = bpo.trajectory_estimator(*args, official=True)
     else:
         _, target = bpo.step_estimator(*args, pdis=config.estimator == "pdis")
-    close(metric["losses/value_loss"], ((target - value) ** 2).mean(), rtol=1e-4)
+    assert_allclose(metric["losses/value_loss"], ((target - value) ** 2).mean(), rtol=1e-4)
 
 
 ONE_STEP = {"replay_rollouts": 1, "num_vf_epochs": 1, "num_vf_minibatches": 1, "polyak_tau": 0.0}
@@ -360,7 +358,7 @@ def test_what_q_and_the_second_moment_learn(config):
             target = jnp.clip(target, *(jnp.array(bounds) / (1 - gamma)))
         pull = (out - anchor) ** 2 if config.symlog_targets else 0.0
         expected = (weight * ((out - symlog(target)) ** 2 + pull)).mean()
-        close(metric[f"losses/{name}_loss"], expected, rtol=1e-3)
+        assert_allclose(metric[f"losses/{name}_loss"], expected, rtol=1e-3)
         return symexp(out)
 
     assert discrete == rows.terminated.any()
@@ -386,7 +384,7 @@ def test_mu_acts_and_pi_is_evaluated():
     states, _ = run(SMALL, 1, shifted("mu", 2.0), **FROZEN)
     rows = jax.tree.map(lambda x: x[: SMALL.num_steps], states[1].replay)
     log_mu = bpo.Actor(SMALL, 2, True).apply(states[0].params["mu"], rows.obs)
-    close(rows.log_prob, log_mu.log_prob(rows.action))
+    assert_allclose(rows.log_prob, log_mu.log_prob(rows.action))
     policy = bpo.build(SMALL).policy_of(states[0])
     assert equal(policy["actor"], states[0].params["actor"])
     assert not equal(policy["actor"], states[0].params["mu"])
@@ -398,14 +396,14 @@ def replay_noise(config, states):
     policy = bpo.Actor(config, 1, False).apply(states[0].params["mu"], rows.obs)
     deviation = np.exp(policy.log_std)
     density = stats.norm(policy.mean, deviation).logpdf(rows.action).sum(-1)
-    close(rows.log_prob, density, rtol=1e-4, atol=1e-4)
+    assert_allclose(rows.log_prob, density, rtol=1e-4, atol=1e-4)
     return np.asarray((rows.action - policy.mean) / deviation)
 
 
 def test_sticky_noise():
     config = replace(CONTINUOUS, exploration="sticky", noise_interval=4)
     noise = replay_noise(config, run(config, 1, shifted("mu"))[0])
-    close(np.diff(noise.reshape(2, 4, -1), axis=1), 0.0, atol=1e-3)
+    assert_allclose(np.diff(noise.reshape(2, 4, -1), axis=1), 0.0, atol=1e-3)
     first = noise[::4].ravel()
     assert len(np.unique(first.round(3))) == first.size  # over blocks and environments
     independent = replay_noise(CONTINUOUS, run(CONTINUOUS, 1, shifted("mu"))[0])
@@ -421,7 +419,7 @@ def test_replay_holds_raw_rewards_of_time_limits():
     assert (replay.reward == 1.0).all()
     assert replay.done.any()
     assert not replay.terminated.any()
-    close(states[-1].reward_range, [0.0, 1.0])
+    assert_allclose(states[-1].reward_range, [0.0, 1.0])
 
 
 def test_clip_targets_bounds_targets():
@@ -438,13 +436,13 @@ def test_clip_targets_bounds_targets():
 def test_largest_reward_of_the_second_moment():
     """2 r Q - r^2 with r = 1 and Q in [0, 10], in raw units; nothing of rows not filled yet."""
     states, _ = run(FOREVER, 1, shifted("q"), learning_rate=0.0)
-    close(states[0].r_hat_max, 1e-8, atol=0)
+    assert_allclose(states[0].r_hat_max, 1e-8, atol=0)
     one = jax.tree.map(lambda x: x[:16], states[1].replay)
     q = bpo.symexp(bpo.ActionCritic(FOREVER, 2, True, False).apply(states[1].params["q"], one.obs))
     q = jnp.take_along_axis(jnp.clip(q, 0.0, 10.0), one.action[..., None], -1)[..., 0]
     expected = (2 * q - 1).max()
     assert (jnp.abs(expected) > 1e-3).all()
-    close(states[1].r_hat_max, jnp.maximum(expected, 1e-8))
+    assert_allclose(states[1].r_hat_max, jnp.maximum(expected, 1e-8))
     # scaling rewards by 1/2 halves Q's unit, so the same network means four times as much
     halved = lambda state: shifted("q")(state)._replace(
         reward_scale=state.reward_scale._replace(
@@ -453,7 +451,7 @@ def test_largest_reward_of_the_second_moment():
     )
     states, _ = run(FOREVER, 1, halved, learning_rate=0.0)
     expected = (2 * 0.5 * jnp.clip(q, 0.0, 5.0) - 0.25).max() * 4
-    close(states[1].r_hat_max, jnp.maximum(expected, 1e-8), rtol=1e-4)
+    assert_allclose(states[1].r_hat_max, jnp.maximum(expected, 1e-8), rtol=1e-4)
 
 
 @lru_cache
@@ -486,8 +484,8 @@ def two_step_moments(**changes):
 def test_second_moment_is_learned(symlog):
     changes = {} if symlog else {"symlog_targets": False, "polyak_tau": 0.0, "weight_td": True}
     q, qhat = two_step_moments(**changes)
-    close(q, [[0.9, 0.9], [1.0, 1.0]], atol=0.05)
-    close(qhat, [[0.81, 0.81], [1.0, 1.0]], atol=0.05)
+    assert_allclose(q, [[0.9, 0.9], [1.0, 1.0]], atol=0.05)
+    assert_allclose(qhat, [[0.81, 0.81], [1.0, 1.0]], atol=0.05)
 
 
 def test_official_second_moment_is_not():
@@ -498,7 +496,7 @@ def test_official_second_moment_is_not():
 
 def test_annealing_follows_progress():
     states, metrics = run(SMALL, 10)
-    close([m["charts/learning_rate"] for m in metrics], 1e-2 * (1 - np.arange(10) / 10))
+    assert_allclose([m["charts/learning_rate"] for m in metrics], 1e-2 * (1 - np.arange(10) / 10))
     assert not equal(states[-2].params["mu"], states[-1].params["mu"])
     # the authors' code: pi makes 40 gradient steps in all, and mu 4, then 8 in each update
     states, _ = run(replace(SMALL, fidelity="official"), 10)
@@ -541,7 +539,9 @@ def test_networks_see_clipped_actions():
 
     near, far = at(5.0), at(7.0)
     for name in ("q", "qhat"):
-        jax.tree.map(lambda x, y: close(x, y, atol=1e-4), near.params[name], far.params[name])
+        jax.tree.map(
+            lambda x, y: assert_allclose(x, y, atol=1e-4), near.params[name], far.params[name]
+        )
 
 
 def test_entropy_bonus_acts_on_mu_alone():
@@ -557,7 +557,9 @@ def test_jit_changes_nothing():
     jitted = run(SMALL, 1, gamma=SMALL.gamma)[0]
     with jax.disable_jit():
         plain, _ = bpo.build(SMALL).update(jitted[0])
-    jax.tree.map(lambda x, y: close(x, y, rtol=1e-3, atol=1e-4), jitted[1].params, plain.params)
+    jax.tree.map(
+        lambda x, y: assert_allclose(x, y, rtol=1e-3, atol=1e-4), jitted[1].params, plain.params
+    )
 
 
 def test_seeds_side_by_side_are_the_seeds_alone():
@@ -571,7 +573,9 @@ def test_seeds_side_by_side_are_the_seeds_alone():
         states, _ = update(states)
     alone = run(SMALL, 3, seed=2)[0][-1]
     assert states.update.shape == ()
-    jax.tree.map(lambda x, y: close(x[2], y, rtol=1e-3, atol=1e-4), states.params, alone.params)
+    jax.tree.map(
+        lambda x, y: assert_allclose(x[2], y, rtol=1e-3, atol=1e-4), states.params, alone.params
+    )
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import assert_allclose
 
 from algos import bpo
 from algos.ppo import gae
@@ -27,10 +28,6 @@ def random_rollout(seed, shape=(12, 5)):
     return *arrays, terminated, ended, rng.normal(size=shape).astype(np.float32) * 0.5
 
 
-def close(actual, desired, rtol=1e-5, atol=1e-5):
-    np.testing.assert_allclose(actual, desired, rtol=rtol, atol=atol)
-
-
 # --- estimators ---
 
 
@@ -40,8 +37,8 @@ def test_on_policy_is_gae(estimator, clips):
     *rollout, log_ratio = random_rollout(0)
     advantage, target = estimator(*rollout, 0 * log_ratio, 0.97, 0.9, *clips)
     expected = gae(*rollout, 0.97, 0.9)
-    close(advantage, expected)
-    close(target, expected + rollout[1])
+    assert_allclose(advantage, expected)
+    assert_allclose(target, expected + rollout[1])
 
 
 @pytest.mark.parametrize(
@@ -55,7 +52,7 @@ def test_on_policy_is_gae(estimator, clips):
 )
 def test_two_steps_by_hand(estimator, weighted, expected):
     args = two_steps()
-    close(jnp.stack(estimator(*args, 0.9, 0.5, 1.5, 1.0, weighted))[..., 0], expected)
+    assert_allclose(jnp.stack(estimator(*args, 0.9, 0.5, 1.5, 1.0, weighted))[..., 0], expected)
 
 
 def two_steps():
@@ -67,7 +64,7 @@ def two_steps():
 
 def test_official_trajectory_clipping_drops_the_last_step_of_an_episode():
     advantage, _ = bpo.trajectory_estimator(*two_steps(), 0.9, 0.5, 1.5, 1.0, official=True)
-    close(advantage[:, 0], [1.4, 1.0])
+    assert_allclose(advantage[:, 0], [1.4, 1.0])
 
 
 def test_estimators_match_double_loop():
@@ -99,8 +96,8 @@ def test_estimators_match_double_loop():
         actual = estimator(
             reward, value, next_value, terminated, done, log_ratio, gamma, lam, clip_rho, clip_c
         )
-        close(actual[0], advantage, rtol=1e-4)
-        close(actual[1], value + target, rtol=1e-4)
+        assert_allclose(actual[0], advantage, rtol=1e-4)
+        assert_allclose(actual[1], value + target, rtol=1e-4)
 
 
 def test_structure_of_estimators():
@@ -109,16 +106,16 @@ def test_structure_of_estimators():
     rho = np.minimum(np.exp(log_ratio), 1.3)
     # equal clips
     advantage, target = bpo.step_estimator(*rollout, 0.97, 0.9, 1.3, 1.3)
-    close(rho * advantage, target - value)
+    assert_allclose(rho * advantage, target - value)
     # no clips: the trajectory form is the step form
     step, traj = (estimator(*rollout, 0.97, 0.9, INF, INF) for estimator in ESTIMATORS)
-    close(step, traj, rtol=1e-4)
+    assert_allclose(step, traj, rtol=1e-4)
     # lambda = 0
     delta = reward + 0.97 * np.where(terminated, 0, next_value) - value
     for estimator in ESTIMATORS:
         advantage, target = estimator(*rollout, 0.97, 0.0, 1.3, 1.1)
-        close(advantage, delta)
-        close(target, value + rho * delta)
+        assert_allclose(advantage, delta)
+        assert_allclose(target, value + rho * delta)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -159,13 +156,13 @@ MU_CENTRED = np.array([[0.580681, 0.419319], [0.365025, 0.634975]])
 
 def test_exact_moments_and_policies():
     exact = tabular.solve(X)
-    close(exact.v, V, rtol=1e-6)
-    close(exact.q, [[3.984665, 2.733067], [4.884026, 2.085304]])
-    close(exact.r_hat, [[6.969329, 0.0], [15.536102, -5.170607]])
-    close(exact.qhat, [[19.754685, 11.748694], [27.906794, 8.029414]])
-    close(exact.mu_hat, MU_HAT)
-    close(exact.mu_centred, MU_CENTRED)
-    close((X.policy * exact.qhat).sum(-1) - exact.v**2, [4.413855, 5.437470])
+    assert_allclose(exact.v, V, rtol=1e-6)
+    assert_allclose(exact.q, [[3.984665, 2.733067], [4.884026, 2.085304]])
+    assert_allclose(exact.r_hat, [[6.969329, 0.0], [15.536102, -5.170607]])
+    assert_allclose(exact.qhat, [[19.754685, 11.748694], [27.906794, 8.029414]])
+    assert_allclose(exact.mu_hat, MU_HAT)
+    assert_allclose(exact.mu_centred, MU_CENTRED)
+    assert_allclose((X.policy * exact.qhat).sum(-1) - exact.v**2, [4.413855, 5.437470])
 
 
 def test_exact_variances():
@@ -176,13 +173,13 @@ def test_exact_variances():
         (MU_HAT, (0.662513, 0.738152)),
         (best, (0.338383, 0.352795)),
     ]:
-        close(tabular.variance(X, mu, zero), expected, rtol=1e-4)
+        assert_allclose(tabular.variance(X, mu, zero), expected, rtol=1e-4)
     for mu, expected in [
         (X.policy, (4.413855, 5.437470)),
         (MU_HAT, (4.966579, 5.943458)),
         (MU_CENTRED, (4.201226, 5.141199)),
     ]:
-        close(tabular.variance(X, mu, V), expected, rtol=1e-4)
+        assert_allclose(tabular.variance(X, mu, V), expected, rtol=1e-4)
 
 
 @lru_cache
@@ -226,7 +223,7 @@ def test_estimator_has_exact_mean_and_variance(mu, value, lam, mean, variance):
     error = samples.std(-1) / np.sqrt(samples.shape[1])
     assert (np.abs(samples.mean(-1) - mean) < 4.5 * error + 3e-3).all()
     if variance is not None:
-        close(samples.var(-1), variance, rtol=0.05)
+        assert_allclose(samples.var(-1), variance, rtol=0.05)
 
 
 def test_pdis_does_without_the_baseline():
@@ -239,8 +236,8 @@ def test_pdis_does_without_the_baseline():
         pdis=True,
     )
     samples = np.asarray(target[0]).reshape(2, -1)
-    close(samples.mean(-1), V, rtol=0.01)
-    close(samples.var(-1), (0.662513, 0.738152), rtol=0.05)
+    assert_allclose(samples.mean(-1), V, rtol=0.01)
+    assert_allclose(samples.var(-1), (0.662513, 0.738152), rtol=0.05)
 
 
 # --- bandits and chains ---
@@ -266,26 +263,28 @@ def test_bandit_with_noise():
     outcomes = [(0, -1.0, 0.5), (0, 1.0, 0.5), (1, 2.0, 1.0)]
     qhat, q = jnp.array([1.0, 4.0]), jnp.array([0.0, 2.0])
     mu = np.exp(bpo.mu_target(jnp.log(pi), qhat))
-    close(mu, [1 / 3, 2 / 3])
-    close(bandit_variance(pi, pi, outcomes, 0.0), 1.5)
-    close(bandit_variance(pi, mu, outcomes, 0.0), 1.25)
+    assert_allclose(mu, [1 / 3, 2 / 3])
+    assert_allclose(bandit_variance(pi, pi, outcomes, 0.0), 1.5)
+    assert_allclose(bandit_variance(pi, mu, outcomes, 0.0), 1.25)
     centred = np.exp(bpo.mu_target(jnp.log(pi), bpo.centred_moment(qhat, q, 1.0)))
-    close(centred, [0.585786, 0.414214])
-    close(bandit_variance(pi, pi, outcomes, 1.0), 1.5)
-    close(bandit_variance(pi, mu, outcomes, 1.0), 1.875)
-    close(bandit_variance(pi, centred, outcomes, 1.0), 1.457107)
+    assert_allclose(centred, [0.585786, 0.414214])
+    assert_allclose(bandit_variance(pi, pi, outcomes, 1.0), 1.5)
+    assert_allclose(bandit_variance(pi, mu, outcomes, 1.0), 1.875)
+    assert_allclose(bandit_variance(pi, centred, outcomes, 1.0), 1.457107)
 
 
 def test_bandit_without_noise_has_no_variance_left():
     pi, reward = np.array([0.5, 0.5]), jnp.array([1.0, 3.0])
     mu = np.exp(bpo.mu_target(jnp.log(pi), bpo.second_moment_reward(reward, reward)))
-    close(mu, [0.25, 0.75])
+    assert_allclose(mu, [0.25, 0.75])
     outcomes = [(0, 1.0, 1.0), (1, 3.0, 1.0)]
-    close(bandit_variance(pi, mu, outcomes, 0.0), 0.0, atol=1e-10)
+    assert_allclose(bandit_variance(pi, mu, outcomes, 0.0), 0.0, atol=1e-10)
 
 
 def test_centred_moment_is_bounded_below():
-    close(bpo.centred_moment(jnp.array(3.0), jnp.array(2.0), jnp.array(2.0)), 1e-6, atol=0)
+    assert_allclose(
+        bpo.centred_moment(jnp.array(3.0), jnp.array(2.0), jnp.array(2.0)), 1e-6, atol=0
+    )
 
 
 def test_second_moment_recursion():
@@ -297,8 +296,8 @@ def test_second_moment_recursion():
         q = bpo.fqe_target(reward, terminated, following(q), 0.9)
         r_hat = bpo.second_moment_reward(reward, q)
         qhat = bpo.fqe_target(r_hat, terminated, following(qhat), 0.81)
-    close(q, [-0.7, -3.0])
-    close(qhat, q**2)
+    assert_allclose(q, [-0.7, -3.0])
+    assert_allclose(qhat, q**2)
     # reward 1, survives with chance 0.9
     chance, ends, gamma = jnp.array([0.9, 0.1]), jnp.array([False, True]), 0.98
     v = second = raw = 0.0
@@ -307,11 +306,11 @@ def test_second_moment_recursion():
         r_hat = bpo.second_moment_reward(1.0, v)
         second = chance @ bpo.fqe_target(r_hat, ends, second, gamma**2)
         raw = chance @ bpo.fqe_target(1.0, ends, raw, gamma**2)
-    close(v, 8.474576)
-    close(r_hat, 15.949153)
-    close(second, 117.584433)
-    close(second - v**2, 45.765990, rtol=1e-4)
-    close(raw, 7.372457)
+    assert_allclose(v, 8.474576)
+    assert_allclose(r_hat, 15.949153)
+    assert_allclose(second, 117.584433)
+    assert_allclose(second - v**2, 45.765990, rtol=1e-4)
+    assert_allclose(raw, 7.372457)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -325,4 +324,4 @@ def test_clipped_fixed_point_is_between_pi_and_mu(estimator):
             *(0.9, 1.0, 1.0, 1.0),
         )
         value = float((mu * target[0]).sum())
-    close(value, 5 / 6)
+    assert_allclose(value, 5 / 6)

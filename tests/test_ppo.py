@@ -12,16 +12,12 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
-from tiny import assert_close
+from tiny import assert_allclose, assert_close
 
 from algos import ppo
 from envs.wrappers import RawEnv, raw_state
 
 T, N = 7, 3
-
-
-def close(actual, desired, rtol=1e-5, atol=1e-5):
-    np.testing.assert_allclose(actual, desired, rtol=rtol, atol=atol)
 
 
 def config_of(**changes):
@@ -54,7 +50,7 @@ def test_gae_is_the_double_loop(seed, gamma, lam, chance):
                     break
                 weight *= gamma * lam
     actual = compiled_gae()(reward, value, next_value, terminated, done, gamma, lam)
-    close(actual, expected, atol=1e-4)
+    assert_allclose(actual, expected, atol=1e-4)
 
 
 # --- losses ---
@@ -67,9 +63,9 @@ OLD = np.linspace(-2, 1, 8).astype(np.float32)
 def test_policy_loss_by_hand():
     loss, aux = ppo.policy_loss(OLD + np.log(RATIO), OLD, ADVANTAGE, 0.2)
     surrogate = [1.0, 1.8, 2.2, 2.4, -1.6, -1.8, -2.2, -3.0]
-    close(loss, -np.mean(surrogate))
-    close(aux["losses/clip_fraction"], 0.5)
-    close(aux["losses/approx_kl"], np.mean(RATIO - 1 - np.log(RATIO)))
+    assert_allclose(loss, -np.mean(surrogate))
+    assert_allclose(aux["losses/clip_fraction"], 0.5)
+    assert_allclose(aux["losses/approx_kl"], np.mean(RATIO - 1 - np.log(RATIO)))
 
 
 def test_policy_loss_gradient():
@@ -79,13 +75,13 @@ def test_policy_loss_gradient():
     grad = jax.grad(loss)(log_prob)
     expected = -RATIO * ADVANTAGE / 8
     expected[[3, 4]] = 0.0  # past the range in the direction that the advantage asks for
-    close(grad, expected)
+    assert_allclose(grad, expected)
 
 
 def test_value_loss_is_a_plain_mean_square():
     value, target = jnp.array([1.0, 2.0]), jnp.array([4.0, 2.0])
-    close(ppo.value_loss(value, target), 4.5)
-    close(jax.grad(ppo.value_loss)(value, target), [-3.0, 0.0])
+    assert_allclose(ppo.value_loss(value, target), 4.5)
+    assert_allclose(jax.grad(ppo.value_loss)(value, target), [-3.0, 0.0])
 
 
 # --- gSDE ---
@@ -104,8 +100,8 @@ def test_gsde_log_std_is_the_deviation_of_its_samples():
     policy = actor.apply(params, obs)
     noise = jax.random.normal(jax.random.key(2), (50_000, 3, 6, 2))
     action = policy.sample(noise)  # [50000, 3, 2]
-    close(action.std(0), jnp.exp(policy.log_std), rtol=0.02)
-    close(action.mean(0), policy.mean, atol=0.02)
+    assert_allclose(action.std(0), jnp.exp(policy.log_std), rtol=0.02)
+    assert_allclose(action.mean(0), policy.mean, atol=0.02)
     assert jnp.ptp(policy.log_std[:, 0]) > 0.05  # it depends on the state
 
 
@@ -178,7 +174,9 @@ def test_step_size_follows_progress_and_ends_at_zero():
     config = config_of(total_timesteps=4 * 32 - 5)  # rounded up to 4 updates
     train = jax.jit(ppo.make_train(config))
     metrics = train(jax.random.key(0))["metrics"]
-    close(metrics["charts/learning_rate"], config.learning_rate * np.array([1, 0.75, 0.5, 0.25]))
+    assert_allclose(
+        metrics["charts/learning_rate"], config.learning_rate * np.array([1, 0.75, 0.5, 0.25])
+    )
 
 
 def test_clip_range_follows_progress():
@@ -208,7 +206,7 @@ def test_each_network_is_clipped_by_its_own_norm():
     for name in ("actor", "critic"):
         step = jax.tree.map(jnp.subtract, after.params[name], before.params[name])
         norm = math.sqrt(sum(float((x**2).sum()) for x in jax.tree.leaves(step)))
-        close(norm, 1e-3, rtol=1e-2)
+        assert_allclose(norm, 1e-3, rtol=1e-2)
 
 
 def test_an_epoch_sees_every_transition_once():
@@ -218,7 +216,7 @@ def test_an_epoch_sees_every_transition_once():
     for shuffle in ("rows", "transitions"):
         cut = run_update(config_of(num_minibatches=4, shuffle=shuffle, **still))[2]
         for name in ("losses/value_loss", "losses/policy_loss", "losses/entropy"):
-            close(cut[name], whole[name])
+            assert_allclose(cut[name], whole[name])
 
 
 def test_entropy_bonus_raises_entropy():
@@ -261,11 +259,11 @@ def test_initialisers():
         torso = params["params"]["Torso_0"]["Dense_0"]["kernel"]
         head = params["params"]["Dense_0"]["kernel"]
         if check:
-            close(torso.T @ torso, np.eye(64))
-            close(head.T @ head, 0.01 * np.eye(4))
+            assert_allclose(torso.T @ torso, np.eye(64))
+            assert_allclose(head.T @ head, 0.01 * np.eye(4))
         else:
-            close(torso.std(), 1 / 8, rtol=0.1)
-            close(head.std(), 0.1 / 8, rtol=0.2)
+            assert_allclose(torso.std(), 1 / 8, rtol=0.1)
+            assert_allclose(head.std(), 0.1 / 8, rtol=0.2)
 
 
 def test_observations_are_normalised_by_one_snapshot():

@@ -95,6 +95,11 @@ def assert_close(a, b, rtol=1e-4, atol=1e-5):
         np.testing.assert_allclose(a[k], b[k], rtol=rtol, atol=atol, err_msg=k)
 
 
+def assert_allclose(actual, desired, rtol=1e-5, atol=1e-5):
+    """Equality of two arrays to rounding."""
+    np.testing.assert_allclose(actual, desired, rtol=rtol, atol=atol)
+
+
 def row(tree, i):
     """Row i of a state of several rows."""
     return jax.tree.map(lambda x: x[i] if x.ndim else x, tree)
