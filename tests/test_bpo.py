@@ -370,6 +370,20 @@ def test_what_q_and_the_second_moment_learn(config):
     check("qhat", r_hat, 0.81, (1e-8, states[1].r_hat_max))
 
 
+def test_hard_copies_wait_for_the_end_of_a_pass():
+    """A target network that says 1000 makes the targets of all steps of the pass, not of one."""
+    config = replace(CONTINUOUS, **ONE_STEP | {"num_vf_minibatches": 4}, clip_targets=False)
+
+    def change(state):
+        layers = state.target_params["q"]["params"]
+        layers = layers | {"Dense_0": layers["Dense_0"] | {"bias": jnp.array([1000.0])}}
+        return state._replace(target_params=state.target_params | {"q": {"params": layers}})
+
+    states, [metric] = run(config, 1, change)
+    assert_allclose(metric["losses/q_loss"], 900.0**2, rtol=0.1)
+    assert equal(states[1].target_params["q"], states[1].params["q"])
+
+
 def test_official_mu_sees_the_smallest_moment_alone():
     """Without learning, so that nothing else of the official code has an effect."""
     config = replace(CONTINUOUS, clip_targets=False)
@@ -608,7 +622,9 @@ def test_bad_settings_name_themselves(changes, message):
 
 @pytest.mark.parametrize("preset", bpo.PRESETS)
 def test_presets_are_valid(preset):
-    replace(bpo.Config(), **bpo.PRESETS[preset]).validate()
+    config = replace(bpo.Config(), **bpo.PRESETS[preset])
+    config.validate()
+    assert config.num_updates * config.steps_per_update >= config.total_timesteps
 
 
 def test_paper_presets_make_the_papers_gradient_steps():

@@ -208,7 +208,10 @@ def test_no_key_is_used_twice(lab, env):
     key = jax.random.key(0)
     state = jax.eval_shape(algo.init, key)
     policy = jax.eval_shape(algo.policy_of, state)
+    twice = lambda key: jax.random.normal(key) + jax.random.normal(key)
     with jax.debug_key_reuse(True):
+        with pytest.raises(jax.errors.KeyReuseError):  # the checker sees what it should
+            jax.jit(twice)(key)
         jax.jit(lab.module.make_train(config)).trace(key)
         jax.jit(evaluate).trace(key, policy)
         jax.jit(sample).trace(key, policy, state.obs)

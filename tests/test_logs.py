@@ -112,7 +112,7 @@ class FakeRun:
         self.fails, self.logged, self.finished = fails, [], False
 
     def define_metric(self, *args, **kwargs):
-        pass
+        """W&B's own; nothing here looks at it."""
 
     def log(self, values):
         if self.fails == "log":
