@@ -204,6 +204,23 @@ def test_a_run_is_never_overwritten(whole):
     assert content(whole[0]) == before
 
 
+def test_two_launches_never_share_a_directory(tmp_path, monkeypatch):
+    """Another launch takes the directory while this one still loads its task."""
+    run_dir = tmp_path / "run"
+    make_program = launch.make_program
+
+    def overtaken(*args):
+        run_dir.mkdir()
+        (run_dir / "config.json").write_text("theirs")
+        return make_program(*args)
+
+    monkeypatch.setattr(launch, "make_program", overtaken)
+    status, said = run(*FLAGS, "--verbose", "0", "--run-dir", str(run_dir))
+    assert status == 2
+    assert said.startswith("error: ")
+    assert content(run_dir) == {str(run_dir / "config.json"): b"theirs"}
+
+
 def truncate(run_dir):
     path = rundir.checkpoints(run_dir)[-1]
     path.write_bytes(path.read_bytes()[:-200])
