@@ -1,11 +1,9 @@
 """Relative entropy pathwise policy optimisation (REPPO): climb a Q that only knows the rollout.
 
 Voelcker et al. 2025, https://arxiv.org/abs/2507.11019. One update collects a rollout [T, N] with
-the policy pi_old, and fits Q(s, a) to soft TD(lambda) targets of that rollout alone. It maximises
-
-    E[Q(s, a) + alpha H(pi)],  a ~ pi, through the action,  subject to  E[KL(pi_old || pi)] <= bound
-
-by one loss per state: it climbs where the state's KL is below the bound, and else pulls back,
+pi_old and fits Q(s, a) to soft TD(lambda) targets G of that rollout alone. The policy maximises
+E[Q(s, a) + alpha H], a ~ pi, through the action, subject to E[KL(pi_old || pi)] <= bound,
+by a loss that climbs in states whose KL is below the bound and pulls back in the others:
 
     KL(s) <  bound:  alpha log pi(a | s) - Q(s, a)
     KL(s) >= bound:  beta KL(s)
@@ -61,16 +59,13 @@ class Config:
     learning_rate: float = 3e-4  # step size of Adam
     anneal_lr: bool = False  # decrease the step size linearly to 0 over the run
     max_grad_norm: float = 0.5  # largest global norm of one gradient; the actor's has the duals
-    adam_eps: float = 1e-8  # epsilon of Adam
     dual_lr_mult: float = 1.0  # factor on the step size of the two multipliers
 
-    # targets
+    # targets and critic loss
     gamma: float = 0.99  # discount
     td_lambda: float = 0.95  # decay of the target's trace
     target_mode: Literal["aligned", "shifted"] = "aligned"  # shifted: the true successor is unknown
     value_samples: int = 1  # actions that the value of a successor is averaged over
-
-    # critic loss
     critic_loss: Literal["hl_gauss", "mse"] = "hl_gauss"  # mse: a plain scalar critic
     num_bins: int = 151  # bins of the categorical critic
     vmin: float = 0.0  # centre of the first bin, at most the smallest value
@@ -92,7 +87,6 @@ class Config:
 
     # observations and rewards
     normalize_obs: bool = True  # standardise observations by running statistics
-    stats_update: Literal["step", "rollout"] = "step"  # when new statistics are used
     obs_eps: float = 1e-2  # added to the variances
     reward_scale: float = 1.0  # factor on the rewards, not on the logged returns
     reward_range: tuple[float, float] = (0.0, 0.0)  # of a raw reward if known, to check vmin, vmax
@@ -132,19 +126,14 @@ class Config:
             )
         if self.num_bins < 2 or self.vmin >= self.vmax:
             raise ValueError(f"num_bins={self.num_bins}, {support}: 2 bins and a range are needed")
-        for name in ("value_samples", "kl_samples", "encoder_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: at least 1 is needed")
-        if not 0 <= self.base_envs <= self.num_envs:
-            raise ValueError(f"base_envs={self.base_envs}: 0 to num_envs={self.num_envs} is needed")
         if self.critic_loss == "mse" or isinstance(self.gamma * self.reward_scale, jax.Array):
             return  # a swept value is no number yet
         horizon = 1.0 / max(1.0 - self.gamma, 1e-8)
         low, high = (self.reward_scale * horizon * x for x in self.reward_range)
         if min(low, 0.0) < self.vmin or max(high, 0.0) > self.vmax:
             warnings.warn(
-                f"values can be {low:g} to {high:g} (reward_range={self.reward_range}, reward_scale"
-                f"={self.reward_scale:g}, gamma={self.gamma:g}): {support} would clip their targets",
+                f"values can be {low:g} to {high:g} (reward_range={self.reward_range}, "
+                f"reward_scale={self.reward_scale:g}, gamma={self.gamma:g}): {support} clips them",
                 stacklevel=2,
             )
 
@@ -159,34 +148,28 @@ TRACEABLE += ("kl_coef_init", "temperature_init", "target_entropy_mult", "reward
 # Origins are in docs/presets.md. What follows is published, but for the tasks sized for a CPU.
 RECIPE = {  # everything a task's own preset may have changed, rewards and support aside
     "total_timesteps": 50_000_000, "num_envs": 1024, "num_steps": 128, "num_epochs": 4,
-    "num_minibatches": 128, "learning_rate": 3e-4, "anneal_lr": False, "dual_lr_mult": 1.0,
-    "td_lambda": 0.95, "aux_loss_mult": 1.0, "kl_bound": 0.1, "temperature_init": 0.01,
-    "kl_coef_init": 0.01, "hidden": (512, 512), "critic_width": 512, "min_std": 0.1,
+    "num_minibatches": 128, "hidden": (512, 512), "critic_width": 512, "dual_lr_mult": 1.0,
 }
 UNIT = {"vmin": 0.0, "vmax": 150.0, "reward_scale": 1.0, "reward_range": (0.0, 1.0), "gamma": 0.99}
 DMC = {**RECIPE, **UNIT, "num_epochs": 8}
-HUMANOID = {
-    **RECIPE, "num_epochs": 8, "gamma": 0.97, "vmin": -10.0, "vmax": 10.0, "reward_scale": 1.0,
-    "reward_range": (0.0, 0.0), "critic_width": 1024,
-}
-BRAX = {"vmin": 0.0, "vmax": 150.0, "reward_scale": 0.1, "reward_range": (0.0, 0.0), "gamma": 0.99}
+JOYSTICK = {"vmin": -10.0, "vmax": 10.0, "reward_range": (0.0, 0.0), "gamma": 0.97}
+HUMANOID = {**DMC, **JOYSTICK, "critic_width": 1024}
+BRAX = {**UNIT, "reward_scale": 0.1, "reward_range": (0.0, 0.0)}
+HUMANOID_BRAX = {**BRAX, "vmax": 200.0}
 CPU = {
     "total_timesteps": 500_000, "num_envs": 64, "num_steps": 32, "num_epochs": 8,
     "num_minibatches": 8, "hidden": (128, 128), "critic_width": 128, "dual_lr_mult": 3.0,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     # tasks
-    "pendulum": {
-        **CPU, "gamma": 0.99, "vmin": -170.0, "vmax": 10.0, "reward_scale": 0.1,
-        "reward_range": (-16.28, 0.0),
-    },
+    "pendulum": {**CPU, **BRAX, "vmin": -170.0, "vmax": 10.0, "reward_range": (-16.28, 0.0)},
     "inverted_pendulum": {**CPU, **UNIT},
     "CartpoleBalance": {**CPU, **UNIT, "total_timesteps": 1_000_000},
     "CartpoleSwingup": {**CPU, **UNIT, "total_timesteps": 1_000_000},
     "ReacherEasy": {**CPU, **UNIT, "total_timesteps": 1_000_000},
     # rewards and support of Brax's tasks
-    **{task: BRAX for task in ("brax", "ant", "halfcheetah", "hopper", "walker2d")},
-    **{task: {**BRAX, "vmax": 200.0} for task in ("humanoid_brax", "humanoid")},
+    "ant": BRAX, "halfcheetah": BRAX, "hopper": BRAX, "walker2d": BRAX, "humanoid": HUMANOID_BRAX,
+    "brax": BRAX, "humanoid_brax": HUMANOID_BRAX,
     # published sizes; those of DMC and of the robots on a joystick have a support as well
     "default": RECIPE,
     "dmc_large": {**DMC, "num_steps": 128, "num_minibatches": 64},
@@ -200,10 +183,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "humanoid_small": {**HUMANOID, "num_steps": 32, "num_minibatches": 4},
     # the later variant in one file, to follow one of these
     "single_file": {
-        "total_timesteps": 32_768_000, "num_envs": 1024, "num_steps": 32, "num_epochs": 4,
-        "num_minibatches": 32, "value_samples": 64, "aux_loss_mult": 0.0, "kl_samples": 4,
-        "temperature_init": 0.001, "stats_update": "rollout", "obs_eps": 1e-8, "min_std": 1e-6,
-        "hidden": (512, 512, 512), "encoder_layers": 3, "encoder_output": "block", "norm": "layer",
+        **RECIPE, "total_timesteps": 32_768_000, "num_steps": 32, "num_minibatches": 32,
+        "value_samples": 64, "aux_loss_mult": 0.0, "kl_samples": 4, "temperature_init": 0.001,
+        "obs_eps": 1e-8, "min_std": 1e-6, "hidden": (512, 512, 512), "encoder_layers": 3,
+        "encoder_output": "block", "norm": "layer",
     },
 }
 # fmt: on
@@ -213,8 +196,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 MAX_ACTION = 0.999  # actions are clipped to this before the environment and the critic see them
 MAX_SAMPLE = math.atanh(1.0 - 1e-4)  # where the published estimate of the KL clips its samples
-
-
 linear = partial(nn.Dense, kernel_init=nn.initializers.lecun_normal())
 
 
@@ -242,8 +223,7 @@ class Prediction(NamedTuple):
     value: jax.Array  # [...], Q
     logits: jax.Array | None  # [..., num_bins]
     features: jax.Array  # [..., critic_width]
-    next_features: jax.Array | None  # [..., critic_width]
-    reward: jax.Array | None  # [...]
+    predicted: jax.Array | None  # [..., 1 + critic_width], reward and next features
 
 
 class Block(nn.Module):
@@ -289,11 +269,9 @@ class Critic(nn.Module):
         x = jnp.concatenate([obs, action], -1)
         for _ in range(config.encoder_layers - 1):
             x = Block(config, width)(x)
-        if config.encoder_output == "linear":
-            features = linear(width)(x)
-            x = nn.swish(features)
-        else:
-            features = x = Block(config, width)(x)
+        plain = config.encoder_output == "linear"
+        features = linear(width)(x) if plain else Block(config, width)(x)
+        x = nn.swish(features) if plain else features
         categorical = config.critic_loss == "hl_gauss"
         out = linear(config.num_bins if categorical else 1)(Block(config, width)(x))
         logits, value = None, out[..., 0]
@@ -303,10 +281,9 @@ class Critic(nn.Module):
                 # The code of 0, trained like any weight: it outweighs everything else at first.
                 out += 40.0 * self.param("zero_code", lambda _: hl_gauss(jnp.zeros(()), *support))
             logits, value = out, (jax.nn.softmax(out) * jnp.linspace(*support)).sum(-1)
-        if not config.aux_loss_mult:
-            return Prediction(value, logits, features, None, None)
-        predicted = linear(1 + width)(Block(config, width)(x))
-        return Prediction(value, logits, features, predicted[..., 1:], predicted[..., 0])
+        ahead = Block(config, width)(x) if config.aux_loss_mult else None
+        predicted = None if ahead is None else linear(1 + width)(ahead)
+        return Prediction(value, logits, features, predicted)
 
 
 # --- data types ---
@@ -364,16 +341,13 @@ def trace_weight(policy, behaviour, u, trace_min):
     return jnp.where(jnp.isnan(ratio), trace_min, jnp.clip(ratio, trace_min, 1.0))
 
 
-def soft_td_lambda(
-    reward, bonus, next_value, terminated, truncated, weight, gamma, lam, mode="aligned"
-):
-    """Soft TD(lambda) targets [T, N]; arrays [T, N], `bonus` is the next state's for its entropy.
+def soft_td_lambda(reward, bonus, next_value, terminated, truncated, weight, gamma, lam, mode):
+    """Soft TD(lambda) targets [T, N]; arrays [T, N], `bonus` is for the next state's entropy.
 
-    aligned: successors are the true ones. Neither bonus nor bootstrap counts where a step
-    terminated; where it was truncated, or the rollout ends, the next step is not looked at.
-    shifted: successors are what follows the reset, as in the authors' code. A truncated step has no
-    correct target and is for the loss to leave out; the step before it takes its bootstrap alone,
-    terminated or not, as does the last one. The bonus always counts.
+    aligned: from true successors. A terminated step has neither bonus nor bootstrap; a truncated
+    one, as the last of the rollout, does not look at the next step. shifted: from what follows the
+    reset, as in the authors' code. A truncated step has no correct target and is for the loss to
+    leave out; the one before it, as the last of the rollout, takes its bootstrap though terminated.
     """
     aligned = mode == "aligned"
 
@@ -395,10 +369,7 @@ def soft_td_lambda(
 
 
 def hl_gauss(value, vmin, vmax, num_bins):
-    """Histogram [..., num_bins] of a Gaussian about `value` [...], 0.75 bins wide (HL-Gauss).
-
-    The bins' centres go from vmin to vmax; what the Gaussian has outside is left out.
-    """
+    """HL-Gauss code [..., num_bins]: histogram of a Gaussian 0.75 bins wide about `value`."""
     width = (vmax - vmin) / (num_bins - 1)
     edges = vmin + width * (jnp.arange(num_bins + 1) - 0.5)
     value = jnp.clip(value, vmin, vmax)[..., None]
@@ -407,44 +378,37 @@ def hl_gauss(value, vmin, vmax, num_bins):
 
 
 def critic_loss(prediction, batch, vmin, vmax, aux_loss_mult):
-    """Cross-entropy to the targets' histograms (squared error of a scalar critic), and auxiliary.
-
-    A mean over the minibatch, in which what is masked counts as 0.
-    """
+    """Cross-entropy, or squared error of a scalar critic, and auxiliary error: a mean over all."""
     squared = (prediction.value - batch.target) ** 2
     error, aux_error = squared, jnp.zeros_like(squared)
     if prediction.logits is not None:
         wanted = hl_gauss(batch.target, vmin, vmax, prediction.logits.shape[-1])
         error = -(wanted * jax.nn.log_softmax(prediction.logits)).sum(-1)
-    if prediction.next_features is not None:
-        features = (prediction.next_features - batch.next_features) ** 2
-        both = jnp.append(features, (prediction.reward - batch.step.reward)[:, None] ** 2, 1)
-        aux_error = jnp.where(batch.step.terminated, 0.0, both.mean(1))
+    if prediction.predicted is not None:
+        wanted = jnp.append(batch.step.reward[:, None], batch.next_features, 1)
+        aux_error = ((prediction.predicted - wanted) ** 2).mean(1)
+        aux_error = jnp.where(batch.step.terminated, 0.0, aux_error)
     mean = lambda x: jnp.where(batch.step.valid & ~batch.lost, x, 0.0).mean()
     loss = mean(error + aux_loss_mult * aux_error)
-    aux = {
+    return loss, {
         "losses/qf_loss": loss,
         "losses/aux_loss": mean(aux_error),
         "losses/value_error": mean(squared),
         "losses/q_value": prediction.value.mean(),
     }
-    return loss, aux
 
 
-def kl_exact(p, q):
-    """KL(p || q) [...]: tanh is a bijection, so it is that of the two Gaussians."""
-    moments = (p.std**2 + (p.mean - q.mean) ** 2) / (2.0 * q.std**2)
-    return (jnp.log(q.std / p.std) + moments - 0.5).sum(-1)
+def kl_divergence(p, q, noise, estimator):
+    """KL(p || q) [...], "exact" or from the samples of p that normal noise [M, ..., A] gives.
 
-
-def kl_sampled(p, q, noise, clipped):
-    """KL(p || q) [...] estimated from the samples of p that normal noise [M, ..., A] gives.
-
-    `clipped` takes q's density at the clipped sample, as published: saturated policies that are the
-    same then have a positive KL.
+    "sampled" takes q's density at clipped samples, as published: two equal policies that are
+    saturated then have a positive KL. The exact one is that of the Gaussians: tanh is a bijection.
     """
+    if estimator == "exact":
+        moments = (p.std**2 + (p.mean - q.mean) ** 2) / (2.0 * q.std**2)
+        return (jnp.log(q.std / p.std) + moments - 0.5).sum(-1)
     u = p.sample(noise)
-    v = jnp.clip(u, -MAX_SAMPLE, MAX_SAMPLE) if clipped else u
+    v = jnp.clip(u, -MAX_SAMPLE, MAX_SAMPLE) if estimator == "sampled" else u
     return (p.log_prob(u) - q.log_prob(v)).mean(0)
 
 
@@ -458,10 +422,7 @@ def policy_loss(value, log_prob, kl, temperature, kl_coef, kl_bound, mode):
 
 
 def dual_losses(temperature, kl_coef, entropy, kl, target_entropy, kl_bound):
-    """Losses of the multipliers, from means over states; they put no force on the policy.
-
-    The temperature falls while entropy is above its target, the other rises while KL is above its.
-    """
+    """Losses of the multipliers, from means over states; they put no force on the policy."""
     violation = jax.lax.stop_gradient((entropy - target_entropy, kl_bound - kl))
     return temperature * violation[0], kl_coef * violation[1]
 
@@ -479,10 +440,10 @@ def build(config: Config) -> common.Algo:
     critic = Critic(config)
     optimizer = optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
-        optax.scale_by_adam(b1=0.9, b2=0.999, eps=config.adam_eps),
+        optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
     )
     T, N, A = config.num_steps, config.num_envs, env.action_size
-    aligned, per_step = config.target_mode == "aligned", config.stats_update == "step"
+    aligned = config.target_mode == "aligned"
     scales = exploration_scales(N, config.base_envs, config.noise_min, config.noise_max)
 
     def init(key) -> TrainState:
@@ -495,15 +456,9 @@ def build(config: Config) -> common.Algo:
             "actor": {"net": actor.init(key_actor, sample), "duals": duals},
             "critic": critic.init(key_critic, sample, action),
         }
-        return TrainState(
-            params=params,
-            opt_state={name: optimizer.init(params[name]) for name in params},
-            obs_stats=common.Stats.empty((env.obs_size,)).add(obs),
-            obs=obs,
-            env_state=env_state,
-            key=key,
-            update=jnp.zeros((), jnp.int32),
-        )
+        obs_stats = common.Stats.empty((env.obs_size,)).add(obs)
+        opt_state = {name: optimizer.init(params[name]) for name in params}
+        return TrainState(params, opt_state, obs_stats, obs, env_state, key, jnp.int32(0))
 
     def normalize(obs_stats, obs):
         """Standardised observations; the privileged entries at their end may be missing."""
@@ -511,8 +466,7 @@ def build(config: Config) -> common.Algo:
         mean, var = (x[: obs.shape[-1]] for x in (obs_stats.mean, obs_stats.var))
         return (obs - mean) / jnp.sqrt(var + config.obs_eps) if config.normalize_obs else obs
 
-    def to_action(u):
-        return jnp.clip(jnp.tanh(u), -MAX_ACTION, MAX_ACTION)
+    to_action = lambda u: jnp.clip(jnp.tanh(u), -MAX_ACTION, MAX_ACTION)
 
     def rollout(state, key):
         """Act for T steps; returns state, transitions and infos [T, N] of the environments."""
@@ -523,7 +477,7 @@ def build(config: Config) -> common.Algo:
         def step(carry, x):
             obs, obs_stats, env_state = carry
             noise, key = x
-            inputs = normalize(obs_stats if per_step else state.obs_stats, obs)
+            inputs = normalize(obs_stats, obs)
             policy = actor.apply(state.params["actor"]["net"], inputs)
             behaviour = policy._replace(std=scales[:, None] * policy.std)
             u = behaviour.sample(noise)
@@ -535,11 +489,8 @@ def build(config: Config) -> common.Algo:
             transition = Transition(
                 obs=inputs, action=to_action(u), policy=policy,
                 weight=trace_weight(policy, behaviour, u, config.trace_min),
-                reward=reward, terminated=terminated, truncated=truncated,
-                valid=~info["env_nan"],
-                next_obs=normalize(
-                    obs_stats if per_step else state.obs_stats, final_obs if aligned else next_obs
-                ),
+                reward=reward, terminated=terminated, truncated=truncated, valid=~info["env_nan"],
+                next_obs=normalize(obs_stats, final_obs if aligned else next_obs),
             )  # fmt: skip
             return (next_obs, obs_stats, env_state), (transition, info)
 
@@ -565,29 +516,23 @@ def build(config: Config) -> common.Algo:
         prediction = critic.apply(params, batch.step.obs, batch.step.action)
         return critic_loss(prediction, batch, config.vmin, config.vmax, config.aux_loss_mult)
 
-    def estimate_kl(old, new, key):
-        p, q = (new, old) if config.reverse_kl else (old, new)
-        if config.kl_estimator == "exact":
-            return kl_exact(p, q)
-        noise = jax.random.normal(key, (config.kl_samples, *p.mean.shape))
-        return kl_sampled(p, q, noise, config.kl_estimator == "sampled")
-
     def actor_loss_fn(params, critic_params, batch, key):
         key_action, key_kl = jax.random.split(key)
         policy = actor.apply(params["net"], batch.step.obs)
         u = policy.sample(jax.random.normal(key_action, policy.mean.shape))
         log_prob = policy.log_prob(u)
         value = critic.apply(critic_params, batch.step.obs, jnp.tanh(u)).value
-        kl = estimate_kl(batch.step.policy, policy, key_kl)
+        noise = jax.random.normal(key_kl, (config.kl_samples, *u.shape))
+        pair = (policy, batch.step.policy) if config.reverse_kl else (batch.step.policy, policy)
+        kl = kl_divergence(*pair, noise, config.kl_estimator)
         dual = jax.tree.map(jnp.exp, params["duals"])
         mean = lambda x: jnp.where(batch.step.valid, x, 0.0).mean()
         losses, gated = policy_loss(
             value, log_prob, kl, **dual, kl_bound=config.kl_bound, mode=config.kl_mode
         )
-        target_entropy = -config.target_entropy_mult * A
         temperature_loss, kl_coef_loss = dual_losses(
-            **dual, entropy=mean(-log_prob), kl=mean(kl), target_entropy=target_entropy,
-            kl_bound=config.kl_bound,
+            **dual, entropy=mean(-log_prob), kl=mean(kl), kl_bound=config.kl_bound,
+            target_entropy=-config.target_entropy_mult * A,
         )  # fmt: skip
         loss = mean(losses) + config.tune_temperature * temperature_loss
         loss += config.tune_kl_coef * kl_coef_loss
@@ -624,11 +569,9 @@ def build(config: Config) -> common.Algo:
             grads, actor_aux = grad(actor_loss_fn)(params["actor"], critic_step[0], minibatch, key)
             actor_aux["losses/actor_grad_norm"] = optax.global_norm(grads)
             actor_step = descend(params["actor"], grads, opt_state["actor"], learning_rate)
-            params, opt_state, finite = (
-                {"actor": ours, "critic": theirs}
-                for ours, theirs in zip(actor_step, critic_step, strict=True)
-            )
-            return (params, opt_state), (aux | actor_aux, finite["actor"] & finite["critic"])
+            params = {"actor": actor_step[0], "critic": critic_step[0]}
+            opt_state = {"actor": actor_step[1], "critic": critic_step[1]}
+            return (params, opt_state), (aux | actor_aux, actor_step[2] & critic_step[2])
 
         def epoch(carry, key):
             key_order, key_steps = jax.random.split(key)
