@@ -5,9 +5,11 @@ import importlib
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from algos import launch, rundir
+from envs import gymnax
 
 # A new algorithm is one more name, with what its smallest run needs beside SHARED.
 ALGOS = {
@@ -19,7 +21,19 @@ ALGOS = {
         "num_mu_epochs": 1,
         "num_mu_minibatches": 2,
     },
+    "reppo": {
+        "env": "tiny:balance",
+        "reward_scale": 0.1,
+        "critic_width": 8,
+        "num_bins": 29,
+        "vmin": -2.0,
+        "vmax": 12.0,
+        "kl_samples": 2,
+    },
 }
+
+CONTINUOUS_ONLY = {"reppo"}  # for continuous actions, with a critic of observation and action
+ASYMMETRIC = {"reppo"}  # the critic may see what the actor does not
 
 SHARED = {
     "env": "cartpole",
@@ -35,6 +49,13 @@ SHARED = {
 }
 
 LAUNCH = launch.Launch(num_seeds=2, eval_episodes=2, num_evals=2)
+
+
+def balance():
+    """Cartpole for a continuous action: its sign is the side to push to."""
+    raw = gymnax.make("CartPole-v1")
+    step = lambda key, state, action: raw.step(key, state, jnp.int32(action[0] > 0))
+    return raw._replace(name="balance", step=step, action_size=1, discrete=False)
 
 
 def module_of(name):
