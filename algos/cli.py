@@ -68,7 +68,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("learning_rate", "clip_eps", "max_grad_norm"), (0, math.inf)),
     **dict.fromkeys(("gamma", "gae_lambda", "td_lambda", "trace_min"), (0, 1)),
     **dict.fromkeys(("value_samples", "kl_samples", "encoder_layers"), (1, math.inf)),
-    **dict.fromkeys(("noise_min", "noise_max", "base_envs", "reward_scale"), (0, math.inf)),
+    **dict.fromkeys(("noise_min", "noise_max", "reward_scale"), (0, math.inf)),
+    **dict.fromkeys(("temperature_init", "kl_coef_init"), (1e-9, math.inf)),
 }
 
 

@@ -96,6 +96,24 @@ class Gaussian(NamedTuple):
         return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
 
+class TanhGaussian(NamedTuple):
+    """Policy tanh(u), u from a diagonal Gaussian; `mean` and `std` [..., action_size] of u."""
+
+    mean: jax.Array
+    std: jax.Array
+
+    def sample(self, noise):
+        """Draw u [..., action_size] from normal noise."""
+        return self.mean + self.std * noise
+
+    def log_prob(self, u):
+        """Log-density [...] of the action tanh(u), from u, so that nothing is inverted."""
+        z = (u - self.mean) / self.std
+        log_normal = -0.5 * z**2 - jnp.log(self.std) - 0.5 * math.log(2 * math.pi)
+        log_slope = 2.0 * (math.log(2) - u - jax.nn.softplus(-2.0 * u))
+        return (log_normal - log_slope).sum(-1)
+
+
 # --- running statistics ---
 
 

@@ -118,6 +118,7 @@ PHYSICS = {
     "num_envs": 64, "num_steps": 64, "num_epochs": 8, "num_minibatches": 16, "anneal_lr": True,
     "normalize_obs": True, "normalize_reward": True, "total_timesteps": 1_000_000,
 }
+FAST = {**PHYSICS, "learning_rate": 1e-3}
 MANY_ENVS = {
     **PHYSICS, "num_envs": 512, "num_steps": 32, "num_epochs": 4, "hidden": (256, 256),
     "total_timesteps": 2_000_000,
@@ -139,13 +140,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_minibatches": 16, "gamma": 0.9, "learning_rate": 1e-3, "anneal_lr": True,
         "normalize_reward": True,
     },
-    "inverted_pendulum": {**PHYSICS, "total_timesteps": 300_000, "learning_rate": 1e-3},
-    "inverted_double_pendulum": {**PHYSICS, "total_timesteps": 300_000, "learning_rate": 1e-3},
-    "hopper": PHYSICS,
-    "walker2d": PHYSICS,
-    "halfcheetah": PHYSICS,
+    "inverted_pendulum": {**FAST, "total_timesteps": 300_000},
+    "inverted_double_pendulum": {**FAST, "total_timesteps": 300_000},
+    **dict.fromkeys(("CartpoleBalance", "CartpoleSwingup", "ReacherEasy", "CheetahRun"), FAST),
+    **dict.fromkeys(("hopper", "walker2d", "halfcheetah"), PHYSICS),
     "reacher": {**PHYSICS, "gamma": 0.95},
-    "CartpoleBalance": {**PHYSICS, "learning_rate": 1e-3},
     "ant": MANY_ENVS,
     "breakout": {
         "total_timesteps": 5_000_000, "num_envs": 128, "num_steps": 32, "num_epochs": 4,
@@ -167,6 +166,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_minibatches": 64, "gae_lambda": 0.9, "clip_eps": 0.4, "learning_rate": 3e-5,
         "exploration": "sticky", "noise_interval": 4, "hidden": (256, 256), "activation": "relu",
         "kernel_init": "lecun_normal", "log_std_init": -1.0,
+    },
+    # the PPO baseline of Voelcker et al. 2025 (REPPO), without its clipping of values
+    "dmc_ppo": {
+        **PAPER, "total_timesteps": 50_000_000, "shuffle": "transitions", "num_envs": 2048,
+        "num_steps": 64, "num_epochs": 16, "num_minibatches": 32, "normalize_obs": True,
+        "activation": "tanh", "kernel_init": "orthogonal", "policy_gain": 0.01,
     },
 }
 # fmt: on

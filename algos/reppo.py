@@ -8,9 +8,12 @@ by a loss that climbs in states whose KL is below the bound and pulls back in th
     KL(s) <  bound:  alpha log pi(a | s) - Q(s, a)
     KL(s) >= bound:  beta KL(s)
     G_t = r_t + (1 - terminated_t) (b_t + gamma ((1 - c_t) V'_t + c_t G_{t+1})),  V'_t = Q(s'_t, a')
-    b_t = -gamma alpha log pi(a' | s'_t),  a' ~ pi,  c_t = lambda, or 0 where an episode ends
+    b_t = -gamma alpha log pi(a' | s'_t),  a' ~ pi,  c_t = lambda w_{t+1}, or 0 at an end
 
-with multipliers alpha and beta that follow mean entropy and mean KL. Actions are continuous.
+where w is 1 without scaled exploration, an end is that of an episode or of the rollout, and the
+multipliers alpha and beta follow mean entropy and mean KL. Actions are continuous.
+Deviations from the authors' code: targets of the true successors, no entropy bonus where an episode
+terminates, and independent noise for every draw.
 
 Differences from ppo.py:
 
@@ -73,7 +76,8 @@ class Config:
     aux_loss_mult: float = 1.0  # weight of predicting reward and next features; 0: no prediction
 
     # actor loss
-    kl_mode: Literal["clipped", "full", "value"] = "clipped"  # full: climb as well; value: only
+    # clipped: climb or pull back, by the state's KL; full: both everywhere; value: climb everywhere
+    kl_mode: Literal["clipped", "full", "value"] = "clipped"
     kl_bound: float = 0.1  # largest KL of a state, in nats summed over action dimensions
     # log-densities at clipped samples as published, at the samples themselves, or in closed form
     kl_estimator: Literal["sampled", "unclipped", "exact"] = "sampled"
@@ -92,9 +96,8 @@ class Config:
     reward_range: tuple[float, float] = (0.0, 0.0)  # of a raw reward if known, to check vmin, vmax
 
     # exploration: environments act with the policy's deviation times a factor
-    noise_min: float = 1.0  # factor in the first environments
-    noise_max: float = 1.0  # factor that the other environments rise to
-    base_envs: int = 0  # environments with noise_min besides the first that rises
+    noise_min: float = 1.0  # factor in the first environment
+    noise_max: float = 1.0  # factor that the others rise to, which none has
     trace_min: float = 0.5  # smallest weight of an action on the trace that other noise drew
 
     # networks
@@ -140,7 +143,7 @@ class Config:
 
 # Fields that may be arrays, so that a sweep is one more vmap.
 TRACEABLE = ("learning_rate", "max_grad_norm", "dual_lr_mult", "gamma", "td_lambda", "kl_bound")
-TRACEABLE += ("kl_coef_init", "temperature_init", "target_entropy_mult", "reward_scale", "min_std")
+TRACEABLE += ("kl_coef_init", "temperature_init", "target_entropy_mult", "reward_scale")
 
 # --- presets ---
 
@@ -160,26 +163,28 @@ CPU = {
     "total_timesteps": 500_000, "num_envs": 64, "num_steps": 32, "num_epochs": 8,
     "num_minibatches": 8, "hidden": (128, 128), "critic_width": 128, "dual_lr_mult": 3.0,
 }
+CPU_DMC = {**CPU, **UNIT, "total_timesteps": 1_000_000}
 PRESETS: dict[str, dict[str, Any]] = {
     # tasks
-    "pendulum": {**CPU, **BRAX, "vmin": -170.0, "vmax": 10.0, "reward_range": (-16.28, 0.0)},
+    "pendulum": {
+        **CPU, "reward_scale": 0.1, "reward_range": (-16.28, 0.0), "vmin": -168.0, "vmax": 12.0,
+    },
     "inverted_pendulum": {**CPU, **UNIT},
-    "CartpoleBalance": {**CPU, **UNIT, "total_timesteps": 1_000_000},
-    "CartpoleSwingup": {**CPU, **UNIT, "total_timesteps": 1_000_000},
-    "ReacherEasy": {**CPU, **UNIT, "total_timesteps": 1_000_000},
+    "CartpoleBalance": CPU_DMC, "CartpoleSwingup": CPU_DMC, "ReacherEasy": CPU_DMC,
+    "CheetahRun": CPU_DMC,
     # rewards and support of Brax's tasks
     "ant": BRAX, "halfcheetah": BRAX, "hopper": BRAX, "walker2d": BRAX, "humanoid": HUMANOID_BRAX,
     "brax": BRAX, "humanoid_brax": HUMANOID_BRAX,
     # published sizes; those of DMC and of the robots on a joystick have a support as well
     "default": RECIPE,
-    "dmc_large": {**DMC, "num_steps": 128, "num_minibatches": 64},
+    "dmc_large": {**DMC, "num_minibatches": 64},
     "dmc_medium": {**DMC, "num_steps": 64, "num_minibatches": 32},
     "dmc_small": {**DMC, "num_steps": 32, "num_minibatches": 16},
     "tiny": {**RECIPE, "num_envs": 128, "num_steps": 32, "num_minibatches": 8},
     "really_tiny": {
         **RECIPE, "num_envs": 128, "num_steps": 8, "num_minibatches": 4, "num_epochs": 2,
     },
-    "humanoid_large": {**HUMANOID, "num_steps": 128, "num_minibatches": 16},
+    "humanoid_large": {**HUMANOID, "num_minibatches": 16},
     "humanoid_small": {**HUMANOID, "num_steps": 32, "num_minibatches": 4},
     # the later variant in one file, to follow one of these
     "single_file": {
@@ -197,24 +202,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 MAX_ACTION = 0.999  # actions are clipped to this before the environment and the critic see them
 MAX_SAMPLE = math.atanh(1.0 - 1e-4)  # where the published estimate of the KL clips its samples
 linear = partial(nn.Dense, kernel_init=nn.initializers.lecun_normal())
-
-
-class TanhGaussian(NamedTuple):
-    """Policy tanh(u), u from a diagonal Gaussian; `mean` and `std` [..., action_size] of u."""
-
-    mean: jax.Array
-    std: jax.Array
-
-    def sample(self, noise):
-        """Draw u [..., action_size] from normal noise."""
-        return self.mean + self.std * noise
-
-    def log_prob(self, u):
-        """Log-density [...] of the action tanh(u), from u, so that nothing is inverted."""
-        z = (u - self.mean) / self.std
-        log_normal = -0.5 * z**2 - jnp.log(self.std) - 0.5 * math.log(2 * math.pi)
-        log_slope = 2.0 * (math.log(2) - u - jax.nn.softplus(-2.0 * u))
-        return (log_normal - log_slope).sum(-1)
 
 
 class Prediction(NamedTuple):
@@ -243,7 +230,7 @@ class Block(nn.Module):
 
 
 class Actor(nn.Module):
-    """Policy network: the first `obs_size` entries of an observation -> TanhGaussian."""
+    """Policy network: the first `obs_size` entries of an observation -> common.TanhGaussian."""
 
     config: Config
     obs_size: int  # without what only the critic may see
@@ -255,7 +242,7 @@ class Actor(nn.Module):
         for size in self.config.hidden:
             x = Block(self.config, size)(x)
         mean, log_std = jnp.split(linear(2 * self.action_size)(x), 2, -1)
-        return TanhGaussian(mean, jnp.exp(log_std) + self.config.min_std)
+        return common.TanhGaussian(mean, jnp.exp(log_std) + self.config.min_std)
 
 
 class Critic(nn.Module):
@@ -294,7 +281,7 @@ class Transition(NamedTuple):
 
     obs: jax.Array  # normalised
     action: jax.Array  # as the environment and the critic see it
-    policy: TanhGaussian  # pi_old, without the factor on its deviation
+    policy: common.TanhGaussian  # pi_old, without the factor on its deviation
     weight: jax.Array  # of the action on the trace, 1 if pi_old drew it
     reward: jax.Array
     terminated: jax.Array
@@ -306,10 +293,15 @@ class Transition(NamedTuple):
 class Batch(NamedTuple):
     """What the losses need of a transition."""
 
-    step: Transition  # with the reward scaled
+    obs: jax.Array
+    action: jax.Array
+    policy: common.TanhGaussian  # pi_old
+    reward: jax.Array  # scaled
+    terminated: jax.Array
+    valid: jax.Array
+    has_target: jax.Array  # valid, and there is a correct target
     target: jax.Array
     next_features: jax.Array | None
-    lost: jax.Array  # there is no correct target, nor anything to predict
 
 
 class TrainState(NamedTuple):
@@ -325,13 +317,6 @@ class TrainState(NamedTuple):
 
 
 # --- targets and losses ---
-
-
-def exploration_scales(num_envs, base_envs, low, high):
-    """Factors [N] on the deviation: `low` in the base environments, then rising towards `high`."""
-    rising = num_envs - base_envs
-    steps = jnp.arange(rising) / max(rising, 1)
-    return jnp.concatenate([jnp.full(base_envs, low), low + (high - low) * steps])
 
 
 def trace_weight(policy, behaviour, u, trace_min):
@@ -385,10 +370,10 @@ def critic_loss(prediction, batch, vmin, vmax, aux_loss_mult):
         wanted = hl_gauss(batch.target, vmin, vmax, prediction.logits.shape[-1])
         error = -(wanted * jax.nn.log_softmax(prediction.logits)).sum(-1)
     if prediction.predicted is not None:
-        wanted = jnp.append(batch.step.reward[:, None], batch.next_features, 1)
+        wanted = jnp.append(batch.reward[:, None], batch.next_features, 1)
         aux_error = ((prediction.predicted - wanted) ** 2).mean(1)
-        aux_error = jnp.where(batch.step.terminated, 0.0, aux_error)
-    mean = lambda x: jnp.where(batch.step.valid & ~batch.lost, x, 0.0).mean()
+        aux_error = jnp.where(batch.terminated, 0.0, aux_error)
+    mean = lambda x: jnp.where(batch.has_target, x, 0.0).mean()
     loss = mean(error + aux_loss_mult * aux_error)
     return loss, {
         "losses/qf_loss": loss,
@@ -421,10 +406,13 @@ def policy_loss(value, log_prob, kl, temperature, kl_coef, kl_bound, mode):
     return loss, gated
 
 
-def dual_losses(temperature, kl_coef, entropy, kl, target_entropy, kl_bound):
-    """Losses of the multipliers, from means over states; they put no force on the policy."""
-    violation = jax.lax.stop_gradient((entropy - target_entropy, kl_bound - kl))
-    return temperature * violation[0], kl_coef * violation[1]
+def dual_losses(temperature, kl_coef, surplus, slack):
+    """Losses of the multipliers; they put no force on the policy.
+
+    `surplus` is the mean of the entropy above its target, `slack` that of the KL below its bound.
+    """
+    surplus, slack = jax.lax.stop_gradient((surplus, slack))
+    return temperature * surplus, kl_coef * slack
 
 
 # --- build ---
@@ -435,7 +423,7 @@ def build(config: Config) -> common.Algo:
     config.validate()
     env = envs.make(config.env, config.num_envs)
     if env.discrete:
-        raise ValueError(f"{env.name} has discrete actions: reppo.py is for continuous ones")
+        raise ValueError(f"{env.name} has discrete actions: run it with algos/reppo_discrete.py")
     actor = Actor(config, env.obs_size - env.privileged_size, env.action_size)
     critic = Critic(config)
     optimizer = optax.chain(
@@ -444,7 +432,7 @@ def build(config: Config) -> common.Algo:
     )
     T, N, A = config.num_steps, config.num_envs, env.action_size
     aligned = config.target_mode == "aligned"
-    scales = exploration_scales(N, config.base_envs, config.noise_min, config.noise_max)
+    scales = jnp.linspace(config.noise_min, config.noise_max, N, endpoint=False)
 
     def init(key) -> TrainState:
         key_actor, key_critic, key_env, key = jax.random.split(key, 4)
@@ -503,37 +491,40 @@ def build(config: Config) -> common.Algo:
         """Values [T, N] and features of the successors, and log-probabilities of actions there."""
         policy = actor.apply(params["actor"]["net"], next_obs)
 
-        def draw(key):
+        def draw(_, key):
             u = policy.sample(jax.random.normal(key, policy.mean.shape))
             prediction = critic.apply(params["critic"], next_obs, jnp.tanh(u))
             features = prediction.features if config.aux_loss_mult else None
-            return prediction.value, policy.log_prob(u), features
+            return features, (prediction.value, policy.log_prob(u))
 
-        value, log_prob, features = jax.lax.map(draw, jax.random.split(key, config.value_samples))
-        return value.mean(0), log_prob.mean(0), jax.tree.map(lambda x: x[0], features)
+        # Of the features only those of the last action are kept, so that they are stored once.
+        features = jnp.zeros((T, N, config.critic_width)) if config.aux_loss_mult else None
+        keys = jax.random.split(key, config.value_samples)
+        features, (value, log_prob) = jax.lax.scan(draw, features, keys)
+        return value.mean(0), log_prob.mean(0), features
 
     def critic_loss_fn(params, batch):
-        prediction = critic.apply(params, batch.step.obs, batch.step.action)
+        prediction = critic.apply(params, batch.obs, batch.action)
         return critic_loss(prediction, batch, config.vmin, config.vmax, config.aux_loss_mult)
 
     def actor_loss_fn(params, critic_params, batch, key):
         key_action, key_kl = jax.random.split(key)
-        policy = actor.apply(params["net"], batch.step.obs)
+        policy = actor.apply(params["net"], batch.obs)
         u = policy.sample(jax.random.normal(key_action, policy.mean.shape))
         log_prob = policy.log_prob(u)
-        value = critic.apply(critic_params, batch.step.obs, jnp.tanh(u)).value
+        value = critic.apply(critic_params, batch.obs, jnp.tanh(u)).value
         noise = jax.random.normal(key_kl, (config.kl_samples, *u.shape))
-        pair = (policy, batch.step.policy) if config.reverse_kl else (batch.step.policy, policy)
+        pair = (policy, batch.policy) if config.reverse_kl else (batch.policy, policy)
         kl = kl_divergence(*pair, noise, config.kl_estimator)
         dual = jax.tree.map(jnp.exp, params["duals"])
-        mean = lambda x: jnp.where(batch.step.valid, x, 0.0).mean()
+        mean = lambda x: jnp.where(batch.valid, x, 0.0).mean()
         losses, gated = policy_loss(
             value, log_prob, kl, **dual, kl_bound=config.kl_bound, mode=config.kl_mode
         )
+        surplus = mean(-log_prob + config.target_entropy_mult * A)
         temperature_loss, kl_coef_loss = dual_losses(
-            **dual, entropy=mean(-log_prob), kl=mean(kl), kl_bound=config.kl_bound,
-            target_entropy=-config.target_entropy_mult * A,
-        )  # fmt: skip
+            **dual, surplus=surplus, slack=mean(config.kl_bound - kl)
+        )
         loss = mean(losses) + config.tune_temperature * temperature_loss
         loss += config.tune_kl_coef * kl_coef_loss
         return loss, {
@@ -600,17 +591,22 @@ def build(config: Config) -> common.Algo:
             reward, bonus, value, traj.terminated, traj.truncated, traj.weight, config.gamma,
             config.td_lambda, config.target_mode,
         )  # fmt: skip
-        lost = jnp.zeros_like(traj.truncated) if aligned else traj.truncated
-        batch = Batch(traj._replace(reward=reward), target, features, lost)
+        batch = Batch(
+            traj.obs, traj.action, traj.policy, reward, traj.terminated, traj.valid,
+            has_target=traj.valid & (aligned | ~traj.truncated),
+            target=target, next_features=features,
+        )  # fmt: skip
         batch = jax.tree.map(lambda x: x.reshape((T * N, *x.shape[2:])), batch)
         params, opt_state, metrics = fit(state, batch, learning_rate, key_fit)
 
         metrics |= common.run_metrics(info, (params, metrics["losses/qf_loss"]))
         metrics |= {f"losses/{n}": jnp.exp(x) for n, x in params["actor"]["duals"].items()}
-        error, clipped = metrics["losses/value_error"], jnp.clip(target, config.vmin, config.vmax)
-        metrics["losses/explained_variance"] = 1.0 - error / (target.var() + 1e-8)
+        unexplained = metrics["losses/value_error"] / (target.var() + 1e-8)
+        metrics["losses/explained_variance"] = 1.0 - unexplained
+        outside = (target < config.vmin) | (target > config.vmax)
+        outside &= config.critic_loss == "hl_gauss"
         metrics["charts/learning_rate"] = jnp.asarray(learning_rate)
-        metrics["health/target_clip_fraction"] = (clipped != target).mean()
+        metrics["health/target_clip_fraction"] = outside.mean()
         state = state._replace(params=params, opt_state=opt_state, key=key, update=state.update + 1)
         return state, metrics
 

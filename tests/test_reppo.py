@@ -11,12 +11,11 @@ import pytest
 import tiny
 
 from algos import reppo
+from algos.common import TanhGaussian
 from algos.reppo import (
     MAX_SAMPLE,
     Batch,
     Prediction,
-    TanhGaussian,
-    Transition,
     hl_gauss,
     kl_divergence,
 )
@@ -26,26 +25,32 @@ T, N = 6, 3
 SUPPORT = (0.0, 150.0, 151)  # bins of width 1
 
 
-def close(actual, desired, rtol=1e-5, atol=1e-5):
-    np.testing.assert_allclose(actual, desired, rtol=rtol, atol=atol)
+# In one worker, so that updates are compiled once.
+pytestmark = pytest.mark.xdist_group("test_reppo")
+
+close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 
 
 def config_of(**changes):
     return tiny.config_of("reppo", **({"reward_scale": 1.0, "anneal_lr": False} | changes))
 
 
-def run_update(config):
+def run_update(**changes):
     """State before and after one update, and its metrics."""
-    algo = reppo.build(config)
-
-    def run(key):
-        state = algo.init(key)
-        return state, *algo.update(state)
-
-    return jax.jit(run)(jax.random.key(0))
+    return tiny.run_update("reppo", **({"reward_scale": 1.0, "anneal_lr": False} | changes))
 
 
-# --- 1, 2: the histogram of a target ---
+# A single gradient step that climbs everywhere, whose diagnostics are exact.
+ONE = {
+    "num_epochs": 1,
+    "num_minibatches": 1,
+    "kl_mode": "value",
+    "kl_estimator": "unclipped",
+    "zero_init": False,
+}
+
+
+# --- the histogram of a target ---
 
 
 def mean_of(code):
@@ -91,7 +96,7 @@ def test_cross_entropy_is_least_at_the_code_itself():
     close(jax.nn.softmax(logits), code, atol=2e-3)
 
 
-# --- 3, 4, 5, 6: soft TD(lambda) ---
+# --- soft TD(lambda) ---
 
 
 def episode(seed=0, **changes):
@@ -108,7 +113,7 @@ def targets(data, gamma=0.9, lam=0.8, mode="aligned"):
 
 
 def reference(data, gamma, lam, mode):
-    """Both recursions, element by element, as the specification writes them."""
+    """Both recursions, element by element."""
     r, b, v, term, trunc, w = (np.asarray(x, np.float64) for x in data.values())
     out = np.zeros((T, N))
     for n in range(N):
@@ -198,12 +203,6 @@ def test_weights_on_the_trace(mode):
     close(targets(episode(weight=zeros), mode=mode), targets(episode(), lam=0.0, mode=mode))
 
 
-def test_exploration_scales():
-    close(reppo.exploration_scales(6, 2, 1.0, 3.0), [1.0, 1.0, 1.0, 1.5, 2.0, 2.5])
-    close(reppo.exploration_scales(3, 3, 0.5, 3.0), [0.5, 0.5, 0.5])
-    close(reppo.exploration_scales(3, 0, 1.0, 1.0), 1.0)
-
-
 def test_trace_weights_are_the_bounded_ratio():
     policy = TanhGaussian(jnp.zeros((1000, 2)), jnp.full((1000, 2), 0.5))
     noise = 3.0 * jax.random.normal(jax.random.key(0), (1000, 2))
@@ -220,7 +219,7 @@ def test_trace_weights_are_the_bounded_ratio():
     close(reppo.trace_weight(broken, wide, u, 0.5), 0.5)
 
 
-# --- 7, 8: the squashed Gaussian ---
+# --- the squashed Gaussian ---
 
 
 def test_density_of_the_squashed_gaussian():
@@ -268,7 +267,7 @@ def test_mean_of_the_estimates_is_the_exact_kl(estimator, p, q):
     so, sn = np.asarray(p.std), np.asarray(q.std)
     by_hand = np.log(sn / so) + (so**2 + np.asarray(p.mean - q.mean) ** 2) / (2 * sn**2) - 0.5
     close(exact, by_hand.sum())
-    assert abs(kl.mean() - exact) < 4 * kl.std() / math.sqrt(len(kl))
+    assert abs(kl.mean() - exact) < 3 * kl.std() / math.sqrt(len(kl))
 
 
 def test_spread_of_the_estimates_under_a_shift():
@@ -291,7 +290,7 @@ def test_saturated_policies_show_the_published_clipping():
     assert kl_divergence(policy, policy, noise, "exact") == 0
 
 
-# --- 9, 10, 11: the actor's loss ---
+# --- the actor's loss ---
 
 VALUE, LOG_PROB = jnp.array([1.0, 2.0, 3.0]), jnp.array([0.5, -0.5, 1.0])
 KL = jnp.array([0.05, 0.1, 0.3])
@@ -322,7 +321,7 @@ def test_multipliers_follow_their_constraints(entropy, kl):
 
     def loss(duals, entropy, kl):
         alpha, beta = jnp.exp(duals)
-        return sum(reppo.dual_losses(alpha, beta, entropy, kl, target_entropy, bound))
+        return sum(reppo.dual_losses(alpha, beta, entropy - target_entropy, bound - kl))
 
     duals = jnp.log(jnp.array([0.2, 0.7]))
     grad, *forces = jax.grad(loss, (0, 1, 2))(duals, entropy, kl)
@@ -342,8 +341,8 @@ def test_multipliers_have_no_gradient_from_the_policy_loss():
 
 @pytest.mark.parametrize("tuned", [True, False])
 def test_multipliers_move_only_if_tuned(tuned):
-    config = config_of(tune_temperature=tuned, tune_kl_coef=tuned, learning_rate=0.01)
-    before, after, metrics = run_update(config)
+    changes = {"tune_temperature": tuned, "tune_kl_coef": tuned, "learning_rate": 0.01}
+    before, after, metrics = run_update(**changes)
     for name, old in before.params["actor"]["duals"].items():
         new = after.params["actor"]["duals"][name]
         assert (old != new) == tuned
@@ -357,8 +356,7 @@ def test_multipliers_move_only_if_tuned(tuned):
 
 
 def test_multipliers_have_their_own_step_size():
-    common = {"num_epochs": 1, "num_minibatches": 1, "learning_rate": 1e-3}
-    runs = [run_update(config_of(dual_lr_mult=factor, **common)) for factor in (1.0, 5.0)]
+    runs = [run_update(**ONE, learning_rate=1e-3, dual_lr_mult=factor) for factor in (1.0, 5.0)]
     steps = [
         after.params["actor"]["duals"]["temperature"]
         - before.params["actor"]["duals"]["temperature"]
@@ -390,32 +388,28 @@ def test_gradient_goes_through_the_action():
     close(jax.grad(loss)(mean), expected, atol=5e-3)
 
 
-# --- 12: what the critic learns from ---
+# --- what the critic learns from ---
 
 B, H = 4, 3
 
 
 def critic_batch(**changes):
-    flags = {name: jnp.zeros(B, bool) for name in ("terminated", "truncated")}
-    obs = jnp.zeros((B, 2))
-    step = Transition(
-        obs=obs,
+    batch = Batch(
+        obs=jnp.zeros((B, 2)),
         action=jnp.zeros((B, 1)),
         policy=TanhGaussian(jnp.zeros((B, 1)), jnp.ones((B, 1))),
-        weight=jnp.ones(B),
         reward=jnp.arange(B) / 4,
+        terminated=jnp.zeros(B, bool),
         valid=jnp.ones(B, bool),
-        next_obs=obs,
-        **flags,
+        has_target=jnp.ones(B, bool),
+        target=jnp.array([1.0, 2.0, 3.0, 4.0]),
+        next_features=jax.random.normal(jax.random.key(1), (B, H)),
     )
-    step = step._replace(**{k: changes.pop(k) for k in list(changes) if k in step._fields})
-    features = jax.random.normal(jax.random.key(1), (B, H))
-    batch = Batch(step, jnp.array([1.0, 2.0, 3.0, 4.0]), features, jnp.zeros(B, bool))
     return batch._replace(**changes)
 
 
 def prediction():
-    keys = jax.random.split(jax.random.key(2), 3)
+    keys = jax.random.split(jax.random.key(2))
     logits = jax.random.normal(keys[0], (B, 11))
     value = jax.nn.softmax(logits) @ jnp.linspace(0.0, 10.0, 11)
     return Prediction(value, logits, jnp.zeros((B, H)), jax.random.normal(keys[1], (B, 1 + H)))
@@ -425,10 +419,8 @@ def critic_error(batch, mult=1.0, prediction=prediction):
     return reppo.critic_loss(prediction(), batch, 0.0, 10.0, mult)[0]
 
 
-@pytest.mark.parametrize("mask", ["lost", "valid"])
-def test_masked_samples_teach_nothing(mask):
-    flag = jnp.array([False, True, False, False])
-    batch = critic_batch(**{mask: flag if mask == "lost" else ~flag})
+def test_masked_samples_teach_nothing():
+    batch = critic_batch(has_target=jnp.array([True, False, True, True]))
     loss = lambda p: reppo.critic_loss(p, batch, 0.0, 10.0, 1.0)[0]
     grads = jax.grad(loss)(prediction())
     assert not grads.logits[1].any()
@@ -438,10 +430,7 @@ def test_masked_samples_teach_nothing(mask):
     other = batch._replace(target=batch.target.at[1].add(5.0))
     close(critic_error(other), critic_error(batch))
     # the mean is over the whole minibatch
-    full = [
-        critic_error(jax.tree.map(lambda x: x, critic_batch(lost=jnp.arange(B) != i)))
-        for i in range(B)
-    ]
+    full = [critic_error(critic_batch(has_target=jnp.arange(B) == i)) for i in range(B)]
     close(sum(full), critic_error(critic_batch()))
 
 
@@ -449,7 +438,7 @@ def test_critic_loss_by_hand():
     batch, p = critic_batch(), prediction()
     code = np.asarray(hl_gauss(batch.target, 0.0, 10.0, 11))
     cross = -(code * np.asarray(jax.nn.log_softmax(p.logits))).sum(-1)
-    wanted = np.concatenate([np.asarray(batch.step.reward)[:, None], batch.next_features], 1)
+    wanted = np.concatenate([np.asarray(batch.reward)[:, None], batch.next_features], 1)
     auxiliary = ((np.asarray(p.predicted) - wanted) ** 2).sum(1) / (H + 1)
     close(critic_error(batch, 0.0), cross.mean())
     close(critic_error(batch, 2.0), (cross + 2 * auxiliary).mean())
@@ -485,7 +474,7 @@ def test_no_prediction_is_stored_or_learned_without_its_weight():
     assert jax.eval_shape(algo.update, state)[1]["losses/aux_loss"].shape == ()
 
 
-# --- 13: networks ---
+# --- networks ---
 
 
 @pytest.mark.parametrize(("vmin", "vmax"), [(0.0, 150.0), (-10.0, 10.0)])
@@ -498,7 +487,7 @@ def test_initial_value(vmin, vmax):
         if zero_init:
             assert jnp.abs(value).max() < 1e-4 * (vmax - vmin)
         else:
-            close(value.mean(), (vmin + vmax) / 2, rtol=0, atol=0.05 * (vmax - vmin))
+            close(value.mean(), (vmin + vmax) / 2, rtol=0, atol=0.02 * (vmax - vmin))
 
 
 @pytest.mark.parametrize(
@@ -527,10 +516,10 @@ def test_smallest_deviation_is_passed_on():
         close(net.apply(params, obs).std, min_std, atol=1e-8)
 
 
-# --- 14: observations ---
+# --- observations ---
 
 
-def recorder(dtype=jnp.float32):
+def recorder():
     """Observations that wander; remembers them and the actions of its first 32 steps."""
 
     def reset(key):
@@ -568,7 +557,7 @@ def test_statistics_include_the_observation_that_they_standardise():
         close(actions[:, t], np.clip(np.tanh(mean), -0.999, 0.999), atol=2e-4)
 
 
-# --- 15: bookkeeping ---
+# --- bookkeeping ---
 
 
 @pytest.mark.parametrize(("preset", "updates"), [("large", 382), ("medium", 763), ("small", 1526)])
@@ -582,83 +571,187 @@ def test_published_sizes_of_a_run(preset, updates):
 
 def test_an_epoch_sees_every_transition_once():
     """Without learning, the mean over minibatches is that over the batch."""
-    still = {"learning_rate": 0.0}
-    whole = run_update(config_of(num_minibatches=1, **still))[2]
-    cut = run_update(config_of(num_minibatches=4, **still))[2]
+    whole = run_update(**ONE, learning_rate=0.0)[2]
+    cut = run_update(**(ONE | {"num_minibatches": 4}), learning_rate=0.0)[2]
     for name in ("losses/qf_loss", "losses/value_error", "losses/q_value", "losses/std"):
         close(cut[name], whole[name], rtol=1e-4)
 
 
 def test_the_actor_climbs_the_critic_that_was_just_updated():
-    one = {"num_minibatches": 1, "num_epochs": 1, "kl_mode": "value", "zero_init": False}
-    still = run_update(config_of(learning_rate=0.0, **one))[2]
-    moving = run_update(config_of(learning_rate=0.03, **one))[2]
+    still, moving = (run_update(**ONE, learning_rate=rate)[2] for rate in (0.0, 0.03))
     close(moving["losses/q_value"], still["losses/q_value"])
     close(moving["losses/entropy"], still["losses/entropy"])
     assert abs(moving["losses/policy_loss"] - still["losses/policy_loss"]) > 1e-3
 
 
-def test_first_step_of_an_update_has_no_kl():
-    metrics = run_update(config_of(num_minibatches=1, num_epochs=1, kl_estimator="unclipped"))[2]
+@pytest.mark.parametrize("noise", [1.0, 2.0])
+def test_first_step_of_an_update_has_no_kl(noise):
+    metrics = run_update(**ONE, noise_min=noise, noise_max=noise)[2]
     assert abs(metrics["losses/kl"]) < 1e-5
     assert metrics["losses/gated_fraction"] == 0
 
 
-def test_step_size_follows_progress_and_ends_at_zero():
-    train = jax.jit(reppo.make_train(config_of(total_timesteps=4 * 32 - 5, anneal_lr=True)))
-    rates = train(jax.random.key(0))["metrics"]["charts/learning_rate"]
-    close(rates, reppo.Config().learning_rate * np.array([1, 0.75, 0.5, 0.25]))
+ARRAYS = "reward", "bonus", "next_value", "terminated", "truncated", "weight"
+
+
+def recorded_update(monkeypatch, adapt, **changes):
+    """One update of `adapt(first state)` and the arguments of its recursion, by name."""
+    seen, real = {}, reppo.soft_td_lambda
+
+    def record(*args):
+        seen.update(zip(ARRAYS, args, strict=False))
+        return real(*args)
+
+    monkeypatch.setattr(reppo, "soft_td_lambda", record)
+    algo = reppo.build(config_of(**changes))
+
+    def run(key):
+        state = adapt(algo.init(key))
+        after, metrics = algo.update(state)
+        return state, after, metrics, dict(seen)
+
+    return jax.jit(run)(jax.random.key(0))
+
+
+def blind_and_narrow(state):
+    """The critic no longer sees the action's two entries; the policy has mean 0, deviation e^-3."""
+    critic = state.params["critic"]["params"]
+    kernel = critic["Block_0"]["Dense_0"]["kernel"].at[2:].set(0.0)
+    block = critic["Block_0"] | {"Dense_0": critic["Block_0"]["Dense_0"] | {"kernel": kernel}}
+    net = state.params["actor"]["net"]["params"]
+    head = {"kernel": 0 * net["Dense_0"]["kernel"], "bias": jnp.array([0.0, 0.0, -3.0, -3.0])}
+    params = {
+        "critic": {"params": critic | {"Block_0": block}},
+        "actor": state.params["actor"] | {"net": {"params": net | {"Dense_0": head}}},
+    }
+    return state._replace(params=params)
+
+
+@pytest.mark.parametrize("mode", ["aligned", "shifted"])
+def test_what_the_targets_are_made_of(mode, monkeypatch):
+    """Values of the right successors, the entropy's bonus; what has no target does not count."""
+    changes = {"env": "tiny:counter", "normalize_obs": False, "zero_init": False, "min_std": 0.0}
+    changes |= {"gamma": 0.5, "temperature_init": 2.0, "target_mode": mode}
+    changes |= {"num_epochs": 1, "num_minibatches": 1}
+    config = config_of(**changes)
+    state, _, metrics, seen = recorded_update(monkeypatch, blind_and_narrow, **changes)
+    truncated = np.asarray(seen["truncated"])
+    assert truncated.any(0).all()
+    true, shown = tiny.successors(truncated)
+    obs = true if mode == "aligned" else shown
+    critic = reppo.Critic(config)
+    predict = lambda obs: critic.apply(state.params["critic"], obs, np.zeros((8, 4, 2))).value
+    here = np.stack([true[..., 0] - 1, true[..., 1] + 1], -1)
+    assert np.abs(predict(true) - predict(here)).min() > 1e-3
+    assert np.abs(predict(true) - predict(shown))[truncated].min() > 1e-3
+    close(seen["next_value"], predict(obs), rtol=1e-4)
+    entropy = 2 * (0.5 * math.log(2 * math.pi * math.e) - 3.0)  # tanh is the identity near 0
+    close(seen["bonus"].mean(), 0.5 * 2.0 * entropy, rtol=0.15)
+    close(seen["weight"], 1.0)
+    lost = truncated if mode == "shifted" else np.zeros_like(truncated)
+    target = reppo.soft_td_lambda(*(seen[k] for k in ARRAYS), 0.5, config.td_lambda, mode)
+    taken = np.where(lost, 0.0, 1.0)
+    assert (taken.mean() < 1) == (mode == "shifted")
+    error = (taken * (predict(here) - target) ** 2).mean()
+    close(metrics["losses/value_error"], error, rtol=1e-3)
+
+
+def test_weights_compare_the_policy_with_what_acted(monkeypatch):
+    """The ratio of a narrow to a wide density is small far out, and never below 1 / 3 inside."""
+    changes = {"noise_max": 3.0, "trace_min": 0.0, "env": "pendulum"}
+    weight = np.asarray(recorded_update(monkeypatch, lambda x: x, **changes)[3]["weight"])
+    close(weight[:, 0], 1.0)
+    assert (weight[:, 1:] < 0.3).any()
+    assert (weight <= 1.0).all()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "name", "rises"),
+    [
+        ("kl_bound", -1.0, "kl_coef", True),
+        ("kl_bound", 1.0, "kl_coef", False),
+        ("target_entropy_mult", -10.0, "temperature", True),
+        ("target_entropy_mult", 10.0, "temperature", False),
+    ],
+)
+def test_an_update_moves_the_multipliers_to_their_constraints(field, value, name, rises):
+    before, after, _ = run_update(**ONE, **{field: value})
+    old, new = (state.params["actor"]["duals"][name] for state in (before, after))
+    assert (new > old) == rises
+
+
+def test_the_kl_is_measured_from_the_policy_that_acted():
+    metrics = run_update(learning_rate=0.03)[2]
+    assert metrics["losses/kl"] > 0.05
+    assert 0 < metrics["losses/gated_fraction"] < 1
+
+
+def test_minibatches_are_shuffled(monkeypatch):
+    shuffled = run_update()[1]
+    tiny.compiled_update.cache_clear()
+    monkeypatch.setattr(jax.random, "permutation", lambda key, n: jnp.arange(n))
+    in_order = run_update()[1]
+    tiny.compiled_update.cache_clear()
+    differ = jax.tree.map(lambda x, y: bool((x != y).any()), shuffled.params, in_order.params)
+    assert any(jax.tree.leaves(differ))
+
+
+def test_the_critic_sees_what_the_actor_does_not(monkeypatch):
+    make = reppo.envs.make
+    cheat = lambda *args, **kwargs: make(*args, **kwargs)._replace(privileged_size=1)
+    monkeypatch.setattr(reppo.envs, "make", cheat)
+    params = jax.eval_shape(reppo.build(config_of()).init, jax.random.key(0)).params
+    first = lambda tree: tree["params"]["Block_0"]["Dense_0"]["kernel"].shape[0]
+    assert first(params["critic"]) == 4 + 1
+    assert first(params["actor"]["net"]) == 4 - 1
+
+
+SCALAR = {"critic_loss": "mse", "value_samples": 3, "kl_mode": "full"}
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {"target_mode": "shifted", "kl_estimator": "exact", "reverse_kl": True},
-        {"critic_loss": "mse", "value_samples": 3, "kl_mode": "full"},
+        SCALAR,
         {"encoder_output": "block", "encoder_layers": 3, "norm": "layer", "noise_max": 1.5},
     ],
     ids=lambda changes: next(iter(changes.values())),
 )
 def test_variants_run(changes):
-    metrics = run_update(config_of(**changes))[2]
+    metrics = run_update(**changes)[2]
     assert metrics["health/finite"]
     assert metrics["health/skipped_steps"] == 0
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(metrics))
 
 
-# --- 16: broken physics ---
+# --- broken physics ---
 
 
-def broken(every=3):
-    """Balance whose reward is not a number on every third step."""
+def broken():
+    """Balance whose reward is never a number."""
     raw = tiny.balance()
 
     def step(key, state, action):
-        obs, inner, reward, terminated, info = raw.step(key, state[1], action)
-        t = state[0] + 1
-        return obs, (t, inner), jnp.where(t % every == 0, jnp.nan, reward), terminated, info
+        obs, state, _, terminated, info = raw.step(key, state, action)
+        return obs, state, jnp.nan, terminated, info
 
-    def reset(key):
-        obs, inner = raw.reset(key)
-        return obs, (jnp.int32(0), inner)
-
-    return raw._replace(name="broken", reset=reset, step=step)
+    return raw._replace(name="broken", step=step)
 
 
-def test_broken_physics_leaves_everything_finite():
-    _, state, metrics = run_update(config_of(env="test_reppo:broken"))
-    assert metrics["health/env_nan"] > 0
+def test_broken_physics_teaches_nothing():
+    before, after, metrics = run_update(env="test_reppo:broken")
+    assert metrics["health/env_nan"] == 32
     assert metrics["health/finite"]
-    floats = [x for x in jax.tree.leaves(state.params) if jnp.issubdtype(x.dtype, jnp.floating)]
-    assert all(np.isfinite(x).all() for x in floats)
+    assert metrics["health/skipped_steps"] == 0
+    tiny.assert_close(after.params, before.params, atol=1e-6)  # a step is 3e-4
 
 
 def test_a_gradient_that_is_not_finite_is_skipped():
     """A reward scale of infinity makes every target infinite, and the scalar critic's error too."""
-    config = config_of(critic_loss="mse", aux_loss_mult=0.0, reward_scale=math.inf)
-    before, after, metrics = run_update(config)
+    before, after, metrics = run_update(**SCALAR, reward_scale=math.inf)
     tiny.assert_same(before.params["critic"], after.params["critic"])
-    assert metrics["health/skipped_steps"] == config.num_epochs * config.num_minibatches
+    assert metrics["health/skipped_steps"] == 4
     assert not metrics["health/finite"]  # nothing was learned: the seed is named
 
 
@@ -692,7 +785,7 @@ def test_presets_have_room_for_their_rewards():
         dataclasses.replace(reppo.Config(), **preset).validate()
 
 
-# --- 17: learning ---
+# --- learning ---
 
 
 @pytest.mark.slow

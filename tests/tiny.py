@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 
 from algos import launch, rundir
 from envs import gymnax
+from envs.wrappers import RawEnv
 
 # A new algorithm is one more name, with what its smallest run needs beside SHARED.
 ALGOS = {
@@ -30,9 +32,22 @@ ALGOS = {
         "vmax": 12.0,
         "kl_samples": 2,
     },
+    "reppo_discrete": {
+        "target_entropy_mult": 0.0,  # the best policies of the probes are deterministic
+        "reward_scale": 0.1,
+        "critic_width": 8,
+        "num_bins": 29,
+        "vmin": -2.0,
+        "vmax": 12.0,
+    },
 }
 
-CONTINUOUS_ONLY = {"reppo"}  # for continuous actions, with a critic of observation and action
+# Tasks of both kinds of actions, for the algorithms that know that kind.
+TASKS = {"discrete": "cartpole", "continuous": "pendulum"}
+KINDS = dict.fromkeys(ALGOS, tuple(TASKS)) | {
+    "reppo": ("continuous",),
+    "reppo_discrete": ("discrete",),
+}
 ASYMMETRIC = {"reppo"}  # the critic may see what the actor does not
 
 SHARED = {
@@ -58,6 +73,29 @@ def balance():
     return raw._replace(name="balance", step=step, action_size=1, discrete=False)
 
 
+def counter(discrete=False):
+    """Observes how many of its 4 steps an episode has had, and has left."""
+    observe = lambda t: jnp.stack([t, 4.0 - t])
+    step = lambda key, t, action: (observe(t + 1.0), t + 1.0, 1.0, False, {})
+    reset = lambda key: (observe(jnp.zeros(())), jnp.zeros(()))
+    return RawEnv("counter", reset, step, 2, (2,), 2, discrete, 4, "cached")
+
+
+counter_discrete = partial(counter, discrete=True)
+
+
+def successors(truncated):
+    """Observations [T, N, 2] of `counter` after each step: before a reset, and after it."""
+    count, true = np.zeros(truncated.shape[1]), []
+    for ends in truncated:
+        count = count + 1
+        true.append(count)
+        count = np.where(ends, 0.0, count)
+    true = np.stack(true)
+    shown = np.where(truncated, 0.0, true)
+    return tuple(np.stack([t, 4.0 - t], -1).astype(np.float32) for t in (true, shown))
+
+
 def module_of(name):
     return importlib.import_module(f"algos.{name}")
 
@@ -68,6 +106,29 @@ def config_of(name, **changes):
     known = {field.name for field in dataclasses.fields(config_type)}
     shared = {k: v for k, v in SHARED.items() if k in known}
     return config_type(**(shared | ALGOS[name] | changes))
+
+
+@cache
+def compiled_update(name, config):
+    """(key, swept values) -> first state, state after one update, its metrics; compiled."""
+
+    def run(key, hparams):
+        algo = module_of(name).build(dataclasses.replace(config, **hparams))
+        state = algo.init(key)
+        return state, *algo.update(state)
+
+    return jax.jit(run)
+
+
+def run_update(name, **changes):
+    """One update of the tiny Config from seed 0: state before and after it, metrics.
+
+    Calls that differ only in fields of TRACEABLE share one compilation.
+    """
+    config, names = config_of(name, **changes), module_of(name).TRACEABLE
+    default = {k: getattr(config_of(name), k) for k in names}
+    values = {k: jnp.float32(getattr(config, k)) for k in names}
+    return compiled_update(name, dataclasses.replace(config, **default))(jax.random.key(0), values)
 
 
 def flags_of(config):

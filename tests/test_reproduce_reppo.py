@@ -1,0 +1,105 @@
+"""Reproducing REPPO: which runs are started, resumed or left alone, and the table of them."""
+
+import importlib
+import shlex
+import sys
+
+import pytest
+from test_experiments import write_run
+
+import envs
+from algos import cli, reppo
+from experiments import reproduce_reppo
+from experiments.reproduce_reppo import GROUPS, Job, command
+
+JOBS = [(group, job) for group, jobs in GROUPS.items() for job in jobs]
+
+
+@pytest.mark.parametrize(("group", "job"), JOBS, ids=lambda x: getattr(x, "name", x))
+def test_every_job_is_a_valid_launch(group, job):
+    module = importlib.import_module(f"algos.{job.algo}")
+    argv = ["--env", job.task, *shlex.split(job.flags)]
+    config, _ = cli.parse(job.algo, module.Config, module.PRESETS, argv)
+    config.validate()
+    envs.canonical(config.env)
+
+
+def test_jobs_do_not_share_a_directory():
+    names = [(group, job.task, job.name) for group, job in JOBS]
+    assert len(set(names)) == len(names)
+
+
+def test_ablations_change_one_thing_each():
+    configs = {}
+    for job in GROUPS["ablations"]:
+        argv = ["--env", job.task, *shlex.split(job.flags)]
+        configs[job.name] = vars(cli.parse("reppo", reppo.Config, reppo.PRESETS, argv)[0])
+    default = configs.pop("default")
+    for name, config in configs.items():
+        assert sum(config[field] != default[field] for field in default) == 1, name
+
+
+def test_runs_of_a_task_have_equal_steps():
+    for task in {job.task for job in GROUPS["tasks"]}:
+        steps = set()
+        for job in GROUPS["tasks"]:
+            if job.task == task:
+                module = importlib.import_module(f"algos.{job.algo}")
+                argv = ["--env", job.task, *shlex.split(job.flags)]
+                config, _ = cli.parse(job.algo, module.Config, module.PRESETS, argv)
+                steps.add(config.total_timesteps)
+        assert len(steps) == 1
+
+
+def test_a_job_is_started_resumed_or_left_alone(tmp_path):
+    job, run_dir = Job("cartpole", "fast", "ppo", "--gamma 0.9"), tmp_path / "run"
+    started = command(job, run_dir, 3)
+    assert started[0] == sys.executable
+    assert started[1].endswith("algos/ppo.py")
+    assert started[2:] == [
+        *("--env", "cartpole", "--gamma", "0.9", "--num-seeds", "3", "--run-dir", str(run_dir))
+    ]
+    write_run(run_dir, done=False)
+    assert command(job, run_dir, 3)[2:] == ["--resume", str(run_dir)]
+    (run_dir / "done.json").write_text("{}")
+    assert command(job, run_dir, 3) is None
+
+
+def test_nothing_is_run_again_and_the_table_is_written(tmp_path, capsys, monkeypatch):
+    ran = []
+    monkeypatch.setattr(reproduce_reppo, "run", ran.append)
+    task = "CartpoleBalance"
+    write_run(tmp_path / "published" / task / "reppo", env="cartpole", offset=900.0)
+    reproduce_reppo.main(["published", "--tasks", task, "--out", str(tmp_path)])
+    assert ran == []
+    text = (tmp_path / "published" / "table.md").read_text()
+    assert text == capsys.readouterr().out
+    assert "| CartpoleBalance | 999.6 ± 0.2 (n=10) | 917.0 ± 11.2 (n=4) |" in text
+    assert (tmp_path / "published" / "table.json").exists()
+    assert (tmp_path / "published" / f"{task}.png").exists()
+    reproduce_reppo.main(["tasks", "--tasks", "CheetahRun", "--out", str(tmp_path)])
+    assert [argv[2:4] for argv in ran] == [["--env", "CheetahRun"]] * 2
+
+
+def test_a_failed_launch_stops_the_program():
+    reproduce_reppo.run([sys.executable, "-c", ""])
+    reproduce_reppo.run([sys.executable, "-c", "raise SystemExit(1)"])  # every seed died
+    for status in (2, 130):
+        with pytest.raises(SystemExit) as caught:
+            reproduce_reppo.run([sys.executable, "-c", f"raise SystemExit({status})"])
+        assert caught.value.code == status
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nothing"], "invalid choice: 'nothing'"),
+        (["tasks", "--tasks", "ant"], "--tasks ant: choose from CartpoleBalance, CartpoleSwingup"),
+        (["tasks", "--num-seeds", "0"], "--num-seeds 0"),
+    ],
+)
+def test_bad_input_is_one_error(argv, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        reproduce_reppo.main(argv)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
