@@ -14,8 +14,9 @@ and trains as the launcher does. Four variants of its update take turns on the s
 
 and an update's seconds are split by subtraction: environment; acting (policy and noise, which is
 here drawn step by step); gradient (forward and backward passes, clipping, Adam); rest (targets,
-shuffling, gathering minibatches, statistics, metrics). Rates are environment steps per second of
-all seeds together. Evaluation is timed apart, on the policy that there is by then.
+shuffling, gathering minibatches, statistics, metrics). Where an algorithm has several losses, an
+update without the gradient of one of them tells the share of that one. Rates are environment steps
+per second of all seeds together. Evaluation is timed apart, on the policy that there is by then.
 
 With --peer, PPO on CartPole is timed against another library, call by call in turn: `benchmark.py`
 and `peer_rejax.py` in the peer's Python have the same sizes and evaluate nothing.
@@ -98,27 +99,46 @@ def total(tree: Any) -> jax.Array:
     return sum((jnp.sum(x, dtype=jnp.float32) for x in leaves), jnp.zeros(()))
 
 
+def name_of(loss: Callable) -> str:
+    """Name of a loss function, or of what it is a partial of."""
+    return getattr(loss, "func", loss).__name__
+
+
+def losses_of(algo: common.Algo) -> list[str]:
+    """Names of the functions that an update takes gradients of."""
+    names, real = [], jax.grad
+
+    def grad(function, **options):
+        names.append(name_of(function))
+        return real(function, **options)
+
+    with mock.patch.object(jax, "grad", grad):
+        state = jax.eval_shape(algo.init, jax.random.key(0))
+        jax.eval_shape(lambda state: algo.update(state), state)
+    return list(dict.fromkeys(names))
+
+
 @contextlib.contextmanager
-def free_gradients():
+def free_gradients(only: str = ""):
     """What is traced here has gradients and optimiser steps that cost nothing and change nothing.
 
     Their place is taken by a vanishing multiple of the sum of the minibatch, so that everything
-    before them is computed and everything after them has the right shapes.
+    before them is computed and everything after them has the right shapes. With `only` this is so
+    for the gradient of the function of that name alone, and optimisers work.
     """
+    real = jax.grad
 
-    def value_and_grad(function, has_aux=False):
+    def grad(function, has_aux=False):
+        if only and name_of(function) != only:
+            return real(function, has_aux=has_aux)
+
         def free(params, *args):
             little = 1e-30 * total(args)
             fill = lambda x: jnp.full(x.shape, little).astype(x.dtype)
-            value = jax.tree.map(fill, jax.eval_shape(function, params, *args))
-            return value, jax.tree.map(fill, params)
-
-        return free
-
-    def grad(function, has_aux=False):
-        def free(params, *args):
-            value, grads = value_and_grad(function)(params, *args)
-            return (grads, value[1]) if has_aux else grads
+            grads = jax.tree.map(fill, params)
+            if has_aux:
+                return grads, jax.tree.map(fill, jax.eval_shape(function, params, *args)[1])
+            return grads
 
         return free
 
@@ -128,21 +148,22 @@ def free_gradients():
         )
 
     adam = optax.scale_by_adam
-    with (
-        mock.patch.object(jax, "value_and_grad", value_and_grad),
-        mock.patch.object(jax, "grad", grad),
-        mock.patch.object(optax, "scale_by_adam", scale_by_adam),
-        mock.patch.object(optax, "clip_by_global_norm", return_value=optax.identity()),
-    ):
+    with contextlib.ExitStack() as stack:
+        patch = lambda *args, **options: stack.enter_context(mock.patch.object(*args, **options))
+        patch(jax, "grad", grad)
+        if not only:
+            patch(optax, "scale_by_adam", scale_by_adam)
+            patch(optax, "clip_by_global_norm", return_value=optax.identity())
         yield
 
 
 class Case:
     """The compiled launch of one algorithm, as the launcher makes it, with its seconds."""
 
-    def __init__(self, algo: str, env: str, num_seeds: int, **changes):
+    def __init__(self, algo: str, env: str, presets: list[str], num_seeds: int, **changes):
         module = importlib.import_module(f"algos.{algo}")
         flags = ["--env", env, "--num-seeds", str(num_seeds)]
+        flags += ["--preset", *presets] if presets else []
         config, self.launch = launch.parse(algo, module.Config, module.PRESETS, flags)
         self.config = replace(config, total_timesteps=ENDLESS, **changes)
         self.build = module.build
@@ -180,9 +201,9 @@ class Case:
         return time.perf_counter() - start
 
 
-def measure(algo: str, env: str, num_seeds: int, budget: float) -> dict[str, Any]:
+def measure(algo: str, env: str, presets: list[str], num_seeds: int, budget: float):
     """Time one case for about `budget` seconds, at least one call of each variant."""
-    case = Case(algo, env, num_seeds)
+    case = Case(algo, env, presets, num_seeds)
     variants = {
         "environment": case.variant(rollout_alone(case.build, acting=False)),
         "acting": case.variant(rollout_alone(case.build, acting=True)),
@@ -190,6 +211,10 @@ def measure(algo: str, env: str, num_seeds: int, budget: float) -> dict[str, Any
     }
     with free_gradients():
         variants["no gradient"] = case.variant(case.build)
+    losses = losses_of(case.build(case.config))
+    for name in losses if len(losses) > 1 else ():
+        with free_gradients(only=name):
+            variants[f"no {name}"] = case.variant(case.build)
     samples: dict[str, list] = {name: [] for name in variants}
     lengths = dict.fromkeys(variants, 1)
     start = time.perf_counter()
@@ -232,16 +257,18 @@ def derived(samples: dict[str, list], steps: int) -> dict[str, Any]:
         "gradient": full - seconds["no gradient"],
         "rest": seconds["no gradient"] - seconds["acting"],
     }
+    losses = [name for name in samples if name.startswith("no ") and name != "no gradient"]
     return {
         "rates": {"environment": steps / seconds["environment"], "training": steps / full},
         "shares": {name: parts[name] / full for name in PARTS},
+        "losses": {name[3:]: (full - seconds[name]) / full for name in losses},
     }
 
 
 def serve(num_seeds: int, num_updates: int, **sizes) -> None:
     """Tell the compile seconds, then train `num_updates` for each line of standard input."""
     sizes["hidden"] = tuple(sizes["hidden"])
-    case = Case("ppo", "cartpole", num_seeds, **sizes)
+    case = Case("ppo", "cartpole", [], num_seeds, **sizes)
     compiled = sum(case.seconds.values())
     description = {"compile": compiled, "devices": case.devices, "versions": logs.versions()}
     print(json.dumps(description), flush=True)
@@ -281,7 +308,8 @@ def markdown(cases: list[dict[str, Any]]) -> str:
     head += ["trace + compile, s", "one evaluation, s"]
     rows = [head, ["---"] * len(head)]
     for case in cases:
-        cells = [case["algo"], case["env"], str(case["num_seeds"])]
+        task = " ".join([case["env"], *case["presets"]])
+        cells = [case["algo"], task, str(case["num_seeds"])]
         if "error" in case:
             cells.append(case["error"])
         else:
@@ -289,7 +317,10 @@ def markdown(cases: list[dict[str, Any]]) -> str:
             cells[-1] += f" x {case['num_envs']} x {case['num_steps']}"
             cells.append(f"{case['devices']} x {case['device']}")
             cells += [f"{case['rates'][name]:,.0f}" for name in ("environment", "training")]
-            cells += [f"{case['shares'][part]:.0%}" for part in PARTS]
+            shares = {part: f"{case['shares'][part]:.0%}" for part in PARTS}
+            losses = [f"{name} {share:.0%}" for name, share in case["losses"].items()]
+            shares["gradient"] += f" ({', '.join(losses)})" if losses else ""
+            cells += shares.values()
             cells.append(f"{seconds['trace']:.0f} + {seconds['compile']:.0f}")
             cells.append(f"{seconds['evaluation']:.1f}")
         rows.append(cells + [""] * (len(head) - len(cells)))
@@ -427,6 +458,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--envs", nargs="+", default=ENVS, help="tasks")
     parser.add_argument("--algos", nargs="+", default=("ppo", "bpo"), help="algorithms")
+    parser.add_argument("--presets", nargs="+", default=[], help="on top of the task's own")
     parser.add_argument("--seeds", nargs="+", type=int, default=(1, 16), help="numbers of seeds")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds to time one case")
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds to wait for one case")
@@ -461,7 +493,8 @@ def cases(args: argparse.Namespace):
         return
     for algo, env, num_seeds in itertools.product(args.algos, args.envs, args.seeds):
         print(f"{algo} on {env}, {num_seeds} seeds", file=sys.stderr)
-        case = {"algo": algo, "env": env, "num_seeds": num_seeds, "budget": args.budget}
+        case = {"algo": algo, "env": env, "presets": args.presets}
+        case |= {"num_seeds": num_seeds, "budget": args.budget}
         yield in_own_process(case, args.limit)
 
 

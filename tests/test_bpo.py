@@ -13,6 +13,9 @@ from tiny import assert_allclose
 
 from algos import bpo, common
 
+# In one worker, so that updates are compiled once.
+pytestmark = pytest.mark.xdist_group("test_bpo")
+
 # --- fitted Q evaluation ---
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from scipy import stats
 
 import envs
-from algos import ppo, rundir
+from algos import ppo, reppo, rundir
 from experiments import benchmark, compare, render
 
 EVALS = 3
@@ -271,7 +271,8 @@ def test_benchmark_measures_every_case(monkeypatch, tmp_path, capsys):
     rows = table_of(capsys)
     assert rows[0][3] == "no time"
     assert rows[1][2:] == [
-        *("16 x 8 x 32", "2 x cpu", "4,000", "1,000", "25%", "10%", "60%", "5%", "3 + 40", "1.5"),
+        *("16 x 8 x 32", "2 x cpu", "4,000", "1,000", "25%", "10%"),
+        *("60% (actor_loss_fn 25%)", "5%", "3 + 40", "1.5"),
     ]
     report = json.loads(out.read_text())
     assert report["command"].startswith("python benchmark.py --envs")
@@ -280,6 +281,7 @@ def test_benchmark_measures_every_case(monkeypatch, tmp_path, capsys):
 
 
 SAMPLES = {"environment": [1.0, 1.0, 9.0], "acting": [1.4], "full": [4.0], "no gradient": [1.6]}
+SAMPLES["no actor_loss_fn"] = [3.0]
 RESULT = {
     "num_envs": 8,
     "num_steps": 32,
@@ -292,10 +294,11 @@ RESULT = {
 
 def test_shares_add_up():
     assert sum(RESULT["shares"].values()) == pytest.approx(1.0)
+    assert RESULT["losses"] == {"actor_loss_fn": pytest.approx(0.25)}
 
 
 def test_a_failing_case_is_reported(tmp_path):
-    case = {"algo": "ppo", "env": "nothing", "num_seeds": 1, "budget": 1.0}
+    case = {"algo": "ppo", "env": "nothing", "presets": [], "num_seeds": 1, "budget": 1.0}
     assert "unknown environment 'nothing'" in benchmark.in_own_process(case, 60.0)["error"]
     assert benchmark.in_own_process(case, 0.01)["error"] == "nothing after 0 s"
 
@@ -320,9 +323,21 @@ def test_free_gradients_fit_every_algorithm(name):
     algo = tiny.module_of(name).build(tiny.config_of(name))
     state = jax.eval_shape(algo.init, jax.random.key(0))
     real = jax.eval_shape(algo.update, state)
-    with benchmark.free_gradients():
-        free = jax.eval_shape(lambda state: algo.update(state), state)
-    assert free == real
+    for only in ("", *benchmark.losses_of(algo)):
+        with benchmark.free_gradients(only):
+            free = jax.eval_shape(lambda state: algo.update(state), state)
+        assert free == real
+
+
+def test_one_gradient_is_free_and_the_others_are_not():
+    algo = reppo.build(tiny.config_of("reppo"))
+    assert benchmark.losses_of(algo) == ["critic_loss_fn", "actor_loss_fn"]
+    state = jax.jit(algo.init)(jax.random.key(0))
+    with benchmark.free_gradients("actor_loss_fn"):
+        free, _ = jax.jit(lambda state: algo.update(state))(state)
+    tiny.assert_close(free.params["actor"], state.params["actor"], atol=1e-5)
+    moved = jax.tree.map(lambda x, y: (x != y).any(), free.params["critic"], state.params["critic"])
+    assert all(jax.tree.leaves(moved))
 
 
 @pytest.mark.parametrize("acting", [False, True])

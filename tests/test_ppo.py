@@ -17,6 +17,9 @@ from tiny import assert_allclose, assert_close
 from algos import ppo
 from envs.wrappers import RawEnv, raw_state
 
+# In one worker, so that updates are compiled once.
+pytestmark = pytest.mark.xdist_group("test_ppo")
+
 T, N = 7, 3
 
 
