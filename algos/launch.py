@@ -21,6 +21,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -273,6 +274,7 @@ def main(
     With --verbose 2 an error keeps its traceback, for whoever is changing an algorithm.
     """
     launch = None
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # type: ignore
     try:
         config, launch = parse(name, config_type, presets, argv)
         rows = make_rows(launch, config, traceable)

@@ -2,7 +2,10 @@
 
 import dataclasses
 import math
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -777,6 +780,19 @@ def test_a_support_that_is_too_small_is_a_warning():
     numbers = r"values can be 0 to 100 .*vmin=-2 to vmax=12"
     with pytest.warns(UserWarning, match=numbers):
         config_of(reward_range=(0.0, 1.0), gamma=0.99).validate()
+
+
+def test_the_warning_is_one_line_before_anything_compiles(tmp_path):
+    (tmp_path / "config.json").touch()  # ends the launch right after
+    command = [sys.executable, "algos/reppo.py", "--env", "pendulum", "--vmin", "-9"]
+    command += ["--run-dir", str(tmp_path)]
+    root = Path(reppo.__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert len(lines) == 2
+    assert lines[0].startswith("warning: values can be -162.8 to 0 (reward_range=(-16.28, 0.0)")
+    assert lines[1].startswith("error: ")
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
