@@ -264,7 +264,9 @@ CONTINUOUS = replace(
     SMALL, env="pendulum", num_vf_minibatches=2, num_mu_minibatches=2, symlog_targets=False,
     polyak_tau=0.0,
 )  # fmt: skip
-WEIGHTED = replace(CONTINUOUS, weight_on_adv=True, clip_traj=True)
+WEIGHTED = replace(
+    CONTINUOUS, weight_on_adv=True, clip_traj=True, exploration="sticky", noise_interval=4
+)
 
 
 @pytest.mark.parametrize("config", [SMALL, ROWS, WEIGHTED], ids=["transitions", "rows", "weighted"])
@@ -275,16 +277,20 @@ def test_surrogate_ratio_is_against_mu_unless_the_advantage_is_weighted(config):
     assert_allclose(metric["losses/approx_kl"], expected, rtol=1e-4)
 
 
+ONE_STEP = {"replay_rollouts": 1, "num_vf_epochs": 1, "num_vf_minibatches": 1, "polyak_tau": 0.0}
+LONG = replace(SMALL, num_steps=24, clip_rho=1.4, clip_c=1.1, **ONE_STEP)
+LONG_WEIGHTED = replace(
+    LONG, estimator="pdis", symlog_targets=False, weight_td=True, clip_targets=False
+)
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [{}, {"estimator": "pdis"}, {"clip_traj": True, "fidelity": "official"}],
+    "config",
+    [LONG, LONG_WEIGHTED, replace(LONG, clip_traj=True, fidelity="official")],
     ids=["vtrace", "pdis", "official"],
 )
-def test_targets_of_an_update(changes):
+def test_targets_of_an_update(config):
     """V learns what the estimator makes of the rollout, of its ratios and of its ends."""
-    config = replace(
-        SMALL, num_steps=24, replay_rollouts=1, clip_rho=1.4, clip_c=1.1, anneal_lr=False, **changes
-    )
     states, [metric] = run(config, 1, shifted("mu"), **FROZEN)
     rows, params = states[1].replay, states[0].params
     assert rows.done.any()
@@ -301,23 +307,9 @@ def test_targets_of_an_update(changes):
     assert_allclose(metric["losses/value_loss"], ((target - value) ** 2).mean(), rtol=1e-4)
 
 
-ONE_STEP = {"replay_rollouts": 1, "num_vf_epochs": 1, "num_vf_minibatches": 1, "polyak_tau": 0.0}
-
-
 @pytest.mark.parametrize(
     "config",
-    [
-        replace(SMALL, num_steps=24, **ONE_STEP),
-        replace(
-            SMALL,
-            num_steps=24,
-            symlog_targets=False,
-            weight_td=True,
-            clip_targets=False,
-            **ONE_STEP,
-        ),
-        replace(CONTINUOUS, **ONE_STEP),
-    ],
+    [LONG, LONG_WEIGHTED, replace(CONTINUOUS, **ONE_STEP)],
     ids=["symlog", "weighted", "continuous"],
 )
 def test_what_q_and_the_second_moment_learn(config):
@@ -373,25 +365,26 @@ def test_what_q_and_the_second_moment_learn(config):
     check("qhat", r_hat, 0.81, (1e-8, states[1].r_hat_max))
 
 
+FREE = replace(CONTINUOUS, **ONE_STEP | {"num_vf_minibatches": 4}, clip_targets=False)
+
+
 def test_hard_copies_wait_for_the_end_of_a_pass():
     """A target network that says 1000 makes the targets of all steps of the pass, not of one."""
-    config = replace(CONTINUOUS, **ONE_STEP | {"num_vf_minibatches": 4}, clip_targets=False)
 
     def change(state):
         layers = state.target_params["q"]["params"]
         layers = layers | {"Dense_0": layers["Dense_0"] | {"bias": jnp.array([1000.0])}}
         return state._replace(target_params=state.target_params | {"q": {"params": layers}})
 
-    states, [metric] = run(config, 1, change)
+    states, [metric] = run(FREE, 1, change)
     assert_allclose(metric["losses/q_loss"], 900.0**2, rtol=0.1)
     assert equal(states[1].target_params["q"], states[1].params["q"])
 
 
 def test_official_mu_sees_the_smallest_moment_alone():
     """Without learning, so that nothing else of the official code has an effect."""
-    config = replace(CONTINUOUS, clip_targets=False)
     fixed, official = (
-        run(replace(config, fidelity=x), 1, shifted("qhat"), **FROZEN)[1][0]["losses/mu_loss"]
+        run(replace(FREE, fidelity=x), 1, shifted("qhat"), **FROZEN)[1][0]["losses/mu_loss"]
         for x in ("fixed", "official")
     )
     assert official > fixed + 1e-3
@@ -418,8 +411,7 @@ def replay_noise(config, states):
 
 
 def test_sticky_noise():
-    config = replace(CONTINUOUS, exploration="sticky", noise_interval=4)
-    noise = replay_noise(config, run(config, 1, shifted("mu"))[0])
+    noise = replay_noise(WEIGHTED, run(WEIGHTED, 1, shifted("mu"), **FROZEN)[0])
     assert_allclose(np.diff(noise.reshape(2, 4, -1), axis=1), 0.0, atol=1e-3)
     first = noise[::4].ravel()
     assert len(np.unique(first.round(3))) == first.size  # over blocks and environments
@@ -497,7 +489,7 @@ def two_step_moments(**changes):
     ]
 
 
-@pytest.mark.parametrize("symlog", [True, False])
+@pytest.mark.parametrize("symlog", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_second_moment_is_learned(symlog):
     changes = {} if symlog else {"symlog_targets": False, "polyak_tau": 0.0, "weight_td": True}
     q, qhat = two_step_moments(**changes)
@@ -515,7 +507,11 @@ def test_annealing_follows_progress():
     states, metrics = run(SMALL, 10)
     assert_allclose([m["charts/learning_rate"] for m in metrics], 1e-2 * (1 - np.arange(10) / 10))
     assert not equal(states[-2].params["mu"], states[-1].params["mu"])
-    # the authors' code: pi makes 40 gradient steps in all, and mu 4, then 8 in each update
+
+
+@pytest.mark.slow
+def test_official_annealing_follows_the_counts():
+    """Pi makes 40 gradient steps in all, and mu 4, then 8 in each update."""
     states, _ = run(replace(SMALL, fidelity="official"), 10)
     moved = [not equal(a.params["mu"], b.params["mu"]) for a, b in itertools.pairwise(states)]
     assert moved[4]
@@ -579,6 +575,7 @@ def test_jit_changes_nothing():
     )
 
 
+@pytest.mark.slow  # a contract of every algorithm, here with more updates than the replay holds
 def test_seeds_side_by_side_are_the_seeds_alone():
     algo = bpo.build(replace(SMALL, gamma=0.9))
     keys = jax.vmap(jax.random.key)(jnp.arange(3, dtype=jnp.uint32))

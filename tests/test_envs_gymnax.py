@@ -60,7 +60,14 @@ def scan_both(task):
     ]
 
 
-@pytest.mark.parametrize("task", envs.TASKS["gymnax"])
+SLOW = "Asterix-MinAtar", "Freeway-MinAtar", "Seaquest-MinAtar"  # ten seconds each to compile
+TASKS = [
+    pytest.param(task, marks=pytest.mark.slow) if task in SLOW else task
+    for task in envs.TASKS["gymnax"]
+]
+
+
+@pytest.mark.parametrize("task", TASKS)
 def test_parity_with_gymnax(task):
     (obs, reward, terminated, truncated, final), source = scan_both(task)
     source_obs, source_reward, source_terminated, source_truncated, source_final = source

@@ -332,12 +332,16 @@ def test_free_gradients_fit_every_algorithm(name):
 def test_one_gradient_is_free_and_the_others_are_not():
     algo = reppo.build(tiny.config_of("reppo"))
     assert benchmark.losses_of(algo) == ["critic_loss_fn", "actor_loss_fn"]
-    state = jax.jit(algo.init)(jax.random.key(0))
-    with benchmark.free_gradients("actor_loss_fn"):
-        free, _ = jax.jit(lambda state: algo.update(state))(state)
-    tiny.assert_close(free.params["actor"], state.params["actor"], atol=1e-5)
-    moved = jax.tree.map(lambda x, y: (x != y).any(), free.params["critic"], state.params["critic"])
-    assert all(jax.tree.leaves(moved))
+    state = jax.eval_shape(algo.init, jax.random.key(0))
+
+    def products(only):
+        """Matrix products of an update without the gradient of this loss."""
+        with benchmark.free_gradients(only):
+            return str(jax.make_jaxpr(lambda state: algo.update(state))(state)).count("dot_general")
+
+    neither, critic, actor, both = map(products, ("", "actor_loss_fn", "critic_loss_fn", "nobody"))
+    assert neither < min(critic, actor)
+    assert neither + both == critic + actor
 
 
 @pytest.mark.parametrize("acting", [False, True])

@@ -417,7 +417,7 @@ def interrupt_at(monkeypatch, update, number=signal.SIGINT):
 
 @pytest.mark.parametrize(
     ("update", "number"),
-    [(0, signal.SIGINT), (2, signal.SIGINT), (3, signal.SIGTERM), (6, signal.SIGINT)],
+    [(0, signal.SIGINT), (3, signal.SIGTERM), (6, signal.SIGINT)],
 )
 def test_interrupted_and_resumed_is_the_same_run(whole, tmp_path, monkeypatch, update, number):
     run_dir = tmp_path / "run"
