@@ -1,5 +1,6 @@
 """One compilation cache for all tests, their workers and the programs they start."""
 
+import gc
 import os
 import signal
 from importlib.metadata import version
@@ -16,6 +17,10 @@ FLAGS = "--xla_backend_optimization_level=0"
 if version("jaxlib").startswith("0.9."):  # the older emitters compile in half the time; gone later
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+
+
+# Tracing makes objects by the million, and hardly any garbage: search for it less often.
+gc.set_threshold(200_000, 50, 100)
 
 
 @pytest.fixture

@@ -518,7 +518,10 @@ def test_official_annealing_follows_the_counts():
     assert not any(moved[6:])
 
 
-@pytest.mark.parametrize(("env", "loss"), [("cartpole", "centred"), ("pendulum", "kl")])
+@pytest.mark.parametrize(
+    ("env", "loss"),
+    [("cartpole", "centred"), pytest.param("pendulum", "kl", marks=pytest.mark.slow)],
+)
 def test_mu_losses_differ_in_what_they_look_at(env, loss):
     config = SMALL if env == "cartpole" else CONTINUOUS
     change = lambda state: shifted("q")(shifted("qhat")(state))
@@ -528,6 +531,7 @@ def test_mu_losses_differ_in_what_they_look_at(env, loss):
         assert equal(ends[0].params[name], ends[1].params[name])
 
 
+@pytest.mark.slow
 def test_mu_that_follows_pi_ignores_the_second_moment():
     config = replace(CONTINUOUS, mu_loss="kl")
     plain, other = (run(config, 1, change)[0][1] for change in (lambda s: s, shifted("qhat")))

@@ -725,7 +725,9 @@ OTHER = {
 }
 
 
-@pytest.mark.parametrize("changes", [SCALAR, OTHER], ids=["scalar", "other"])
+@pytest.mark.parametrize(
+    "changes", [SCALAR, pytest.param(OTHER, marks=pytest.mark.slow)], ids=["scalar", "other"]
+)
 def test_variants_run(changes):
     metrics = run_update(**changes)[2]
     assert metrics["health/finite"]
