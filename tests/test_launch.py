@@ -611,7 +611,7 @@ def test_physics_of_many_environments_does_not_hang_on_several_devices():
     assert done.returncode == 0
 
 
-@pytest.mark.slow  # three more processes that compile
+@pytest.mark.slow  # two more processes that compile
 def test_two_hosts_are_one_launch(whole, tmp_path):
     run_dir = tmp_path / "run"
     with socket.socket() as free:
