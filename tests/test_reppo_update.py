@@ -1,0 +1,446 @@
+"""Relative entropy pathwise policy optimisation: what an update does, settings, learning."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from algos import reppo
+from envs.wrappers import RawEnv, raw_state
+
+# In one worker, so that updates are compiled once.
+pytestmark = pytest.mark.xdist_group("test_reppo_update")
+
+close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+
+
+def config_of(**changes):
+    return tiny.config_of("reppo", **({"reward_scale": 1.0, "anneal_lr": False} | changes))
+
+
+def run_update(**changes):
+    """State before and after one update, and its metrics."""
+    return tiny.run_update("reppo", **({"reward_scale": 1.0, "anneal_lr": False} | changes))
+
+
+# A single gradient step that climbs everywhere, whose diagnostics are exact.
+ONE = {
+    "num_epochs": 1,
+    "num_minibatches": 1,
+    "kl_mode": "value",
+    "kl_estimator": "unclipped",
+    "zero_init": False,
+}
+
+
+# --- multipliers ---
+
+
+@pytest.mark.parametrize("tuned", [True, False])
+def test_multipliers_move_only_if_tuned(tuned):
+    before, after, metrics = run_update(**({} if tuned else SCALAR), learning_rate=0.01)
+    for name, old in before.params["actor"]["duals"].items():
+        new = after.params["actor"]["duals"][name]
+        assert (old != new) == tuned
+        close(metrics[f"losses/{name}"], np.exp(new))
+    moved = jax.tree.map(
+        lambda x, y: bool((x != y).any()),
+        before.params["actor"]["net"],
+        after.params["actor"]["net"],
+    )
+    assert all(jax.tree.leaves(moved))
+
+
+def test_multipliers_have_their_own_step_size():
+    runs = [run_update(**ONE, learning_rate=1e-3, dual_lr_mult=factor) for factor in (1.0, 5.0)]
+    steps = [
+        after.params["actor"]["duals"]["temperature"]
+        - before.params["actor"]["duals"]["temperature"]
+        for before, after, _ in runs
+    ]
+    close(steps[1], 5.0 * steps[0], rtol=1e-3)
+    tiny.assert_same(runs[0][1].params["actor"]["net"], runs[1][1].params["actor"]["net"])
+
+
+# --- observations ---
+
+
+def recorder():
+    """Observations that wander; remembers them and the actions of its first 32 steps."""
+
+    def reset(key):
+        obs = 3.0 * jax.random.normal(key, (2,)) + 5.0
+        return obs, (jnp.int32(0), obs, jnp.zeros((32, 2)), jnp.zeros((32, 2)))
+
+    def step(key, state, action):
+        t, obs, seen, done = state
+        obs = 0.9 * obs + jax.random.normal(key, (2,))
+        return obs, (t + 1, obs, seen.at[t].set(obs), done.at[t].set(action)), 0.0, False, {}
+
+    return RawEnv("recorder", reset, step, 2, (2,), 2, False, 10_000, "cached")
+
+
+def test_statistics_include_the_observation_that_they_standardise():
+    """With next to no noise an action is the mean at the observation, standardised at its step."""
+    config = config_of(
+        env="test_reppo_update:recorder",
+        learning_rate=0.0,
+        noise_min=1e-6,
+        noise_max=1e-6,
+        trace_min=1.0,
+    )
+    algo = reppo.build(config)
+    start = jax.jit(algo.init)(jax.random.key(0))
+    state = start
+    for _ in range(2):
+        state, _ = jax.jit(algo.update)(state)
+    _, _, seen, actions = raw_state(state.env_state)  # [N, 32, 2]
+    seen = np.concatenate([np.asarray(start.obs)[:, None], seen[:, :16]], 1)
+    close(state.obs_stats.mean, seen.reshape(-1, 2).mean(0))
+    close(state.obs_stats.var, seen.reshape(-1, 2).var(0))
+    assert state.obs_stats.count == seen.shape[0] * 17
+    actor = reppo.Actor(config, 2, 2)
+    for t in range(16):
+        past = seen[:, : t + 1].reshape(-1, 2)
+        inputs = (seen[:, t] - past.mean(0)) / np.sqrt(past.var(0) + 1e-2)
+        mean = actor.apply(start.params["actor"]["net"], jnp.asarray(inputs)).mean
+        close(actions[:, t], np.clip(np.tanh(mean), -0.999, 0.999), atol=2e-4)
+
+
+# --- an update ---
+
+
+def test_no_prediction_is_stored_or_learned_without_its_weight():
+    config = config_of(aux_loss_mult=0.0)
+    algo = reppo.build(config)
+    state = jax.eval_shape(algo.init, jax.random.key(0))
+    with_head = jax.eval_shape(reppo.build(config_of()).init, jax.random.key(0))
+    count = lambda state: len(jax.tree.leaves(state.params["critic"]))
+    assert count(state) < count(with_head)
+    assert jax.eval_shape(algo.update, state)[1]["losses/aux_loss"].shape == ()
+
+
+@pytest.mark.parametrize(("preset", "updates"), [("large", 382), ("medium", 763), ("small", 1526)])
+def test_published_sizes_of_a_run(preset, updates):
+    config = dataclasses.replace(reppo.Config(), **reppo.PRESETS[f"dmc_{preset}"])
+    assert config.num_updates == updates
+    gradient_steps = config.num_epochs * config.num_minibatches
+    assert config.steps_per_update / gradient_steps == 256
+    assert config.steps_per_update // config.num_minibatches == 2048
+
+
+def test_an_epoch_sees_every_transition_once():
+    """Without learning, the mean over minibatches is that over the batch."""
+    whole = run_update(**ONE, learning_rate=0.0)[2]
+    cut = run_update(**(ONE | {"num_minibatches": 4}), learning_rate=0.0)[2]
+    for name in ("losses/qf_loss", "losses/value_error", "losses/q_value", "losses/std"):
+        close(cut[name], whole[name], rtol=1e-4)
+
+
+def test_the_actor_climbs_the_critic_that_was_just_updated():
+    still, moving = (run_update(**ONE, learning_rate=rate)[2] for rate in (0.0, 0.03))
+    close(moving["losses/q_value"], still["losses/q_value"])
+    close(moving["losses/entropy"], still["losses/entropy"])
+    assert abs(moving["losses/policy_loss"] - still["losses/policy_loss"]) > 1e-3
+
+
+@pytest.mark.parametrize("noise", [1.0, 2.0])
+def test_first_step_of_an_update_has_no_kl(noise):
+    metrics = run_update(**ONE, noise_min=noise, noise_max=noise)[2]
+    assert abs(metrics["losses/kl"]) < 1e-5
+    assert metrics["losses/gated_fraction"] == 0
+
+
+ARRAYS = "reward", "bonus", "next_value", "terminated", "truncated", "weight"
+
+
+def recorded_update(monkeypatch, adapt, **changes):
+    """One update of `adapt(first state)` and the arguments of its recursion, by name."""
+    seen, real = {}, reppo.soft_td_lambda
+
+    def record(*args):
+        seen.update(zip(ARRAYS, args, strict=False))
+        return real(*args)
+
+    monkeypatch.setattr(reppo, "soft_td_lambda", record)
+    algo = reppo.build(config_of(**changes))
+
+    def run(key):
+        state = adapt(algo.init(key))
+        after, metrics = algo.update(state)
+        return state, after, metrics, dict(seen)
+
+    return jax.jit(run)(jax.random.key(0))
+
+
+def blind_and_narrow(state):
+    """The critic no longer sees the action's two entries; the policy has mean 0, deviation e^-3."""
+    critic = state.params["critic"]["params"]
+    kernel = critic["Block_0"]["Dense_0"]["kernel"].at[2:].set(0.0)
+    block = critic["Block_0"] | {"Dense_0": critic["Block_0"]["Dense_0"] | {"kernel": kernel}}
+    net = state.params["actor"]["net"]["params"]
+    head = {"kernel": 0 * net["Dense_0"]["kernel"], "bias": jnp.array([0.0, 0.0, -3.0, -3.0])}
+    params = {
+        "critic": {"params": critic | {"Block_0": block}},
+        "actor": state.params["actor"] | {"net": {"params": net | {"Dense_0": head}}},
+    }
+    return state._replace(params=params)
+
+
+@pytest.mark.parametrize("mode", ["aligned", "shifted"])
+def test_what_the_targets_are_made_of(mode, monkeypatch):
+    """Values of the right successors, the entropy's bonus; what has no target does not count."""
+    changes = {"env": "tiny:counter", "normalize_obs": False, "zero_init": False, "min_std": 0.0}
+    changes |= {"gamma": 0.5, "temperature_init": 2.0, "target_mode": mode}
+    changes |= {"num_epochs": 1, "num_minibatches": 1}
+    config = config_of(**changes)
+    state, _, metrics, seen = recorded_update(monkeypatch, blind_and_narrow, **changes)
+    truncated = np.asarray(seen["truncated"])
+    assert truncated.any(0).all()
+    true, shown = tiny.successors(truncated)
+    obs = true if mode == "aligned" else shown
+    critic = reppo.Critic(config)
+    predict = lambda obs: critic.apply(state.params["critic"], obs, np.zeros((8, 4, 2))).value
+    here = np.stack([true[..., 0] - 1, true[..., 1] + 1], -1)
+    assert np.abs(predict(true) - predict(here)).min() > 1e-3
+    assert np.abs(predict(true) - predict(shown))[truncated].min() > 1e-3
+    close(seen["next_value"], predict(obs), rtol=1e-4)
+    entropy = 2 * (0.5 * math.log(2 * math.pi * math.e) - 3.0)  # tanh is the identity near 0
+    close(seen["bonus"].mean(), 0.5 * 2.0 * entropy, rtol=0.15)
+    close(seen["weight"], 1.0)
+    lost = truncated if mode == "shifted" else np.zeros_like(truncated)
+    target = reppo.soft_td_lambda(*(seen[k] for k in ARRAYS), 0.5, config.td_lambda, mode)
+    taken = np.where(lost, 0.0, 1.0)
+    assert (taken.mean() < 1) == (mode == "shifted")
+    error = (taken * (predict(here) - target) ** 2).mean()
+    close(metrics["losses/value_error"], error, rtol=1e-3)
+
+
+def test_weights_compare_the_policy_with_what_acted(monkeypatch):
+    """The ratio of a narrow to a wide density is small far out, and never below 1 / 3 inside."""
+    changes = {"noise_max": 3.0, "trace_min": 0.0, "env": "pendulum"}
+    weight = np.asarray(recorded_update(monkeypatch, lambda x: x, **changes)[3]["weight"])
+    close(weight[:, 0], 1.0)
+    assert (weight[:, 1:] < 0.3).any()
+    assert (weight <= 1.0).all()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "name", "rises"),
+    [
+        ("kl_bound", -1.0, "kl_coef", True),
+        ("kl_bound", 1.0, "kl_coef", False),
+        ("target_entropy_mult", -10.0, "temperature", True),
+        ("target_entropy_mult", 10.0, "temperature", False),
+    ],
+)
+def test_an_update_moves_the_multipliers_to_their_constraints(field, value, name, rises):
+    before, after, _ = run_update(**ONE, **{field: value})
+    old, new = (state.params["actor"]["duals"][name] for state in (before, after))
+    assert (new > old) == rises
+
+
+def test_the_kl_is_measured_from_the_policy_that_acted():
+    metrics = run_update(learning_rate=0.03)[2]
+    assert metrics["losses/kl"] > 0.05
+    assert 0 < metrics["losses/gated_fraction"] < 1
+
+
+def test_minibatches_are_shuffled(monkeypatch):
+    shuffled = run_update()[1]
+    monkeypatch.setattr(jax.random, "permutation", lambda key, n: jnp.arange(n))
+    monkeypatch.setattr(tiny, "compiled_update", tiny.compiled_update.__wrapped__)
+    in_order = run_update()[1]
+    differ = jax.tree.map(lambda x, y: bool((x != y).any()), shuffled.params, in_order.params)
+    assert any(jax.tree.leaves(differ))
+
+
+def test_the_critic_sees_what_the_actor_does_not(monkeypatch):
+    make = reppo.envs.make
+    cheat = lambda *args, **kwargs: make(*args, **kwargs)._replace(privileged_size=1)
+    monkeypatch.setattr(reppo.envs, "make", cheat)
+    params = jax.eval_shape(reppo.build(config_of()).init, jax.random.key(0)).params
+    first = lambda tree: tree["params"]["Block_0"]["Dense_0"]["kernel"].shape[0]
+    assert first(params["critic"]) == 4 + 1
+    assert first(params["actor"]["net"]) == 4 - 1
+
+
+SCALAR = {
+    "critic_loss": "mse",
+    "value_samples": 3,
+    "kl_mode": "full",
+    "tune_temperature": False,
+    "tune_kl_coef": False,
+}
+OTHER = {
+    "target_mode": "shifted",
+    "kl_estimator": "exact",
+    "reverse_kl": True,
+    "encoder_output": "block",
+    "encoder_layers": 3,
+    "norm": "layer",
+    "noise_max": 1.5,
+}
+
+
+@pytest.mark.parametrize(
+    "changes", [SCALAR, pytest.param(OTHER, marks=pytest.mark.slow)], ids=["scalar", "other"]
+)
+def test_variants_run(changes):
+    metrics = run_update(**changes)[2]
+    assert metrics["health/finite"]
+    assert metrics["health/skipped_steps"] == 0
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(metrics))
+
+
+# --- broken physics ---
+
+
+def broken():
+    """Balance whose reward is never a number."""
+    raw = tiny.balance()
+
+    def step(key, state, action):
+        obs, state, _, terminated, info = raw.step(key, state, action)
+        return obs, state, jnp.nan, terminated, info
+
+    return raw._replace(name="broken", step=step)
+
+
+def test_broken_physics_teaches_nothing():
+    before, after, metrics = run_update(env="test_reppo_update:broken")
+    assert metrics["health/env_nan"] == 32
+    assert metrics["health/finite"]
+    assert metrics["health/skipped_steps"] == 0
+    tiny.assert_close(after.params, before.params, atol=1e-6)  # a step is 3e-4
+
+
+def test_a_gradient_that_is_not_finite_is_skipped():
+    """A reward scale of infinity makes every target infinite, and the scalar critic's error too."""
+    before, after, metrics = run_update(**SCALAR, reward_scale=math.inf)
+    tiny.assert_same(before.params["critic"], after.params["critic"])
+    assert metrics["health/skipped_steps"] == 4
+    assert not metrics["health/finite"]  # nothing was learned: the seed is named
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_minibatches": 3}, r"num_minibatches=3 .* 32 transitions .*num_envs=4, num_steps=8"),
+        ({"env": "cartpole"}, r"CartPole-v1 has discrete actions"),
+        ({"vmin": 5.0, "vmax": 5.0}, r"vmin=5 to vmax=5"),
+        ({"num_bins": 1}, r"num_bins=1"),
+    ],
+)
+def test_bad_input_is_one_error(changes, message):
+    for function in (reppo.build, reppo.make_train):
+        with pytest.raises(ValueError, match=message):
+            function(config_of(**changes))
+
+
+def test_a_support_that_is_too_small_is_a_warning():
+    numbers = r"values can be 0 to 100 .*vmin=-2 to vmax=12"
+    with pytest.warns(UserWarning, match=numbers):
+        config_of(reward_range=(0.0, 1.0), gamma=0.99).validate()
+
+
+def test_the_warning_is_one_line_before_anything_compiles(tmp_path):
+    (tmp_path / "config.json").touch()  # ends the launch right after
+    command = [sys.executable, "algos/reppo.py", "--env", "pendulum", "--vmin", "-9"]
+    command += ["--run-dir", str(tmp_path)]
+    root = Path(reppo.__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert len(lines) == 2
+    assert lines[0].startswith("warning: values can be -162.8 to 0 (reward_range=(-16.28, 0.0)")
+    assert lines[1].startswith("error: ")
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_presets_have_room_for_their_rewards():
+    for preset in reppo.PRESETS.values():
+        dataclasses.replace(reppo.Config(), **preset).validate()
+
+
+# --- learning ---
+
+
+@pytest.mark.slow
+def test_bandit_is_learned():
+    config = reppo.Config(
+        env="probe/action-continuous", num_envs=64, num_steps=16, num_epochs=4, num_minibatches=4,
+        total_timesteps=150 * 1024, vmin=-3.0, vmax=1.0, hidden=(32,), critic_width=32,
+        learning_rate=1e-3, normalize_obs=False,
+    )  # fmt: skip
+    assert config.num_updates * config.num_epochs * config.num_minibatches <= 3000
+    state = jax.jit(reppo.make_train(config))(jax.random.key(0))["state"]
+    algo = reppo.build(config)
+    action = algo.act(algo.policy_of(state), jnp.ones((1, 1)), jax.random.key(0), True)
+    assert abs(action[0, 0] - 0.5) < 0.1
+
+
+def point_mass():
+    """x' = x + a / 2, reward -x^2, from x in [-2, 2], for 32 steps."""
+
+    def reset(key):
+        obs = jax.random.uniform(key, (1,), minval=-2.0, maxval=2.0)
+        return obs, obs
+
+    def step(key, state, action):
+        obs = state + 0.5 * jnp.clip(action, -1.0, 1.0)
+        return obs, obs, -(obs[0] ** 2), False, {}
+
+    return RawEnv("point_mass", reset, step, 1, (1,), 1, False, 32, "fresh")
+
+
+@pytest.mark.slow
+def test_point_mass_is_brought_to_rest():
+    """At least 95 % of the way from doing nothing to the best policy, a = -2 x."""
+    config = reppo.Config(
+        env="test_reppo_update:point_mass", num_envs=32, num_steps=16, num_epochs=4,
+        num_minibatches=4, total_timesteps=100_000, gamma=0.95, vmin=-50.0, vmax=10.0,
+        hidden=(64, 64), critic_width=64, dual_lr_mult=3.0,
+    )  # fmt: skip
+    state = jax.jit(reppo.make_train(config))(jax.random.key(0))["state"]
+    algo = reppo.build(config)
+    policy = algo.policy_of(state)
+    start = jnp.linspace(-2.0, 2.0, 41)[:, None]
+
+    def play(act):
+        def step(obs, _):
+            obs = obs + 0.5 * jnp.clip(act(obs), -1.0, 1.0)
+            return obs, -(obs[:, 0] ** 2)
+
+        return float(jax.lax.scan(step, start, length=32)[1].sum(0).mean())
+
+    learned = play(lambda obs: algo.act(policy, obs, jax.random.key(0), True))
+    best, idle = play(lambda obs: -2.0 * obs), play(jnp.zeros_like)
+    assert (learned - idle) / (best - idle) > 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jax.default_backend() == "cpu", reason="hours on a CPU")
+def test_cartpole_is_balanced():
+    pytest.importorskip("mujoco_playground")
+    from algos import common
+    from envs import make
+
+    preset = reppo.PRESETS["dmc_small"] | {"total_timesteps": 10_000_000}
+    config = reppo.Config(env="CartpoleBalance", **preset)
+    state = jax.jit(reppo.make_train(config))(jax.random.key(0))["state"]
+    algo = reppo.build(config)
+    env = make("CartpoleBalance", 64, stagger=False, reset_mode="cached")
+    evaluate = jax.jit(partial(common.evaluate, algo.act, env=env, key=jax.random.key(1)))
+    assert evaluate(algo.policy_of(state))[0].mean() > 950
