@@ -286,8 +286,15 @@ LONG_WEIGHTED = replace(
 
 @pytest.mark.parametrize(
     "config",
-    [LONG, LONG_WEIGHTED, replace(LONG, clip_traj=True, fidelity="official")],
-    ids=["vtrace", "pdis", "official"],
+    [
+        pytest.param(LONG, id="vtrace"),
+        pytest.param(LONG_WEIGHTED, id="pdis"),
+        pytest.param(
+            replace(LONG, clip_traj=True, fidelity="official"),
+            id="official",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_targets_of_an_update(config):
     """V learns what the estimator makes of the rollout, of its ratios and of its ends."""
@@ -381,6 +388,7 @@ def test_hard_copies_wait_for_the_end_of_a_pass():
     assert equal(states[1].target_params["q"], states[1].params["q"])
 
 
+@pytest.mark.slow
 def test_official_mu_sees_the_smallest_moment_alone():
     """Without learning, so that nothing else of the official code has an effect."""
     fixed, official = (
@@ -497,6 +505,7 @@ def test_second_moment_is_learned(symlog):
     assert_allclose(qhat, [[0.81, 0.81], [1.0, 1.0]], atol=0.05)
 
 
+@pytest.mark.slow
 def test_official_second_moment_is_not():
     """It learns from raw rewards of any transition, half of which are 1."""
     _, qhat = two_step_moments(fidelity="official")

@@ -318,6 +318,7 @@ def test_free_gradients_change_nothing_else():
     assert jax.grad.__module__.startswith("jax")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny.ALGOS)
 def test_free_gradients_fit_every_algorithm(name):
     algo = tiny.module_of(name).build(tiny.config_of(name))

@@ -577,6 +577,7 @@ def test_a_launch_ends_when_every_seed_is_dead(tmp_path):
 # --- devices and hosts ---
 
 
+@pytest.mark.slow  # one more process that compiles
 def test_eight_devices_and_the_compilation_cache(whole, tmp_path):
     """One seed on each of eight devices; the cache goes to its place under the user's folder."""
     run_dir = tmp_path / "run"
