@@ -62,8 +62,12 @@ GROUPS: dict[str, list[Job]] = {
         Job("inverted_pendulum", "reppo", "reppo"),
         Job("CartpoleBalance", "reppo", "reppo"),
         *(
-            Job(task, algo, algo, "--total-timesteps 1000000")
-            for task in ("CartpoleSwingup", "ReacherEasy", "CheetahRun")
+            Job(task, algo, algo, f"--total-timesteps {budget}")
+            for task, budget in (
+                ("CartpoleSwingup", 1_000_000),
+                ("ReacherEasy", 1_000_000),
+                ("CheetahRun", 500_000),
+            )
             for algo in ("reppo", "ppo")
         ),
     ],
