@@ -70,6 +70,10 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("value_samples", "kl_samples", "encoder_layers"), (1, math.inf)),
     **dict.fromkeys(("noise_min", "noise_max", "reward_scale"), (0, math.inf)),
     **dict.fromkeys(("temperature_init", "kl_coef_init"), (1e-9, math.inf)),
+    **dict.fromkeys(("replay_fraction", "warmup_fraction"), (0, 1)),
+    **dict.fromkeys(("kl_coef", "max_ratio"), (0, math.inf)),
+    "replay_ratio": (0, 100),
+    "sample_mult": (1, math.inf),
 }
 
 

@@ -365,7 +365,10 @@ class Session:
         with self.log.waiting("tracing"):
             traced = trace(self.program, rows)
         mebibytes = peak_bytes(traced.train.jaxpr.jaxpr) / 2**20
-        self.log.say(f"memory: at most about {mebibytes:,.0f} MiB on each device")
+        replay = jax.tree.leaves(getattr(traced.init.out_info, "replay", None))
+        kept = sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in replay) / 2**20
+        suffix = f", {kept:,.1f} MiB of replay for each seed" if kept else ""
+        self.log.say(f"memory: at most about {mebibytes:,.0f} MiB on each device{suffix}")
         with self.log.waiting("compiling"):
             self.program, state = compile_ahead(traced, rows)
         self.seconds["compile"] += time.time() - start
@@ -434,16 +437,16 @@ class Session:
             row = f"seed {self.rows.seeds[i]} {self.rows.labels[i]}".strip()
             self.log.say(f"{row} is dead: parameters or loss not finite; left out", 0)
         self.dead |= died
-        count = totals.pop("episodes/count", None)
+        # Groups with a count are means over what was counted, such as the episodes that ended.
+        groups = {k.split("/")[0]: totals.pop(k) for k in [*totals] if k.endswith("/count")}
         values = {}
-        if count is not None:
-            ended = np.where(count > 0, count, np.nan)
-            values["charts/episodic_return"] = totals.pop("episodes/return") / ended
-            values["charts/episodic_length"] = totals.pop("episodes/length") / ended
         for k, total in totals.items():
-            values[k] = (
-                total if k == "health/env_nan" or k.endswith("/max") else total / num_updates
-            )
+            group = k.split("/")[0]
+            if group in groups:
+                total = total / np.where(groups[group] > 0, groups[group], np.nan)
+            elif k != "health/env_nan" and not k.endswith("/max"):
+                total = total / num_updates
+            values[k.replace("episodes/", "charts/episodic_")] = total
         values = {k: np.where(self.dead, np.nan, v) for k, v in values.items()}
         values["health/finite"] = (~self.dead).astype(float)
         values["health/seeds_alive"] = float((~self.dead).sum())

@@ -1,0 +1,548 @@
+"""Policy-on policy-off policy optimisation (P3O): A2C that also replays, as far as samples allow.
+
+Fakoor, Chaudhari, Smola 2019, https://arxiv.org/abs/1905.01756. One update collects a rollout
+[T, N], takes one step on it, and then a Poisson number of steps on old segments from a replay:
+
+    fresh:     -E[A log pi(a | s)] + vf_coef E[(R - V)^2] - ent_coef H
+    replayed:  -E[min(w, c) A log pi(a | s)] + vf_coef E[(R - V)^2] + lambda E[KL(pi || beta)]
+    w = pi(a | s) / beta(a | s),   ESS = (sum w)^2 / (M sum w^2),   c = ESS,   lambda = 1 - ESS
+
+where beta is the policy that acted, A = R - V are generalised advantages under the present V, and
+ESS is that of the minibatch of M replayed steps. Nothing corrects R for what beta did later, as
+published. Deviations from the authors' code: a time limit is bootstrapped, by the value that the
+true successor had when it was collected, and c stays the ESS where the ESS is 1.
+
+Differences from ppo.py:
+
+1. One full-batch step on each rollout, without a ratio; more steps come from the replay.
+2. Gradients of actor and critic are clipped together; for images they share a torso.
+3. RMSprop as PyTorch has it, with a step size that depends on the update, not on the step.
+4. A segment is T steps with T + 1 observations, as the agent saw them: normalised at the time.
+5. Advantages are not normalised.
+
+    python algos/p3o.py --env cartpole --num-seeds 16
+    python algos/p3o.py --env breakout --preset a2c --num-seeds 4
+
+Documentation: docs/p3o.md
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+import envs
+from algos import common, launch
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a run; `--help --env NAME` shows those of a task's preset."""
+
+    env: str = "cartpole"  # task, see docs/environments.md
+    total_timesteps: int = 500_000  # environment steps per seed, all parallel environments together
+
+    # batch
+    num_envs: int = 16  # parallel environments per seed
+    num_steps: int = 16  # length of a rollout in each environment, and of a segment
+
+    # optimiser: RMSprop after clipping by the global norm of all parameters
+    learning_rate: float = 7e-4  # step size of RMSprop
+    anneal_lr: bool = True  # decrease the step size linearly to almost 0 over the run
+    max_grad_norm: float = 0.5  # largest global norm of the gradient
+    rms_decay: float = 0.99  # decay of the mean square
+    rms_eps: float = 1e-5  # added to the root
+
+    # objective
+    gamma: float = 0.99  # discount
+    gae_lambda: float = 0.95  # decay of the advantage's trace; 1: none
+    vf_coef: float = 0.5  # weight of the value loss
+    ent_coef: float = 0.01  # weight of the entropy bonus on fresh rollouts
+    off_policy_entropy: bool = False  # give that bonus to replayed segments too
+
+    # replay
+    replay_ratio: float = 2.0  # mean of the Poisson number of steps on replayed segments; 0: A2C
+    replay_fraction: float = 0.0286  # rollouts kept, of all rollouts of the run
+    warmup_fraction: float = 0.3  # part of the replay that is filled before it is used
+    sample_mult: int = 6  # segments of each environment in a replayed minibatch
+    ess_clip: bool = True  # clip ratios to the ESS
+    max_ratio: float = 1.0  # without it, to this
+    adaptive_kl: bool = True  # weight the KL by 1 - ESS
+    kl_coef: float = 0.1  # without it, by this
+    kl_direction: Literal["pi_beta", "beta_pi"] = "pi_beta"  # beta_pi: KL(beta || pi)
+    kl_reduction: Literal["mean", "sum"] = "mean"  # over discrete actions; sum: the plain KL
+
+    # observations and rewards
+    normalize_obs: bool = False  # standardise observations by running statistics
+    normalize_reward: bool = False  # divide rewards by the deviation of the discounted return
+
+    # networks
+    torso: Literal["mlp", "minatar", "atari"] = "mlp"  # mlp: one each for the actor and the critic
+    hidden: tuple[int, ...] = (64, 64)  # fully connected layers, after the convolutions if any
+    activation: Literal["tanh", "relu"] = "tanh"  # activation of all hidden layers
+    log_std_init: float = 0.0  # initial log standard deviation of a Gaussian policy
+
+    @property
+    def steps_per_update(self) -> int:
+        """Environment steps in one rollout."""
+        return self.num_envs * self.num_steps
+
+    @property
+    def num_updates(self) -> int:
+        """Updates of the run, rounded up so that at least `total_timesteps` are taken."""
+        return math.ceil(self.total_timesteps / self.steps_per_update)
+
+    @property
+    def num_slots(self) -> int:
+        """Rollouts in the replay."""
+        return round(self.replay_fraction * self.num_updates)
+
+    @property
+    def warmup_slots(self) -> int:
+        """Rollouts in the replay when it is first used."""
+        return min(self.num_slots, max(2, round(self.warmup_fraction * self.num_slots)))
+
+    def validate(self) -> None:
+        """Raise ValueError if the replay is too small, or is never used."""
+        if not self.replay_ratio:
+            return
+        run = f"{self.num_updates} rollouts of {self.steps_per_update} steps"
+        if self.num_slots < 1:
+            raise ValueError(
+                f"replay_fraction={self.replay_fraction:g} of {run} is less than one: raise it or "
+                "total_timesteps"
+            )
+        if self.warmup_slots >= self.num_updates:
+            raise ValueError(
+                f"the replay is filled up to warmup_fraction={self.warmup_fraction:g} at the end "
+                f"of the {run} only (replay_fraction={self.replay_fraction:g}): lower one of them"
+            )
+        if self.sample_mult > self.num_slots:
+            raise ValueError(
+                f"sample_mult={self.sample_mult} is more than the {self.num_slots} segments that "
+                f"the replay holds of an environment (replay_fraction={self.replay_fraction:g} of "
+                f"{run}): change one of them"
+            )
+
+
+# Fields that may be arrays, so that a sweep is one more vmap.
+TRACEABLE = ("learning_rate", "max_grad_norm", "gamma", "gae_lambda", "vf_coef", "ent_coef")
+TRACEABLE += ("kl_coef", "max_ratio")
+
+# --- presets ---
+
+# fmt: off
+# Origins are in docs/presets.md.
+MINATAR = {
+    "total_timesteps": 10_000_000, "num_envs": 64, "torso": "minatar", "hidden": (128,),
+    "activation": "relu",
+}
+PHYSICS = {
+    "total_timesteps": 3_000_000, "num_envs": 64, "learning_rate": 3e-4, "ent_coef": 0.0,
+    "normalize_obs": True, "normalize_reward": True, "hidden": (256, 256),
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    # tasks
+    "cartpole": {},
+    **dict.fromkeys(("breakout", "asterix", "freeway", "seaquest", "space_invaders"), MINATAR),
+    **dict.fromkeys(("ant", "halfcheetah", "hopper", "walker2d", "humanoid"), PHYSICS),
+    # ablations, to follow a task
+    "a2c": {"replay_ratio": 0.0},
+    "fixed_clip": {"ess_clip": False},
+    "no_kl": {"adaptive_kl": False, "kl_coef": 0.0},
+}
+# fmt: on
+
+
+# --- networks ---
+
+
+class Torso(nn.Module):
+    """Hidden layers: observation [..., *obs_shape], flat -> features [..., hidden[-1]]."""
+
+    config: Config
+    obs_shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, obs):
+        activation, torso = getattr(nn, self.config.activation), self.config.torso
+        x = obs.astype(jnp.float32)
+        if torso != "mlp":
+            x = x.reshape((-1, *self.obs_shape)) / (255.0 if torso == "atari" else 1.0)
+            layers = [(16, 3, 1)] if torso == "minatar" else [(32, 8, 4), (64, 4, 2), (32, 3, 1)]
+            for features, size, stride in layers:
+                init = nn.initializers.orthogonal(math.sqrt(2))
+                conv = nn.Conv(features, (size, size), stride, "VALID", kernel_init=init)
+                x = activation(conv(x))
+            x = x.reshape((*obs.shape[:-1], -1))
+        for size in self.config.hidden:
+            x = activation(dense(size, math.sqrt(2))(x))
+        return x
+
+
+class ActorCritic(nn.Module):
+    """Observation [..., obs_size] -> Categorical or Gaussian, and its value [...]."""
+
+    config: Config
+    obs_shape: tuple[int, ...]
+    action_size: int
+    discrete: bool
+
+    @nn.compact
+    def __call__(self, obs):
+        shared = self.config.torso != "mlp"
+        x = Torso(self.config, self.obs_shape, name="torso" if shared else "actor_torso")(obs)
+        out = dense(self.action_size, 0.01, "actor")(x)
+        x = x if shared else Torso(self.config, self.obs_shape, name="critic_torso")(obs)
+        value = dense(1, 1.0 if shared else math.sqrt(2), "critic")(x)[..., 0]
+        if self.discrete:
+            return common.Categorical(out), value
+        init = nn.initializers.constant(self.config.log_std_init)
+        log_std = self.param("log_std", init, (self.action_size,))
+        return common.Gaussian(out, jnp.broadcast_to(log_std, out.shape)), value
+
+
+def dense(size: int, gain: float, name: str | None = None):
+    """Linear layer with orthogonal weights."""
+    return nn.Dense(size, kernel_init=nn.initializers.orthogonal(gain), name=name)
+
+
+# --- data types ---
+
+
+class Transition(NamedTuple):
+    """One step of the rollout; arrays [T, N, ...]."""
+
+    obs: jax.Array  # as the environment gave it
+    action: jax.Array  # unclipped
+    policy: common.Categorical | common.Gaussian  # beta, all of it
+    reward: jax.Array
+    truncated: jax.Array
+    done: jax.Array  # terminated or truncated
+    next_obs: jax.Array  # true successor, never a reset observation
+
+
+class Segments(NamedTuple):
+    """T steps of B environments each, as the agent saw them; arrays [B, T, ...]."""
+
+    obs: jax.Array  # [B, T + 1, ...]
+    action: jax.Array
+    policy: common.Categorical | common.Gaussian  # beta
+    reward: jax.Array  # with the discounted value of what follows a truncated step
+    done: jax.Array
+
+
+class TrainState(NamedTuple):
+    """Everything that a run carries from one update to the next."""
+
+    params: dict
+    opt_state: tuple
+    replay: Segments | None  # [S N, ...], S rollouts; None if it is never used
+    obs_stats: common.Stats
+    reward_scale: common.RewardScale
+    obs: jax.Array  # [N, obs_size]
+    env_state: Any
+    key: jax.Array
+    update: jax.Array  # [] int32
+
+
+# --- targets and losses ---
+
+
+def lambda_return(reward, value, done, gamma, lam):
+    """Lambda-returns R [B, T], GAE plus V; `reward` and `done` [B, T], `value` [B, T + 1].
+
+    A `done` step is followed by nothing but what its reward says. No gradient passes.
+    """
+    value = jax.lax.stop_gradient(value)
+    going_on = jnp.where(done, 0.0, gamma)
+
+    def backward(target, step):
+        reward, going_on, next_value = step
+        target = reward + going_on * ((1.0 - lam) * next_value + lam * target)
+        return target, target
+
+    steps = reward.T, going_on.T, value[:, 1:].T
+    return jax.lax.scan(backward, value[:, -1], steps, reverse=True)[1].T
+
+
+def effective_sample_size(log_weight):
+    """(sum w)^2 / (M sum w^2) of all M weights, in [1 / M, 1], from their logarithms [...]."""
+    total, squares = (jax.nn.logsumexp(k * log_weight) for k in (1.0, 2.0))
+    return jnp.minimum(jnp.exp(2.0 * total - squares) / log_weight.size, 1.0)
+
+
+def kl_divergence(p, q):
+    """KL(p || q) [...] of two Categoricals or of two Gaussians."""
+    if isinstance(p, common.Categorical):
+        log_p, log_q = jax.nn.log_softmax(p.logits), jax.nn.log_softmax(q.logits)
+        return (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+    moments = jnp.exp(2.0 * p.log_std) + (p.mean - q.mean) ** 2
+    return (q.log_std - p.log_std + 0.5 * moments * jnp.exp(-2.0 * q.log_std) - 0.5).sum(-1)
+
+
+def estimates(policy, value, segments, config):
+    """What both losses need of T steps: policy, log pi(a | s), V and R, arrays [B, T].
+
+    `policy` and `value` are those of the T + 1 observations.
+    """
+    target = lambda_return(segments.reward, value, segments.done, config.gamma, config.gae_lambda)
+    policy = jax.tree.map(lambda x: x[:, :-1], policy)
+    return policy, policy.log_prob(segments.action), value[:, :-1], target
+
+
+def policy_loss(log_prob, advantage, weight=1.0):
+    """Policy gradient loss; neither advantages nor weights have a gradient."""
+    return -(jax.lax.stop_gradient(weight * advantage) * log_prob).mean()
+
+
+def value_loss(value, target):
+    """Mean squared error to the lambda-return."""
+    return ((value - target) ** 2).mean()
+
+
+def fresh_loss(policy, value, segments, config):
+    """Loss on the segments of the last rollout (A2C), with its diagnostics."""
+    policy, log_prob, value, target = estimates(policy, value, segments, config)
+    pg_loss, vf_loss = policy_loss(log_prob, target - value), value_loss(value, target)
+    entropy = policy.entropy().mean()
+    loss = pg_loss + config.vf_coef * vf_loss - config.ent_coef * entropy
+    return loss, {
+        "losses/policy_loss": pg_loss,
+        "losses/value_loss": vf_loss,
+        "losses/entropy": entropy,
+        "losses/explained_variance": 1.0 - (target - value).var() / (target.var() + 1e-8),
+    }
+
+
+def replay_loss(policy, value, segments, config):
+    """Loss on replayed segments (eq. 14), with its diagnostics."""
+    policy, log_prob, value, target = estimates(policy, value, segments, config)
+    log_weight = log_prob - segments.policy.log_prob(segments.action)
+    log_weight = jax.lax.stop_gradient(jnp.minimum(log_weight, 20.0))
+    weight, ess = jnp.exp(log_weight), effective_sample_size(log_weight)
+    max_ratio = ess if config.ess_clip else config.max_ratio
+    kl_coef = 1.0 - ess if config.adaptive_kl else config.kl_coef
+    pair = policy, segments.policy
+    kl = kl_divergence(*(pair if config.kl_direction == "pi_beta" else pair[::-1])).mean()
+    averaged = isinstance(policy, common.Categorical) and config.kl_reduction == "mean"
+    penalty = kl / policy.logits.shape[-1] if averaged else kl
+    pg_loss = policy_loss(log_prob, target - value, jnp.minimum(weight, max_ratio))
+    vf_loss, entropy = value_loss(value, target), policy.entropy().mean()
+    loss = pg_loss + config.vf_coef * vf_loss + kl_coef * penalty
+    if config.off_policy_entropy:
+        loss -= config.ent_coef * entropy
+    return loss, {
+        "replay/policy_loss": pg_loss,
+        "replay/value_loss": vf_loss,
+        "replay/entropy": entropy,
+        "replay/kl": kl,
+        "replay/kl_coef": kl_coef,
+        "replay/ess": ess,
+        "replay/max_ratio": max_ratio,
+        "replay/mean_ratio": weight.mean(),
+        "replay/largest_ratio": weight.max(),
+        "replay/clip_fraction": (weight > max_ratio).mean(),
+    }
+
+
+def sample_segments(replay, key, filled, num_envs, sample_mult):
+    """`sample_mult` segments of each environment, each from one of the `filled` rollouts."""
+    column = jnp.arange(sample_mult * num_envs) % num_envs
+    slot = jax.random.randint(key, column.shape, 0, filled)
+    return jax.tree.map(lambda x: x[slot * num_envs + column], replay)
+
+
+def poisson(mean, key):
+    """Poisson number [] by its distribution function, cut where less than 1e-9 is left."""
+    pmf = [math.exp(-mean)]
+    while sum(pmf) < 1.0 - 1e-9:
+        pmf.append(pmf[-1] * mean / len(pmf))
+    cdf = jnp.cumsum(jnp.array(pmf))[:-1]
+    return (jax.random.uniform(key) >= cdf).sum()
+
+
+# --- build ---
+
+
+def build(config: Config) -> common.Algo:
+    """Compose environment, networks and optimiser into the pure functions of a run."""
+    config.validate()
+    env = envs.make(config.env, config.num_envs)
+    if env.privileged_size:
+        raise ValueError(f"{env.name}: the actor would see what only a critic may: no privileged=1")
+    if config.torso != "mlp" and len(env.obs_shape) != 3:
+        raise ValueError(
+            f"torso={config.torso!r} needs images, and {env.name} observes {env.obs_shape}: "
+            "take torso='mlp'"
+        )
+    network = ActorCritic(config, env.obs_shape, env.action_size, env.discrete)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.scale_by_rms(config.rms_decay, config.rms_eps, eps_in_sqrt=False),
+    )
+    T, N, S = config.num_steps, config.num_envs, config.num_slots
+    # How often segments are replayed is drawn once for all seeds, so that none waits for another.
+    key_poisson = jax.random.fold_in(jax.random.key(0), 2**31 + 1)
+
+    def init(key) -> TrainState:
+        key_params, key_env, key = jax.random.split(key, 3)
+        obs, env_state = env.reset(key_env)
+        params = network.init(key_params, obs)
+        state = TrainState(
+            params=params,
+            opt_state=optimizer.init(params),
+            replay=None,
+            obs_stats=common.Stats.empty((env.obs_size,)),
+            reward_scale=common.RewardScale.empty(N),
+            obs=obs,
+            env_state=env_state,
+            key=key,
+            update=jnp.zeros((), jnp.int32),
+        )
+        if not config.replay_ratio:
+            return state
+        fresh = jax.eval_shape(collect, state, key)[1]
+        empty = lambda x: jnp.zeros((S * N, *x.shape[1:]), x.dtype)
+        return state._replace(replay=jax.tree.map(empty, fresh))
+
+    def normalize(obs_stats, obs):
+        return obs_stats.normalize(obs.astype(jnp.float32)) if config.normalize_obs else obs
+
+    def noise_of(key, shape):
+        """Exploration noise for `shape` actions."""
+        draw = jax.random.gumbel if env.discrete else jax.random.normal
+        return draw(key, (*shape, env.action_size))
+
+    def collect(state, key):
+        """Act for T steps; returns the new state, N segments, and infos [T, N]."""
+        key_noise, key_env, key_refresh = jax.random.split(key, 3)
+        env_state = env.refresh(key_refresh, state.env_state)
+
+        def step(carry, x):
+            obs, env_state = carry
+            noise, key = x
+            policy, _ = network.apply(state.params, normalize(state.obs_stats, obs))
+            action = policy.sample(noise)
+            next_obs, env_state, reward, terminated, truncated, info = env.step(
+                key, env_state, action
+            )
+            done = terminated | truncated
+            final_obs = info.pop("final_observation")
+            transition = Transition(obs, action, policy, reward, truncated, done, final_obs)
+            return (next_obs, env_state), (transition, info)
+
+        xs = noise_of(key_noise, (T, N)), jax.random.split(key_env, T)
+        (obs, env_state), (traj, info) = jax.lax.scan(step, (state.obs, env_state), xs)
+
+        reward = traj.reward
+        if config.normalize_reward:
+            reward = reward * state.reward_scale.factor()
+        _, value = network.apply(state.params, normalize(state.obs_stats, traj.next_obs))
+        reward += jnp.where(traj.truncated, config.gamma * value, 0.0)
+        seen = normalize(state.obs_stats, jnp.concatenate([traj.obs, obs[None]]))
+        segments = Segments(seen, traj.action, traj.policy, reward, traj.done)
+        segments = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), segments)
+        state = state._replace(
+            obs_stats=state.obs_stats.add(traj.obs),
+            reward_scale=state.reward_scale.add(traj.reward, traj.done, config.gamma),
+            obs=obs,
+            env_state=env_state,
+        )
+        return state, segments, info
+
+    def descend(loss, params, opt_state, segments, learning_rate):
+        """One step of the optimiser: params, opt_state, metrics and norm of the gradient."""
+
+        def loss_fn(params):
+            return loss(*network.apply(params, segments.obs), segments, config)
+
+        grads, aux = jax.grad(loss_fn, has_aux=True)(params)
+        direction, opt_state = optimizer.update(grads, opt_state)
+        params = jax.tree.map(lambda p, u: p - learning_rate * u, params, direction)
+        return params, opt_state, aux, optax.global_norm(grads)
+
+    def replay_steps(state, learning_rate, key):
+        """A random number of steps on replayed segments: params, opt_state, sums of metrics."""
+        filled = jnp.minimum(state.update + 1, S)
+        count = poisson(config.replay_ratio, jax.random.fold_in(key_poisson, state.update))
+        count = jnp.where(filled < config.warmup_slots, 0, count)
+
+        def step(i, params, opt_state):
+            key_i = jax.random.fold_in(key, i)
+            segments = sample_segments(state.replay, key_i, filled, N, config.sample_mult)
+            params, opt_state, aux, grad_norm = descend(
+                replay_loss, params, opt_state, segments, learning_rate
+            )
+            return params, opt_state, aux | {"replay/grad_norm": grad_norm}
+
+        def add(i, carry):
+            params, opt_state, aux = step(i, *carry[:2])
+            return params, opt_state, jax.tree.map(jnp.add, carry[2], aux)
+
+        carry = state.params, state.opt_state
+        sums = jax.tree.map(jnp.zeros_like, jax.eval_shape(step, 0, *carry)[2])
+        params, opt_state, sums = jax.lax.fori_loop(0, count, add, (*carry, sums))
+        return params, opt_state, sums | {"replay/count": count, "charts/replay_steps": count}
+
+    def update(state):
+        key, key_collect, key_replay = jax.random.split(state.key, 3)
+        remaining = 1.0 - (state.update + 1) / (config.num_updates + 1)
+        learning_rate = config.learning_rate * (remaining if config.anneal_lr else 1.0)
+
+        state, segments, info = collect(state, key_collect)
+        params, opt_state, metrics, grad_norm = descend(
+            fresh_loss, state.params, state.opt_state, segments, learning_rate
+        )
+        metrics["losses/grad_norm"] = grad_norm
+        state = state._replace(params=params, opt_state=opt_state)
+        if config.replay_ratio:
+            write = partial(
+                jax.lax.dynamic_update_slice_in_dim, start_index=state.update % S * N, axis=0
+            )
+            state = state._replace(replay=jax.tree.map(write, state.replay, segments))
+            params, opt_state, sums = replay_steps(state, learning_rate, key_replay)
+            state, metrics = state._replace(params=params, opt_state=opt_state), metrics | sums
+
+        metrics |= common.run_metrics(info, (params, metrics["losses/value_loss"]))
+        metrics["charts/learning_rate"] = jnp.asarray(learning_rate)
+        return state._replace(key=key, update=state.update + 1), metrics
+
+    def act(policy, obs, key, greedy):
+        obs = normalize(policy["obs_stats"], obs)
+        distribution, _ = network.apply(policy["network"], obs)
+        if greedy:
+            return distribution.mode()
+        return distribution.sample(noise_of(key, obs.shape[:-1]))
+
+    def policy_of(state):
+        return {"network": state.params, "obs_stats": state.obs_stats}
+
+    return common.Algo(init, update, act, policy_of)
+
+
+def make_train(config: Config):
+    """The whole run as one pure function; `hparams` overrides fields of TRACEABLE with arrays."""
+    build(config)  # fails here, not while tracing, if the configuration is wrong
+
+    def train(key, hparams=None):
+        algo = build(replace(config, **common.traceable(hparams or {}, TRACEABLE)))
+        step = lambda state, _: algo.update(state)
+        state, metrics = jax.lax.scan(step, algo.init(key), length=config.num_updates)
+        return {"state": state, "metrics": metrics}
+
+    return train
+
+
+def main():
+    """Train from the command line."""
+    launch.main("p3o", Config, PRESETS, TRACEABLE, build)
+
+
+if __name__ == "__main__":
+    main()
