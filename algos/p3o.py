@@ -456,13 +456,15 @@ def build(config: Config) -> common.Algo:
         )
         return state, segments, info
 
-    def descend(loss, params, opt_state, segments, learning_rate):
+    def fresh_loss_fn(params, segments):
+        return fresh_loss(*network.apply(params, segments.obs), segments, config)
+
+    def replay_loss_fn(params, segments):
+        return replay_loss(*network.apply(params, segments.obs), segments, config)
+
+    def descend(loss_fn, params, opt_state, segments, learning_rate):
         """One step of the optimiser: params, opt_state, metrics and norm of the gradient."""
-
-        def loss_fn(params):
-            return loss(*network.apply(params, segments.obs), segments, config)
-
-        grads, aux = jax.grad(loss_fn, has_aux=True)(params)
+        grads, aux = jax.grad(loss_fn, has_aux=True)(params, segments)
         direction, opt_state = optimizer.update(grads, opt_state)
         params = jax.tree.map(lambda p, u: p - learning_rate * u, params, direction)
         return params, opt_state, aux, optax.global_norm(grads)
@@ -477,7 +479,7 @@ def build(config: Config) -> common.Algo:
             key_i = jax.random.fold_in(key, i)
             segments = sample_segments(state.replay, key_i, filled, N, config.sample_mult)
             params, opt_state, aux, grad_norm = descend(
-                replay_loss, params, opt_state, segments, learning_rate
+                replay_loss_fn, params, opt_state, segments, learning_rate
             )
             return params, opt_state, aux | {"replay/grad_norm": grad_norm}
 
@@ -497,7 +499,7 @@ def build(config: Config) -> common.Algo:
 
         state, segments, info = collect(state, key_collect)
         params, opt_state, metrics, grad_norm = descend(
-            fresh_loss, state.params, state.opt_state, segments, learning_rate
+            fresh_loss_fn, state.params, state.opt_state, segments, learning_rate
         )
         metrics["losses/grad_norm"] = grad_norm
         state = state._replace(params=params, opt_state=opt_state)

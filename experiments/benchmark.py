@@ -142,17 +142,18 @@ def free_gradients(only: str = ""):
 
         return free
 
-    def scale_by_adam(**options):
-        return optax.GradientTransformation(
-            adam(**options).init, lambda updates, state, params=None: (updates, state)
+    def idle(transformation):
+        return lambda *args, **options: optax.GradientTransformation(
+            transformation(*args, **options).init,
+            lambda updates, state, params=None: (updates, state),
         )
 
-    adam = optax.scale_by_adam
     with contextlib.ExitStack() as stack:
         patch = lambda *args, **options: stack.enter_context(mock.patch.object(*args, **options))
         patch(jax, "grad", grad)
         if not only:
-            patch(optax, "scale_by_adam", scale_by_adam)
+            patch(optax, "scale_by_adam", idle(optax.scale_by_adam))
+            patch(optax, "scale_by_rms", idle(optax.scale_by_rms))
             patch(optax, "clip_by_global_norm", return_value=optax.identity())
         yield
 

@@ -1,0 +1,114 @@
+"""What the reproductions share: lists of launches, run once each, with a table and curves.
+
+Each run is one launch with its own run directory OUT/<group>/<task>/<name>. What is complete is
+left alone and what was interrupted is resumed, so the same command goes on where it stopped. At the
+end of each group OUT/<group>/table.md and table.json hold its numbers, OUT/<group>/<task>.png its
+curves.
+"""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from algos import rundir
+from experiments import compare
+
+ROOT = Path(__file__).parents[1]
+
+
+class Job(NamedTuple):
+    """One launch: OUT/<group>/<task>/<name> is its run directory."""
+
+    task: str
+    name: str
+    algo: str
+    flags: str = ""
+
+
+class Report(NamedTuple):
+    """The finished runs of a group."""
+
+    folder: Path
+    jobs: list[Job]
+    rows: list[dict[str, Any]]  # compare.summary of each run
+    text: str  # table of the rows
+
+
+def command(job: Job, run_dir: Path, num_seeds: int) -> list[str] | None:
+    """Command line that starts, resumes or, if None, need not run the job."""
+    if (run_dir / "done.json").exists():
+        return None
+    program = [sys.executable, os.path.relpath(ROOT / "algos" / f"{job.algo}.py")]
+    if (run_dir / "config.json").exists():
+        return [*program, "--resume", str(run_dir)]
+    flags = ["--env", job.task, *shlex.split(job.flags), "--num-seeds", str(num_seeds)]
+    return [*program, *flags, "--run-dir", str(run_dir)]
+
+
+def run(argv: list[str]) -> None:
+    """Run one launch. It gets a ctrl-C as well, and once it has saved this program ends too."""
+    print(f"$ {shlex.join(['python', *argv[1:]])}", flush=True)
+    child = subprocess.Popen(argv)
+    while True:
+        try:
+            status = child.wait()
+            break
+        except KeyboardInterrupt:
+            continue
+    if status == 1:
+        print("every seed of this run died; the others go on", file=sys.stderr)
+    elif status:
+        raise SystemExit(status)
+
+
+def report(jobs: list[Job], folder: Path) -> Report:
+    """Summaries of the runs that are complete; draws the curves of each task."""
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = [job for job in jobs if (folder / job.task / job.name / "done.json").exists()]
+    rows: list[dict[str, Any]] = []
+    for task in dict.fromkeys(job.task for job in jobs):
+        runs = [rundir.read_run(folder / task / job.name) for job in jobs if job.task == task]
+        found = [(r.path.name, r, index) for r in runs for _, index in rundir.groups(r)]
+        rows += [compare.summary(*entry) for entry in found]
+        rundir.plot_curves(found, folder / f"{task}.png", task)
+    return Report(folder, jobs, rows, compare.markdown(rows))
+
+
+def main(
+    doc: str,
+    groups: dict[str, list[Job]],
+    out: str,
+    further: dict[str, Callable[[Report], str]],
+    argv: list[str] | None = None,
+) -> None:
+    """Reproduce from the command line; `further` adds text to the table of a group."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("groups", nargs="+", choices=groups, metavar="GROUP")
+    parser.add_argument("--tasks", nargs="+", help="only these tasks of the groups")
+    parser.add_argument("--num-seeds", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=Path(out))
+    args = parser.parse_args(argv)
+    known = {job.task for group in args.groups for job in groups[group]}
+    for task in args.tasks or []:
+        if task not in known:
+            parser.error(f"--tasks {task}: choose from {', '.join(sorted(known))}")
+    if args.num_seeds < 1:
+        parser.error(f"--num-seeds {args.num_seeds}: at least 1 is needed")
+    for group in args.groups:
+        folder = args.out / group
+        for job in groups[group]:
+            if args.tasks and job.task not in args.tasks:
+                continue
+            todo = command(job, folder / job.task / job.name, args.num_seeds)
+            if todo:
+                run(todo)
+        done = report(groups[group], folder)
+        text = done.text + (further[group](done) if group in further else "")
+        (folder / "table.md").write_text(text)
+        rundir.write_json(folder / "table.json", done.rows)
+        print(text, end="")

@@ -1,0 +1,70 @@
+"""P3O beside A2C and PPO, and its ablations: runs, a table, and curves.
+
+    python experiments/reproduce_p3o.py tasks ablations --num-seeds 10 --out results/p3o
+
+groups:
+  tasks      cartpole, MinAtar and hopper at budgets for a CPU, at equal environment steps
+  ablations  replay ratio, clipping and the weight of the KL on one task, with curves of
+             OUT/ablations/<task>-replay.png: ESS, KL and share of clipped ratios
+"""
+
+import json
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from experiments import reproduce
+from experiments.reproduce import Job, Report
+
+BUDGETS = {"cartpole": 500_000, "breakout": 1_000_000, "asterix": 1_000_000, "hopper": 300_000}
+ALGOS = {"p3o": ("p3o", ""), "a2c": ("p3o", "--preset a2c"), "ppo": ("ppo", "")}
+ABLATIONS = {
+    "default": "",
+    "replay_ratio_0": "--replay-ratio 0",
+    "replay_ratio_1": "--replay-ratio 1",
+    "replay_ratio_4": "--replay-ratio 4",
+    "fixed_clip": "--no-ess-clip",
+    "no_kl": "--no-adaptive-kl --kl-coef 0",
+    "kl_0.1": "--no-adaptive-kl --kl-coef 0.1",
+    "kl_0.5": "--no-adaptive-kl --kl-coef 0.5",
+    "kl_reduction_sum": "--kl-reduction sum",
+    "kl_direction_beta_pi": "--kl-direction beta_pi",
+}
+GROUPS: dict[str, list[Job]] = {
+    "tasks": [
+        Job(task, name, algo, f"{flags} --total-timesteps {budget}".strip())
+        for task, budget in BUDGETS.items()
+        for name, (algo, flags) in ALGOS.items()
+    ],
+    "ablations": [Job("cartpole", name, "p3o", flags) for name, flags in ABLATIONS.items()],
+}
+SHOWN = {"replay/ess": "ESS", "replay/kl": "KL", "replay/clip_fraction": "clipped ratios"}
+
+
+def replay_curves(done: Report) -> str:
+    """Draw what the replay was like: means over seeds; returns where."""
+    figure = Figure(figsize=(4 * len(SHOWN), 3.5), layout="constrained")
+    axes = figure.subplots(1, len(SHOWN))
+    for job in done.jobs:
+        path = done.folder / job.task / job.name / "metrics.jsonl"
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        for axis, (metric, label) in zip(axes, SHOWN.items(), strict=True):
+            found = [(r["global_step"], r[metric]) for r in records if metric in r]
+            if found:
+                steps, values = zip(*found, strict=True)
+                axis.plot(steps, np.nanmean(np.array(values, float), 1), label=job.name)
+            axis.set(xlabel="environment steps", ylabel=label)
+    axes[0].legend(fontsize="x-small")
+    out = done.folder / "cartpole-replay.png"
+    FigureCanvasAgg(figure).print_png(str(out))
+    return f"\nESS, KL and clipped ratios: {out}\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Reproduce from the command line."""
+    reproduce.main(__doc__ or "", GROUPS, "results/p3o", {"ablations": replay_curves}, argv)
+
+
+if __name__ == "__main__":
+    main()
