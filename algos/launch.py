@@ -253,6 +253,12 @@ def peak_bytes(jaxpr: Any) -> int:
     return peak
 
 
+def replay_bytes(state: Any) -> int:
+    """Bytes that each row of a train state [R, ...] keeps in its replay, 0 if it has none."""
+    replay = jax.tree.leaves(getattr(state, "replay", None))
+    return sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in replay)
+
+
 # --- the run ---
 
 # Steps per second and CPU core of training PPO with 16 seeds (docs/benchmark.md), for the first
@@ -365,10 +371,9 @@ class Session:
         with self.log.waiting("tracing"):
             traced = trace(self.program, rows)
         mebibytes = peak_bytes(traced.train.jaxpr.jaxpr) / 2**20
-        replay = jax.tree.leaves(getattr(traced.init.out_info, "replay", None))
-        kept = sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in replay) / 2**20
-        suffix = f", {kept:,.1f} MiB of replay for each seed" if kept else ""
-        self.log.say(f"memory: at most about {mebibytes:,.0f} MiB on each device{suffix}")
+        replay = replay_bytes(traced.init.out_info) / 2**20
+        kept = f", {replay:,.1f} MiB of replay for each row" if replay else ""
+        self.log.say(f"memory: at most about {mebibytes:,.0f} MiB on each device{kept}")
         with self.log.waiting("compiling"):
             self.program, state = compile_ahead(traced, rows)
         self.seconds["compile"] += time.time() - start
@@ -437,15 +442,13 @@ class Session:
             row = f"seed {self.rows.seeds[i]} {self.rows.labels[i]}".strip()
             self.log.say(f"{row} is dead: parameters or loss not finite; left out", 0)
         self.dead |= died
-        # Groups with a count are means over what was counted, such as the episodes that ended.
-        groups = {k.split("/")[0]: totals.pop(k) for k in [*totals] if k.endswith("/count")}
+        # A group with a count is averaged over what was counted, such as the episodes that ended.
+        counts = {k.split("/")[0]: totals.pop(k) for k in [*totals] if k.endswith("/count")}
         values = {}
         for k, total in totals.items():
-            group = k.split("/")[0]
-            if group in groups:
-                total = total / np.where(groups[group] > 0, groups[group], np.nan)
-            elif k != "health/env_nan" and not k.endswith("/max"):
-                total = total / num_updates
+            if k != "health/env_nan" and not k.endswith("/max"):
+                count = counts.get(k.split("/")[0], num_updates)
+                total = total / np.where(count > 0, count, np.nan)
             values[k.replace("episodes/", "charts/episodic_")] = total
         values = {k: np.where(self.dead, np.nan, v) for k, v in values.items()}
         values["health/finite"] = (~self.dead).astype(float)

@@ -4,21 +4,23 @@ Fakoor, Chaudhari, Smola 2019, https://arxiv.org/abs/1905.01756. One update coll
 [T, N], takes one step on it, and then a Poisson number of steps on old segments from a replay:
 
     fresh:     -E[A log pi(a | s)] + vf_coef E[(R - V)^2] - ent_coef H
-    replayed:  -E[min(w, c) A log pi(a | s)] + vf_coef E[(R - V)^2] + lambda E[KL(pi || beta)]
-    w = pi(a | s) / beta(a | s),   ESS = (sum w)^2 / (M sum w^2),   c = ESS,   lambda = 1 - ESS
+    replayed:  -E[min(w, c) A log pi(a | s)] + vf_coef E[(R - V)^2]
+               + (1 - ESS) E[KL(pi || beta)] / K
+    w = pi(a | s) / beta(a | s),   ESS = (sum w)^2 / (M sum w^2),   c = ESS
 
-where beta is the policy that acted, A = R - V are generalised advantages under the present V, and
-ESS is that of the minibatch of M replayed steps. Nothing corrects R for what beta did later, as
-published. Deviations from the authors' code: a time limit is bootstrapped, by the value that the
-true successor had when it was collected, and c stays the ESS where the ESS is 1.
+where beta is the policy that acted, R the lambda-return and A = R - V under the present V, M the
+steps of the minibatch, and K the number of discrete actions, or 1. Nothing corrects R for what
+beta did later, as published. Deviations from the authors' code: a time limit is bootstrapped, by
+the value that the true successor had when it was collected; c stays the ESS where the ESS is 1.
 
 Differences from ppo.py:
 
 1. One full-batch step on each rollout, without a ratio; more steps come from the replay.
-2. Gradients of actor and critic are clipped together; for images they share a torso.
-3. RMSprop as PyTorch has it, with a step size that depends on the update, not on the step.
-4. A segment is T steps with T + 1 observations, as the agent saw them: normalised at the time.
-5. Advantages are not normalised.
+2. A segment is T steps with T + 1 observations, as the agent saw them: normalised at the time. The
+   value after a truncated step is in its reward.
+3. Gradients of actor and critic are clipped together; for images they share a torso.
+4. RMSprop as PyTorch has it; its step size ends a little above 0.
+5. Advantages are not normalised, exploration noise is drawn every step.
 
     python algos/p3o.py --env cartpole --num-seeds 16
     python algos/p3o.py --env breakout --preset a2c --num-seeds 4
@@ -28,12 +30,12 @@ Documentation: docs/p3o.md
 
 import math
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import envs
@@ -71,9 +73,9 @@ class Config:
     warmup_fraction: float = 0.3  # part of the replay that is filled before it is used
     sample_mult: int = 6  # segments of each environment in a replayed minibatch
     ess_clip: bool = True  # clip ratios to the ESS
-    max_ratio: float = 1.0  # without it, to this
+    max_ratio: float = 1.0  # largest ratio without ess_clip
     adaptive_kl: bool = True  # weight the KL by 1 - ESS
-    kl_coef: float = 0.1  # without it, by this
+    kl_coef: float = 0.1  # weight of the KL without adaptive_kl
     kl_direction: Literal["pi_beta", "beta_pi"] = "pi_beta"  # beta_pi: KL(beta || pi)
     kl_reduction: Literal["mean", "sum"] = "mean"  # over discrete actions; sum: the plain KL
 
@@ -108,25 +110,23 @@ class Config:
         return min(self.num_slots, max(2, round(self.warmup_fraction * self.num_slots)))
 
     def validate(self) -> None:
-        """Raise ValueError if the replay is too small, or is never used."""
+        """Raise ValueError if the replay is too small, or filled only when the run ends."""
         if not self.replay_ratio:
             return
         run = f"{self.num_updates} rollouts of {self.steps_per_update} steps"
+        kept = f"replay_fraction={self.replay_fraction:g} of {run}"
         if self.num_slots < 1:
-            raise ValueError(
-                f"replay_fraction={self.replay_fraction:g} of {run} is less than one: raise it or "
-                "total_timesteps"
-            )
+            raise ValueError(f"{kept} is less than one: raise it or total_timesteps")
         if self.warmup_slots >= self.num_updates:
             raise ValueError(
-                f"the replay is filled up to warmup_fraction={self.warmup_fraction:g} at the end "
-                f"of the {run} only (replay_fraction={self.replay_fraction:g}): lower one of them"
+                f"the replay is first used with {self.warmup_slots} rollouts ({kept}, "
+                f"warmup_fraction={self.warmup_fraction:g}), when the run ends: raise "
+                "total_timesteps or lower a fraction"
             )
         if self.sample_mult > self.num_slots:
             raise ValueError(
-                f"sample_mult={self.sample_mult} is more than the {self.num_slots} segments that "
-                f"the replay holds of an environment (replay_fraction={self.replay_fraction:g} of "
-                f"{run}): change one of them"
+                f"sample_mult={self.sample_mult} segments of an environment, and the replay holds "
+                f"{self.num_slots} ({kept}): lower it to {self.num_slots}, or keep more"
             )
 
 
@@ -220,7 +220,7 @@ class Transition(NamedTuple):
 
     obs: jax.Array  # as the environment gave it
     action: jax.Array  # unclipped
-    policy: common.Categorical | common.Gaussian  # beta, all of it
+    policy: common.Categorical | common.Gaussian  # beta
     reward: jax.Array
     truncated: jax.Array
     done: jax.Array  # terminated or truncated
@@ -273,8 +273,8 @@ def lambda_return(reward, value, done, gamma, lam):
 
 def effective_sample_size(log_weight):
     """(sum w)^2 / (M sum w^2) of all M weights, in [1 / M, 1], from their logarithms [...]."""
-    total, squares = (jax.nn.logsumexp(k * log_weight) for k in (1.0, 2.0))
-    return jnp.minimum(jnp.exp(2.0 * total - squares) / log_weight.size, 1.0)
+    log_sum, log_squares = jax.nn.logsumexp(log_weight), jax.nn.logsumexp(2.0 * log_weight)
+    return jnp.minimum(jnp.exp(2.0 * log_sum - log_squares) / log_weight.size, 1.0)
 
 
 def kl_divergence(p, q):
@@ -321,15 +321,17 @@ def fresh_loss(policy, value, segments, config):
 
 
 def replay_loss(policy, value, segments, config):
-    """Loss on replayed segments (eq. 14), with its diagnostics."""
+    """Loss on replayed segments (eq. 14 without its first term, and V's), with its diagnostics."""
     policy, log_prob, value, target = estimates(policy, value, segments, config)
     log_weight = log_prob - segments.policy.log_prob(segments.action)
     log_weight = jax.lax.stop_gradient(jnp.minimum(log_weight, 20.0))
     weight, ess = jnp.exp(log_weight), effective_sample_size(log_weight)
     max_ratio = ess if config.ess_clip else config.max_ratio
     kl_coef = 1.0 - ess if config.adaptive_kl else config.kl_coef
-    pair = policy, segments.policy
-    kl = kl_divergence(*(pair if config.kl_direction == "pi_beta" else pair[::-1])).mean()
+    p, q = policy, segments.policy
+    if config.kl_direction == "beta_pi":
+        p, q = q, p
+    kl = kl_divergence(p, q).mean()
     averaged = isinstance(policy, common.Categorical) and config.kl_reduction == "mean"
     penalty = kl / policy.logits.shape[-1] if averaged else kl
     pg_loss = policy_loss(log_prob, target - value, jnp.minimum(weight, max_ratio))
@@ -358,13 +360,14 @@ def sample_segments(replay, key, filled, num_envs, sample_mult):
     return jax.tree.map(lambda x: x[slot * num_envs + column], replay)
 
 
-def poisson(mean, key):
-    """Poisson number [] by its distribution function, cut where less than 1e-9 is left."""
-    pmf = [math.exp(-mean)]
-    while sum(pmf) < 1.0 - 1e-9:
-        pmf.append(pmf[-1] * mean / len(pmf))
-    cdf = jnp.cumsum(jnp.array(pmf))[:-1]
-    return (jax.random.uniform(key) >= cdf).sum()
+def replay_counts(config: Config) -> np.ndarray:
+    """Steps on replayed segments of each update [num_updates], drawn on the host.
+
+    They are the same for all seeds, so that under `vmap` no seed waits for another.
+    """
+    counts = np.random.default_rng(0).poisson(config.replay_ratio, config.num_updates)
+    counts[: config.warmup_slots - 1] = 0
+    return counts
 
 
 # --- build ---
@@ -387,8 +390,7 @@ def build(config: Config) -> common.Algo:
         optax.scale_by_rms(config.rms_decay, config.rms_eps, eps_in_sqrt=False),
     )
     T, N, S = config.num_steps, config.num_envs, config.num_slots
-    # How often segments are replayed is drawn once for all seeds, so that none waits for another.
-    key_poisson = jax.random.fold_in(jax.random.key(0), 2**31 + 1)
+    counts = replay_counts(config)
 
     def init(key) -> TrainState:
         key_params, key_env, key = jax.random.split(key, 3)
@@ -470,26 +472,24 @@ def build(config: Config) -> common.Algo:
         return params, opt_state, aux, optax.global_norm(grads)
 
     def replay_steps(state, learning_rate, key):
-        """A random number of steps on replayed segments: params, opt_state, sums of metrics."""
+        """The update's steps on replayed segments: params, opt_state, sums of metrics."""
         filled = jnp.minimum(state.update + 1, S)
-        count = poisson(config.replay_ratio, jax.random.fold_in(key_poisson, state.update))
-        count = jnp.where(filled < config.warmup_slots, 0, count)
 
-        def step(i, params, opt_state):
+        def step(i, carry):
+            params, opt_state, sums = carry
             key_i = jax.random.fold_in(key, i)
             segments = sample_segments(state.replay, key_i, filled, N, config.sample_mult)
             params, opt_state, aux, grad_norm = descend(
                 replay_loss_fn, params, opt_state, segments, learning_rate
             )
-            return params, opt_state, aux | {"replay/grad_norm": grad_norm}
+            aux["replay/grad_norm"] = grad_norm
+            return params, opt_state, jax.tree.map(jnp.add, sums, aux)
 
-        def add(i, carry):
-            params, opt_state, aux = step(i, *carry[:2])
-            return params, opt_state, jax.tree.map(jnp.add, carry[2], aux)
-
-        carry = state.params, state.opt_state
-        sums = jax.tree.map(jnp.zeros_like, jax.eval_shape(step, 0, *carry)[2])
-        params, opt_state, sums = jax.lax.fori_loop(0, count, add, (*carry, sums))
+        aux = jax.eval_shape(replay_loss_fn, state.params, state.replay)[1]
+        sums = {name: jnp.zeros(()) for name in (*aux, "replay/grad_norm")}
+        count = jnp.asarray(counts)[state.update]
+        carry = state.params, state.opt_state, sums
+        params, opt_state, sums = jax.lax.fori_loop(0, count, step, carry)
         return params, opt_state, sums | {"replay/count": count, "charts/replay_steps": count}
 
     def update(state):
@@ -504,9 +504,8 @@ def build(config: Config) -> common.Algo:
         metrics["losses/grad_norm"] = grad_norm
         state = state._replace(params=params, opt_state=opt_state)
         if config.replay_ratio:
-            write = partial(
-                jax.lax.dynamic_update_slice_in_dim, start_index=state.update % S * N, axis=0
-            )
+            row = (state.update % S) * N
+            write = lambda kept, new: jax.lax.dynamic_update_slice_in_dim(kept, new, row, 0)
             state = state._replace(replay=jax.tree.map(write, state.replay, segments))
             params, opt_state, sums = replay_steps(state, learning_rate, key_replay)
             state, metrics = state._replace(params=params, opt_state=opt_state), metrics | sums

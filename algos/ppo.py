@@ -123,6 +123,11 @@ MANY_ENVS = {
     **PHYSICS, "num_envs": 512, "num_steps": 32, "num_epochs": 4, "hidden": (256, 256),
     "total_timesteps": 2_000_000,
 }
+MINATAR = {
+    "total_timesteps": 5_000_000, "num_envs": 128, "num_steps": 32, "num_epochs": 4,
+    "num_minibatches": 8, "learning_rate": 1e-3, "anneal_lr": True, "ent_coef": 0.01,
+    "hidden": (128, 128), "activation": "relu",
+}
 PAPER = {  # everything a task's own preset may have changed, back to the published default
     "shuffle": "rows", "learning_rate": 3e-4, "anneal_lr": False, "gamma": 0.99, "gae_lambda": 0.95,
     "clip_eps": 0.2, "anneal_clip": False, "ent_coef": 0.0, "vf_coef": 0.5, "normalize_obs": False,
@@ -146,11 +151,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("hopper", "walker2d", "halfcheetah"), PHYSICS),
     "reacher": {**PHYSICS, "gamma": 0.95},
     "ant": MANY_ENVS,
-    "breakout": {
-        "total_timesteps": 5_000_000, "num_envs": 128, "num_steps": 32, "num_epochs": 4,
-        "num_minibatches": 8, "learning_rate": 1e-3, "anneal_lr": True, "ent_coef": 0.01,
-        "hidden": (128, 128), "activation": "relu",
-    },
+    **dict.fromkeys(("breakout", "asterix", "freeway", "space_invaders"), MINATAR),
     # the PPO baselines of Goodall et al. 2026 (BPO), their published values
     "cartpole_ppo": {
         **PAPER, "total_timesteps": 100_000, "num_envs": 8, "num_steps": 32, "num_epochs": 20,

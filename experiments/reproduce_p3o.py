@@ -44,19 +44,20 @@ SHOWN = {"replay/ess": "ESS", "replay/kl": "KL", "replay/clip_fraction": "clippe
 
 def replay_curves(done: Report) -> str:
     """Draw what the replay was like: means over seeds; returns where."""
+    if not done.jobs:
+        return ""
     figure = Figure(figsize=(4 * len(SHOWN), 3.5), layout="constrained")
     axes = figure.subplots(1, len(SHOWN))
     for job in done.jobs:
         path = done.folder / job.task / job.name / "metrics.jsonl"
         records = [json.loads(line) for line in path.read_text().splitlines()]
         for axis, (metric, label) in zip(axes, SHOWN.items(), strict=True):
-            found = [(r["global_step"], r[metric]) for r in records if metric in r]
-            if found:
-                steps, values = zip(*found, strict=True)
-                axis.plot(steps, np.nanmean(np.array(values, float), 1), label=job.name)
+            found = [(r["global_step"], np.array(r[metric], float)) for r in records if metric in r]
+            found = [(step, np.nanmean(x)) for step, x in found if np.isfinite(x).any()]
+            axis.plot(*zip(*found, strict=True) if found else ([], []), label=job.name)
             axis.set(xlabel="environment steps", ylabel=label)
     axes[0].legend(fontsize="x-small")
-    out = done.folder / "cartpole-replay.png"
+    out = done.folder / f"{done.jobs[0].task}-replay.png"
     FigureCanvasAgg(figure).print_png(str(out))
     return f"\nESS, KL and clipped ratios: {out}\n"
 

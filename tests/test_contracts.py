@@ -296,6 +296,20 @@ def test_fields_of_traceable_can_be_traced(lab):
 # --- the file as a program ---
 
 
+def check_means(line, sums, num_updates):
+    """What is logged of 3 updates: means over them, or over episodes and replayed minibatches."""
+    sums = {name[2:-2]: x for name, x in sums.items()}
+    for name, total in sums.items():
+        group = name.split("/")[0]
+        if group in ("episodes", "replay"):
+            total = total / np.where(sums[f"{group}/count"] > 0, sums[f"{group}/count"], np.nan)
+        elif name != "health/env_nan" and not name.endswith("/max"):
+            total = total / num_updates
+        if not name.endswith("/count"):
+            logged = np.array(line[name.replace("episodes/", "charts/episodic_")], float)
+            np.testing.assert_allclose(logged, total, rtol=1e-5, err_msg=name)
+
+
 def test_command_line_end_to_end(lab, trained, tmp_path, monkeypatch, signals):
     """A complete run directory with the very state of the pure program; its policies load."""
     run_dir = tmp_path / "run"
@@ -333,6 +347,7 @@ def test_command_line_end_to_end(lab, trained, tmp_path, monkeypatch, signals):
     with open(run_dir / "metrics.jsonl") as file:
         lines = [json.loads(line) for line in file]
     assert [line["global_step"] for line in lines] == [0, 96, 96, 192, 192]
+    check_means(lines[1], arrays(lab.train(lab.start(), 3)[1]), 3)
 
     algo = lab.module.build(lab.config)
     obs = jax.random.normal(jax.random.key(1), (5, 4))

@@ -40,7 +40,7 @@ ALGOS = {
         "vmin": -2.0,
         "vmax": 12.0,
     },
-    "p3o": {"replay_fraction": 0.5, "sample_mult": 2},
+    "p3o": {"replay_fraction": 0.5, "sample_mult": 2, "log_std_init": -1.0},
 }
 
 # Tasks of both kinds of actions, for the algorithms that know that kind.
