@@ -141,10 +141,10 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
 
 
 def preset_of(env: str, presets: dict[str, dict]) -> dict[str, Any]:
-    """The task's own preset, under whichever of its names it is filed; {} if there is none."""
+    """The task's own preset, under any of its names or its source's; {} if there is none."""
     task = envs.canonical(env).split("?")[0]
     for name, preset in presets.items():
-        if name == env or envs.ALIASES.get(name, name) == task:
+        if name == env or envs.ALIASES.get(name, name) in (task, task.split("/")[0]):
             return preset
     return {}
 

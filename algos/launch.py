@@ -136,6 +136,10 @@ def make_program(config: Any, launch: Launch, build: Callable, rows: Rows) -> Pr
     """Lay the rows over the local devices; nothing is compiled yet."""
     mesh = jax.sharding.Mesh(row_devices(len(rows.seeds)), "row")
     eval_env = envs.make(config.env, launch.eval_episodes, stagger=False, reset_mode="cached")
+    if eval_env.stateful and len(rows.seeds) > 1:
+        raise ValueError(f"{eval_env.name}: a program has one seed here, not {len(rows.seeds)}")
+    if eval_env.stateful and launch.resume:
+        raise ValueError(f"{eval_env.name}: its emulators are in no checkpoint: start a new run")
     algo = build(config)
     state = jax.eval_shape(algo.init, jax.random.key(0))
     # All fields of the state have a leading row axis but the counter, which the rows share.

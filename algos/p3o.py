@@ -149,6 +149,9 @@ PHYSICS = {
 PRESETS: dict[str, dict[str, Any]] = {
     # tasks
     "cartpole": {},
+    "atari": {
+        "total_timesteps": 28_000_000, "torso": "atari", "hidden": (512,), "activation": "relu",
+    },
     **dict.fromkeys(("breakout", "asterix", "freeway", "seaquest", "space_invaders"), MINATAR),
     **dict.fromkeys(("ant", "halfcheetah", "hopper", "walker2d", "humanoid"), PHYSICS),
     # ablations, to follow a task

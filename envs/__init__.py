@@ -18,6 +18,22 @@ __all__ = ["ALIASES", "Env", "RawEnv", "canonical", "make"]
 
 BRAX_BACKENDS = ("mjx", "generalized", "spring", "positional")
 
+# All games that ale-py ships.
+ATARI = """
+    Adventure AirRaid Alien Amidar Assault Asterix Asteroids Atlantis Atlantis2 Backgammon
+    BankHeist BasicMath BattleZone BeamRider Berzerk Blackjack Bowling Boxing Breakout Carnival
+    Casino Centipede ChopperCommand Combat CrazyClimber Crossbow Darkchambers Defender
+    DemonAttack DonkeyKong DoubleDunk Earthworld ElevatorAction Enduro Entombed Et FishingDerby
+    FlagCapture Freeway Frogger Frostbite Galaxian Gopher Gravitar Hangman HauntedHouse Hero
+    HumanCannonball IceHockey Jamesbond JourneyEscape Joust Kaboom Kangaroo KeystoneKapers
+    KingKong Klax Koolaid Krull KungFuMaster LaserGates LostLuggage MarioBros MazeCraze
+    MiniatureGolf MontezumaRevenge MrDo MsPacman NameThisGame Othello Pacman Phoenix Pitfall
+    Pitfall2 Pong Pooyan PrivateEye Qbert Riverraid RoadRunner Robotank Seaquest SirLancelot
+    Skiing Solaris SpaceInvaders SpaceWar StarGunner Superman Surround Tennis Tetris TicTacToe3d
+    TimePilot Trondead Turmoil Tutankham UpNDown Venture VideoCheckers VideoChess VideoCube
+    VideoPinball Warlords WizardOfWor WordZapper YarsRevenge Zaxxon
+"""
+
 TASKS: dict[str, tuple[str, ...]] = {
     "brax": (
         "ant",
@@ -89,6 +105,7 @@ TASKS: dict[str, tuple[str, ...]] = {
         "SimpleBandit-bsuite",
         "UmbrellaChain-bsuite",
     ),
+    "atari": tuple(ATARI.split()),
     "probe": (
         "value",
         "value-continuous",
@@ -110,6 +127,7 @@ MODULES = {
     "brax": "envs.brax",
     "playground": "envs.playground",
     "gymnax": "envs.gymnax",
+    "atari": "envs.atari",
     "probe": "envs.probes",
 }
 
@@ -118,6 +136,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "brax": {"backend": BRAX_BACKENDS, "iterations": int, "ls_iterations": int},
     "playground": {"iterations": int, "ls_iterations": int, "privileged": ("0", "1")},
     "gymnax": {},
+    "atari": {},
     "probe": {},
 }
 
@@ -158,7 +177,13 @@ def make(
         raise ValueError(f"reset_mode={reset_mode!r}: choose one of {', '.join(RESET_MODES)}")
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"max_steps={max_steps}: at least 1 is needed")
-    raw = _load(canonical(name))
+    name = canonical(name)
+    if name.startswith("atari/"):
+        if max_steps is not None:
+            raise ValueError(f"{name}: max_steps={max_steps} cannot be changed")
+        purpose = "training" if stagger else "evaluation"
+        return importlib.import_module(MODULES["atari"]).make(name[6:], num_envs, purpose)
+    raw = _load(name)
     raw = raw._replace(
         reset_mode=reset_mode or raw.reset_mode, max_steps=max_steps or raw.max_steps
     )

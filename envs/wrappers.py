@@ -59,6 +59,7 @@ class Env(NamedTuple):
     privileged_size: int = 0
     frame: Callable | None = None  # raw state of one environment -> small pytree
     render: Callable | None = None
+    stateful: bool = False  # part of its state is outside the program: one row, no exact resume
 
 
 @struct.dataclass
