@@ -246,7 +246,10 @@ def test_rows_not_yet_filled_are_not_used():
 ROWS = replace(SMALL, polyak_tau=0.0, shuffle="rows", num_mu_minibatches=4)
 
 
-@pytest.mark.parametrize("config", [SMALL, ROWS], ids=["tau", "copy"])
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(SMALL, id="tau"), pytest.param(ROWS, id="copy", marks=pytest.mark.slow)],
+)
 def test_target_networks_move_by_tau_or_at_the_end_of_a_pass(config):
     change = lambda state: state._replace(
         target_params=jax.tree.map(lambda x: x + 1.0, state.target_params)
@@ -288,7 +291,7 @@ LONG_WEIGHTED = replace(
     "config",
     [
         pytest.param(LONG, id="vtrace"),
-        pytest.param(LONG_WEIGHTED, id="pdis"),
+        pytest.param(LONG_WEIGHTED, id="pdis", marks=pytest.mark.slow),
         pytest.param(
             replace(LONG, clip_traj=True, fidelity="official"),
             id="official",
@@ -418,6 +421,7 @@ def replay_noise(config, states):
     return np.asarray((rows.action - policy.mean) / deviation)
 
 
+@pytest.mark.slow  # ppo.py's noise is drawn alike
 def test_sticky_noise():
     noise = replay_noise(WEIGHTED, run(WEIGHTED, 1, shifted("mu"), **FROZEN)[0])
     assert_allclose(np.diff(noise.reshape(2, 4, -1), axis=1), 0.0, atol=1e-3)

@@ -417,7 +417,10 @@ def interrupt_at(monkeypatch, update, number=signal.SIGINT):
 
 @pytest.mark.parametrize(
     ("update", "number"),
-    [(0, signal.SIGINT), (3, signal.SIGTERM), (6, signal.SIGINT)],
+    [
+        (3, signal.SIGTERM),
+        *(pytest.param(update, signal.SIGINT, marks=pytest.mark.slow) for update in (0, 6)),
+    ],
 )
 def test_interrupted_and_resumed_is_the_same_run(whole, tmp_path, monkeypatch, update, number):
     run_dir = tmp_path / "run"

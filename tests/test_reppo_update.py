@@ -44,7 +44,7 @@ ONE = {
 # --- multipliers ---
 
 
-@pytest.mark.parametrize("tuned", [True, False])
+@pytest.mark.parametrize("tuned", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_multipliers_move_only_if_tuned(tuned):
     before, after, metrics = run_update(**({} if tuned else SCALAR), learning_rate=0.01)
     for name, old in before.params["actor"]["duals"].items():
