@@ -32,6 +32,8 @@ class Launch:
     """greedy evaluations spread over the run, besides the one at step 0"""
     eval_episodes: int = 16
     """episodes of each evaluation, the same start keys for every seed"""
+    stop_at_return: float | None = None
+    """export a seed as partial_sNNN.npz when two evaluations in a row reach this; it trains on"""
     run_dir: str = ""
     """directory to write; empty: runs/ENV/ALGO/TIME_sSEEDxSEEDS_HASH"""
     resume: str = ""
@@ -74,6 +76,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("kl_coef", "max_ratio"), (0, math.inf)),
     "replay_ratio": (0, 100),
     "sample_mult": (1, math.inf),
+    **dict.fromkeys(("updates_per_step", "learning_starts"), (0, math.inf)),
+    **dict.fromkeys(("batch_size", "buffer_size"), (1, math.inf)),
+    "polyak_tau": (0, 1),
 }
 
 

@@ -394,6 +394,7 @@ class Session:
                 if stopped:
                     break
                 self.evaluate(state)
+                self.export(state, self.partial_rows(), "partial")
                 every = self.launch.checkpoint_every
                 last = point == self.config.num_updates
                 if last or (every and i % every == 0 and i > 0):
@@ -533,16 +534,34 @@ class Session:
 
         return jax.tree.map(put, tree, like)
 
-    def finish(self, state: Any) -> None:
-        """Export the policies, draw the curve, write done.json last."""
+    def partial_rows(self) -> Any:
+        """Rows whose last two evaluations are the first two in a row to reach --stop-at-return."""
+        target = self.launch.stop_at_return
+        if target is None or len(self.evals["returns"]) < 2:
+            return []
+        reached = np.stack(self.evals["returns"]).mean(-1) >= target  # [E, R], never if dead
+        twice = reached[1:] & reached[:-1]
+        return np.flatnonzero(twice[-1] & ~twice[:-1].any(0))
+
+    def export(self, state: Any, rows: Any, prefix: str) -> None:
+        """Write the policies of some rows as PREFIX_sNNN.npz."""
+        if not len(rows):
+            return
         policies = rundir.flatten(self.program.policies(state))
         policies = {k: gather(np.asarray(v)) for k, v in policies.items()}
+        step = self.update * self.config.steps_per_update
+        for i in rows if self.lead else []:
+            row = {k: v[i] for k, v in policies.items()}
+            meta = {"seed": int(self.rows.seeds[i]), "label": self.rows.labels[i], "step": step}
+            rundir.save_arrays(self.run_dir / f"{prefix}_s{i:03d}.npz", row, meta)
+            if prefix == "partial":
+                self.log.say(f"seed {self.rows.seeds[i]} reached the return: {prefix}_s{i:03d}.npz")
+
+    def finish(self, state: Any) -> None:
+        """Export the policies, draw the curve, write done.json last."""
+        self.export(state, range(len(self.rows.seeds)), "policy")
         if not self.lead:
             return
-        for i in range(len(self.rows.seeds)):
-            row = {k: v[i] for k, v in policies.items()}
-            meta = {"seed": int(self.rows.seeds[i]), "label": self.rows.labels[i]}
-            rundir.save_arrays(self.run_dir / f"policy_s{i:03d}.npz", row, meta)
         run = rundir.read_run(self.run_dir)
         rundir.plot_curves(
             [(label or self.name, run, index) for label, index in rundir.groups(run)],

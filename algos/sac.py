@@ -381,18 +381,22 @@ def build(config: Config) -> common.Algo:
     def fit(state, key):
         """All gradient steps of an update: state, sums of metrics and their number."""
 
-        def step(i, carry):
-            *learned, sums = carry
-            key_batch, key_step = jax.random.split(jax.random.fold_in(key, i))
-            *learned, aux = gradient_step(*learned, sample(state, key_batch), key_step)
-            return *learned, jax.tree.map(jnp.add, sums, aux)
+        def one(learned, key):
+            key_batch, key_step = jax.random.split(key)
+            return gradient_step(*learned, sample(state, key_batch), key_step)
 
-        learned = state.params, state.target_params, state.opt_state
-        aux = jax.eval_shape(lambda: gradient_step(*learned, sample(state, key), key))[-1]
+        def step(i, carry):
+            learned, sums = carry
+            *learned, aux = one(learned, jax.random.fold_in(key, i))
+            return learned, jax.tree.map(jnp.add, sums, aux)
+
+        learned = [state.params, state.target_params, state.opt_state]
+        aux = jax.eval_shape(one, learned, key)[-1]
         # No loop under a condition but a loop of no step: its length is the same for all seeds.
         count = jnp.where(state.update < config.random_updates, 0, config.gradient_steps)
-        carry = *learned, {name: jnp.zeros(()) for name in aux}
-        params, target_params, opt_state, sums = jax.lax.fori_loop(0, count, step, carry)
+        carry = learned, {name: jnp.zeros(()) for name in aux}
+        learned, sums = jax.lax.fori_loop(0, count, step, carry)
+        params, target_params, opt_state = learned
         state = state._replace(params=params, target_params=target_params, opt_state=opt_state)
         return state, sums | {"losses/count": count}
 

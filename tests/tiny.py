@@ -41,6 +41,15 @@ ALGOS = {
         "vmax": 12.0,
     },
     "p3o": {"replay_fraction": 0.5, "sample_mult": 2, "log_std_init": -1.0},
+    "sac": {
+        "env": "tiny:balance",
+        "reward_scale": 0.1,
+        "updates_per_step": 0.125,
+        "batch_size": 16,
+        "buffer_size": 4 * 32,
+        "learning_starts": 32,
+        "critic_hidden": (8,),
+    },
 }
 
 # Tasks of both kinds of actions, for the algorithms that know that kind.
@@ -48,6 +57,7 @@ TASKS = {"discrete": "cartpole", "continuous": "pendulum"}
 KINDS = dict.fromkeys(ALGOS, tuple(TASKS)) | {
     "reppo": ("continuous",),
     "reppo_discrete": ("discrete",),
+    "sac": ("continuous",),
 }
 ASYMMETRIC = {"reppo"}  # the critic may see what the actor does not
 

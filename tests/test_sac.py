@@ -1,0 +1,337 @@
+"""Soft actor-critic: targets, losses, networks, replay, the order of a gradient step."""
+
+import dataclasses
+import math
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from tiny import assert_allclose
+
+from algos import common, launch, sac
+
+# In one worker, so that updates are compiled once.
+pytestmark = pytest.mark.xdist_group("test_sac")
+
+
+def config_of(**changes):
+    return tiny.config_of("sac", **changes)
+
+
+# --- targets and losses ---
+
+
+@pytest.mark.parametrize(
+    ("temperature", "terminated", "expected"),
+    [(0.0, False, 10.9), (0.05, False, 10.9495), (0.0, True, 1.0), (0.05, True, 1.0)],
+)
+def test_target_by_hand(temperature, terminated, expected):
+    value, log_prob = jnp.array([[10.0], [12.0]]), jnp.array([-1.0])
+    ended = jnp.array([terminated])
+    target = sac.soft_target(jnp.ones(1), ended, value, log_prob, temperature, 0.99)
+    assert_allclose(target, [expected])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.floats(0, 1), st.floats(0, 1))
+def test_losses_are_those_of_a_double_loop(seed, temperature, gamma):
+    rng = np.random.default_rng(seed)
+    reward, log_prob = rng.normal(size=(2, 5))
+    terminated = rng.random(5) < 0.3
+    value, next_value = rng.normal(size=(2, 2, 5))
+    target, q_loss, pi_loss = np.zeros(5), 0.0, 0.0
+    for b in range(5):
+        soft_value = min(next_value[0, b], next_value[1, b]) - temperature * log_prob[b]
+        target[b] = reward[b] + (0.0 if terminated[b] else gamma * soft_value)
+        for i in range(2):
+            q_loss += (value[i, b] - target[b]) ** 2 / 5
+        pi_loss += (temperature * log_prob[b] - min(value[0, b], value[1, b])) / 5
+    actual = sac.soft_target(reward, terminated, next_value, log_prob, temperature, gamma)
+    assert_allclose(actual, target)
+    assert_allclose(sac.critic_loss(value, target), q_loss)
+    assert_allclose(sac.policy_loss(value, log_prob, temperature), pi_loss)
+
+
+def test_no_gradient_passes_through_the_target():
+    def loss(reward, next_value, log_prob, temperature):
+        ended = jnp.zeros(3, bool)
+        target = sac.soft_target(reward, ended, next_value, log_prob, temperature, 0.9)
+        return sac.critic_loss(jnp.ones((2, 3)), target)
+
+    grads = jax.grad(loss, (0, 1, 2, 3))(jnp.ones(3), jnp.ones((2, 3)), jnp.ones(3), 0.5)
+    assert all((x == 0).all() for x in jax.tree.leaves(grads))
+
+
+def test_gradient_of_the_policy_loss():
+    """Through the smaller value and the log-probability, and not into the temperature."""
+    value, log_prob = jnp.array([[1.0, 5.0], [2.0, 3.0]]), jnp.array([0.3, -0.2])
+    grads = jax.grad(sac.policy_loss, (0, 1, 2))(value, log_prob, 0.4)
+    assert_allclose(grads[0], [[-0.5, 0.0], [0.0, -0.5]])
+    assert_allclose(grads[1], [0.2, 0.2])
+    assert grads[2] == 0.0
+
+
+@pytest.mark.parametrize(("entropy", "sign"), [(-1.5, -1), (-2.5, 1)])
+def test_temperature_falls_while_entropy_is_above_its_target(entropy, sign):
+    loss = lambda log, log_prob: sac.temperature_loss(jnp.exp(log), log_prob, -2.0)
+    grads = jax.grad(loss, (0, 1))(jnp.log(0.3), jnp.full(4, -entropy))
+    assert_allclose(grads[0], 0.3 * (entropy + 2.0))
+    assert np.sign(-grads[0]) == sign  # the step of descent
+    assert (grads[1] == 0).all()
+
+
+# --- networks ---
+
+
+def test_deviation_of_the_policy():
+    config = config_of(hidden=())
+    actor = sac.Actor(config, 1)
+    params = actor.init(jax.random.key(0), jnp.zeros((1, 3)))
+    layer = params["params"]["MLP_0"]["Dense_0"]
+    for raw, std in ((0.0, 0.082085), (-20.0, 0.0067379), (20.0, 1.0)):
+        layer["bias"] = jnp.array([0.7, raw])
+        policy = actor.apply(params, jnp.zeros((2, 3)))
+        assert_allclose(policy.std, np.full((2, 1), std), atol=1e-6)
+        assert_allclose(policy.mean, np.full((2, 1), 0.7))
+
+
+def test_density_of_the_action():
+    """d = 1, mean 0, deviation 0.5: by hand, and its integral over (-1, 1)."""
+    policy = common.TanhGaussian(jnp.zeros(1), jnp.full(1, 0.5))
+    assert_allclose(policy.log_prob(jnp.arctanh(jnp.array([0.5]))), -0.541584)
+    assert_allclose(policy.log_prob(jnp.zeros(1)), -0.225791)
+    edges = jnp.linspace(-1.0, 1.0, 200_001)
+    middle = 0.5 * (edges[1:] + edges[:-1])
+    density = jnp.exp(policy.log_prob(jnp.arctanh(middle)[:, None]))
+    assert_allclose((density * jnp.diff(edges)).sum(), 1.0, atol=1e-4)
+
+
+def test_critics_are_two_of_their_own():
+    config = config_of(critic_hidden=(40, 30))
+    critic = sac.Critic(config)
+    obs, action = jax.random.normal(jax.random.key(1), (5, 7)), jnp.full((5, 2), 0.3)
+    params = critic.init(jax.random.key(0), obs, action)
+    value = critic.apply(params, obs, action)
+    assert value.shape == (2, 5)
+    assert (abs(value[0] - value[1]) > 1e-3).any()
+    assert (critic.apply(params, obs, -action) != value).all()
+    for name, x in tiny.arrays(params).items():
+        if "bias" in name:
+            assert not x.any()
+        else:  # Glorot: uniform, with a bound of the root of 6 over both sizes
+            bound = math.sqrt(6 / sum(x.shape[1:]))
+            assert 0.9 * bound < abs(x).max() <= bound
+            assert stats.kstest(x.ravel() / bound, stats.uniform(-1, 2).cdf).pvalue > 1e-3
+
+
+# --- updates ---
+
+
+@cache
+def functions_of(config):
+    """Compiled init and update of a configuration; `update` takes a learning rate as well."""
+
+    def update(state, learning_rate):
+        return sac.build(dataclasses.replace(config, learning_rate=learning_rate)).update(state)
+
+    return jax.jit(sac.build(config).init), jax.jit(update)
+
+
+def states_of(config, num_updates, change=lambda state: state, learning_rate=1e-3):
+    """States after 0 to `num_updates` updates from seed 0, and the metrics of each update."""
+    init, update = functions_of(config)
+    states, metrics = [change(init(jax.random.key(0)))], []
+    for _ in range(num_updates):
+        state, measured = update(states[-1], learning_rate)
+        states.append(state)
+        metrics.append(measured)
+    return states, metrics
+
+
+# 4 environments x 8 steps in an update, a ring of 4 rollouts, 4 gradient steps from the second on.
+COUNTER = config_of(env="tiny:counter")
+
+
+def test_replay_is_a_ring_of_rollouts():
+    states, _ = states_of(COUNTER, 6)
+    N, T = COUNTER.num_envs, COUNTER.num_steps
+
+    def slot(update, i):
+        part = lambda x: x[i * N * T : (i + 1) * N * T].reshape((T, N, *x.shape[1:]))
+        return jax.tree.map(part, states[update].replay)
+
+    rollouts = [slot(update + 1, update % 4) for update in range(6)]
+    for i, update in enumerate((4, 5, 2, 3)):
+        tiny.assert_same(slot(6, i), rollouts[update])
+    assert not np.asarray(states[1].replay.obs[N * T :]).any()
+    for update, rollout in enumerate(rollouts):
+        np.testing.assert_array_equal(rollout.obs[0], states[update].obs)
+        time = rollout.obs[..., 0]
+        # The true successor of the last step is 4, and its time limit is no failure.
+        np.testing.assert_array_equal(rollout.next_obs[..., 0], time + 1)
+        assert ((time[1:] == time[:-1] + 1) | (time[1:] == 0)).all()
+        assert (rollout.next_obs[..., 0] == 4).any()
+        assert not rollout.terminated.any()
+        assert (rollout.reward == 1).all()
+
+
+def test_nothing_is_learned_from_uniform_actions_at_first():
+    """One update of 32 steps: afterwards the policy acts, and 4 gradient steps are taken."""
+    states, metrics = states_of(COUNTER, 2)
+    assert [m["losses/count"] for m in metrics] == [0, 4]
+    learned = lambda state: (state.params, state.target_params, state.opt_state)
+    tiny.assert_same(learned(states[0]), learned(states[1]))
+    moved = jax.tree.map(lambda x, y: bool((x != y).any()), *(s.params for s in states[1:]))
+    assert all(jax.tree.leaves(moved))
+    first, second = (np.asarray(states[2].replay.action[i : i + 32]) for i in (0, 32))
+    assert stats.kstest(first.ravel(), stats.uniform(-1, 2).cdf).pvalue > 1e-3
+    policy = sac.Actor(COUNTER, 2).apply(
+        states[1].params["actor"],
+        states[1].obs_stats.normalize(states[2].replay.obs[32:64]),
+    )
+    noise = (np.arctanh(second) - policy.mean) / policy.std
+    assert abs(noise).max() < 4.5
+    assert stats.kstest(noise.ravel(), stats.norm.cdf).pvalue > 1e-3
+
+
+def test_what_is_not_written_yet_is_never_replayed():
+    spoil = lambda x: jnp.full_like(x, jnp.nan) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    change = lambda state: state._replace(replay=jax.tree.map(spoil, state.replay))
+    states, metrics = states_of(COUNTER, 4, change)
+    assert metrics[1]["losses/count"] == 4
+    assert common.all_finite((states[4].params, metrics))
+
+
+def test_statistics_are_of_what_was_observed_and_replay_is_not_normalised():
+    states, _ = states_of(COUNTER, 2)
+    rows = states[2].replay.obs[:64]
+    assert set(np.unique(rows[:, 0])) == {0, 1, 2, 3}
+    assert_allclose(states[2].obs_stats.mean, rows.mean(0))
+    assert_allclose(states[2].obs_stats.var, rows.var(0))
+    algo = sac.build(COUNTER)
+    action = algo.act(algo.policy_of(states[2]), rows, jax.random.key(0), True)
+    inputs = states[2].obs_stats.normalize(rows)
+    mean = sac.Actor(COUNTER, 2).apply(states[2].params["actor"], inputs).mean
+    assert_allclose(action, jnp.tanh(mean))
+
+
+def test_target_critics_start_as_copies_and_follow_slowly():
+    """Towards fixed critics, by 1 - 0.995^k after k steps."""
+    states, _ = states_of(COUNTER, 1)
+    tiny.assert_same(states[0].params["critic"], states[0].target_params)
+    zero = lambda state: state._replace(
+        target_params=jax.tree.map(jnp.zeros_like, state.target_params)
+    )
+    states, _ = states_of(COUNTER, 5, zero, learning_rate=0.0)
+    tiny.assert_same(states[0].params, states[5].params)
+    share = 1 - 0.995 ** (4 * 4)
+    wanted = jax.tree.map(lambda x: share * x, states[5].params["critic"])
+    tiny.assert_close(states[5].target_params, wanted)
+
+
+BY_HAND = config_of(
+    env="probe/termination-continuous",
+    learning_starts=0,
+    updates_per_step=2 / 32,
+    batch_size=32,
+    normalize_obs=False,
+    polyak_tau=0.3,
+    temperature_init=0.2,
+    target_entropy_mult=0.7,
+    reward_scale=0.5,
+)
+
+
+def test_gradient_steps_by_hand(monkeypatch):
+    """Two steps, with noise of one value and minibatches in order: target critics, critics, actor
+    and temperature, each from what was updated before it.
+    """
+    monkeypatch.setattr(jax.random, "normal", lambda key, shape: jnp.full(shape, 0.5))
+    in_order = lambda key, shape, low, high: jnp.arange(math.prod(shape)).reshape(shape) % high
+    monkeypatch.setattr(jax.random, "randint", in_order)
+    (before, after), (metrics,) = states_of(BY_HAND, 1, learning_rate=1e-2)
+    params, target = before.params, before.target_params
+    batch = jax.tree.map(lambda x: x[:32], after.replay)
+    np.testing.assert_array_equal(batch.terminated, batch.obs[:, 7] == 1)
+    assert 0 < batch.terminated.sum() < 32
+    actor, critic = sac.Actor(BY_HAND, 1), sac.Critic(BY_HAND)
+
+    def sampled(params, obs):
+        policy = actor.apply(params, obs)
+        z, u = 0.5, policy.mean + 0.5 * policy.std
+        log_normal = -0.5 * z**2 - jnp.log(policy.std) - 0.5 * math.log(2 * math.pi)
+        return jnp.tanh(u), (log_normal - jnp.log(1 - jnp.tanh(u) ** 2)).sum(-1)
+
+    adam = optax.adam(1e-2, eps=1e-7)
+    opt = {name: adam.init(params[name]) for name in params}
+    sums = {}
+    for _ in range(2):
+        target = jax.tree.map(lambda t, p: 0.7 * t + 0.3 * p, target, params["critic"])
+        alpha = jnp.exp(params["temperature"])
+        action, log_prob = sampled(params["actor"], batch.next_obs)
+        next_value = critic.apply(target, batch.next_obs, action)
+        y = 0.5 * batch.reward + jnp.where(
+            batch.terminated, 0.0, BY_HAND.gamma * (next_value.min(0) - alpha * log_prob)
+        )
+
+        def q_loss(p):
+            value = critic.apply(p, batch.obs, batch.action)
+            return ((value[0] - y) ** 2).mean() + ((value[1] - y) ** 2).mean()  # noqa: B023
+
+        def pi_loss(p):
+            action, log_prob = sampled(p, batch.obs)
+            value = critic.apply(params["critic"], batch.obs, action)  # noqa: B023
+            return (alpha * log_prob - jnp.minimum(value[0], value[1])).mean()  # noqa: B023
+
+        def alpha_loss(log):
+            _, log_prob = sampled(params["actor"], batch.obs)  # noqa: B023
+            return (jnp.exp(log) * jax.lax.stop_gradient(-log_prob + 0.7)).mean()
+
+        for name, loss in (("critic", q_loss), ("actor", pi_loss), ("temperature", alpha_loss)):
+            value, grads = jax.jit(jax.value_and_grad(loss))(params[name])
+            sums[name] = sums.get(name, 0.0) + value
+            direction, opt[name] = adam.update(grads, opt[name])
+            params = params | {name: optax.apply_updates(params[name], direction)}
+    assert metrics["losses/count"] == 2
+    assert_allclose(metrics["losses/qf_loss"], sums["critic"], rtol=1e-4)
+    assert_allclose(metrics["losses/policy_loss"], sums["actor"], rtol=1e-4)
+    tiny.assert_close(after.params, params, rtol=1e-3, atol=1e-5)
+    tiny.assert_close(after.target_params, target, rtol=1e-3, atol=1e-5)
+
+
+# --- configuration ---
+
+
+def test_bytes_of_the_replay():
+    """128 transitions: two observations of 4 numbers, an action, a reward, an end."""
+    state = jax.eval_shape(
+        jax.vmap(sac.build(config_of()).init), jax.random.split(jax.random.key(0))
+    )
+    assert launch.replay_bytes(state) == 128 * (2 * 16 + 4 + 4 + 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"updates_per_step": 0.1}, r"updates_per_step=0.1 of .* 4 x 8 steps makes 3.2 gradient"),
+        ({"updates_per_step": 0.0}, r"makes 0 gradient steps"),
+        ({"buffer_size": 31}, r"buffer_size=31 is less than .* raise it to 32"),
+        ({"learning_starts": 161}, r"learning_starts=161 leaves nothing of total_timesteps=192"),
+    ],
+)
+def test_impossible_settings_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config_of(**changes).validate()
+    config_of(learning_starts=160, buffer_size=32).validate()
+
+
+def test_discrete_actions_are_refused():
+    with pytest.raises(ValueError, match=r"CartPole.* has discrete actions"):
+        sac.build(config_of(env="cartpole"))
