@@ -18,12 +18,16 @@ class Algo(NamedTuple):
 
     The train state has a field `update`: int32, the number of finished updates. It is the same for
     all seeds and stays unbatched under `vmap`, so schedules and ring positions cost no select.
+
+    An offline algorithm learns from arrays that no seed has for itself. `data` reads them; they are
+    arguments of the compiled program, once for all seeds, and no constants in it.
     """
 
     init: Callable  # key -> state
-    update: Callable  # state -> state, metrics: dict of scalars
+    update: Callable  # state, *data() -> state, metrics: dict of scalars
     act: Callable  # policy, obs [N, obs_size], key, greedy: bool -> action [N] or [N, action_size]
     policy_of: Callable  # state -> policy: actor parameters plus observation statistics
+    data: Callable = tuple  # () -> what update takes beside the state: nothing, or a dataset
 
 
 def traceable(hparams: dict[str, Any], allowed: tuple[str, ...]) -> dict[str, Any]:

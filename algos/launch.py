@@ -121,9 +121,10 @@ class Program(NamedTuple):
     """Functions of all rows of this host, sharded over its devices."""
 
     init: Any  # keys [R], hparams -> state
-    train: Any  # state (donated), hparams, number of updates -> state, sums of metrics [R]
+    train: Any  # state (donated), hparams, number of updates, *data -> state, sums of metrics [R]
     evaluate: Any  # state, key -> returns [R, K], lengths [R, K]
     policies: Any  # state -> policies [R, ...]
+    data: tuple  # what an offline algorithm learns from, the same arrays for all rows
 
 
 def row_devices(num_rows: int) -> list[jax.Device]:
@@ -145,6 +146,8 @@ def make_program(config: Any, launch: Launch, build: Callable, rows: Rows) -> Pr
     # All fields of the state have a leading row axis but the counter, which the rows share.
     axes = type(state)(*[0] * len(state))._replace(update=None)
     row, shared = PartitionSpec("row"), PartitionSpec()
+    data = jax.device_put(algo.data(), NamedSharding(mesh, shared))
+    each = [None] * len(data), [shared] * len(data)  # as vmap and shard_map see them
     specs = type(state)(*[row] * len(state))._replace(update=shared)
 
     def algo_of(hparams):
@@ -153,15 +156,15 @@ def make_program(config: Any, launch: Launch, build: Callable, rows: Rows) -> Pr
     def init(key, hparams):
         return jax.tree.map(strong, algo_of(hparams).init(key))
 
-    def train(state, hparams, num_updates):
+    def train(state, hparams, num_updates, *data):
         algo = algo_of(hparams)
 
         def step(_, carry):
             state, sums = carry
-            state, metrics = algo.update(state)
+            state, metrics = algo.update(state, *data)
             return state, {k: reduction(k)(sums[k], metrics[k]) for k in sums}
 
-        names = jax.eval_shape(algo.update, state)[1]
+        names = jax.eval_shape(algo.update, state, *data)[1]
         sums = {k: jnp.float32(-np.inf if reduction(k) is max_of else 0) for k in names}
         return jax.lax.fori_loop(0, num_updates, step, (state, sums))
 
@@ -180,13 +183,14 @@ def make_program(config: Any, launch: Launch, build: Callable, rows: Rows) -> Pr
     return Program(
         init=shard(jax.vmap(init, out_axes=axes), (row, row), specs),
         train=shard(
-            jax.vmap(train, (axes, 0, None), (axes, 0)),
-            (specs, row, shared),
+            jax.vmap(train, (axes, 0, None, *each[0]), (axes, 0)),
+            (specs, row, shared, *each[1]),
             (specs, row),
             donate_argnums=0,
         ),
         evaluate=shard(jax.vmap(evaluate, (axes, None)), (specs, shared), (row, row)),
         policies=shard(jax.vmap(algo.policy_of, (axes,)), (specs,), row),
+        data=data,
     )
 
 
@@ -222,7 +226,7 @@ def trace(program: Program, rows: Rows) -> Program:
     state = jax.eval_shape(program.init, keys, hparams)
     return program._replace(
         init=program.init.trace(keys, hparams),
-        train=program.train.trace(state, hparams, jnp.int32(1)),
+        train=program.train.trace(state, hparams, jnp.int32(1), *program.data),
         evaluate=program.evaluate.trace(state, evaluation_key()),
     )
 
@@ -234,7 +238,9 @@ def compile_ahead(traced: Program, rows: Rows) -> tuple[Program, Any]:
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         train, evaluate, init = pool.map(lambda x: x.compile(), lowered)
     compiled = traced._replace(
-        train=lambda state, num_updates: train(state, hparams, jnp.int32(num_updates)),
+        train=lambda state, num_updates: train(
+            state, hparams, jnp.int32(num_updates), *traced.data
+        ),
         evaluate=evaluate,
     )
     return compiled, jax.block_until_ready(init(keys, hparams))
@@ -261,6 +267,12 @@ def replay_bytes(state: Any) -> int:
     """Bytes that each row of a train state [R, ...] keeps in its replay, 0 if it has none."""
     replay = jax.tree.leaves(getattr(state, "replay", None))
     return sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in replay)
+
+
+def data_bytes(data: tuple, state: Any) -> tuple[int, int]:
+    """Bytes of a dataset, which rows share, and of each row's own train state [R, ...]."""
+    own = sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in jax.tree.leaves(state))
+    return sum(x.nbytes for x in jax.tree.leaves(data)), own
 
 
 # --- the run ---
@@ -377,6 +389,9 @@ class Session:
         mebibytes = peak_bytes(traced.train.jaxpr.jaxpr) / 2**20
         replay = replay_bytes(traced.init.out_info) / 2**20
         kept = f", {replay:,.1f} MiB of replay for each row" if replay else ""
+        if traced.data:
+            shared, own = (x / 2**20 for x in data_bytes(traced.data, traced.init.out_info))
+            kept = f", {shared:,.1f} MiB of it a dataset, {own:,.1f} MiB the state of each row"
         self.log.say(f"memory: at most about {mebibytes:,.0f} MiB on each device{kept}")
         with self.log.waiting("compiling"):
             self.program, state = compile_ahead(traced, rows)

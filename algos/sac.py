@@ -138,6 +138,7 @@ SMALL = {
 PRESETS: dict[str, dict[str, Any]] = {
     # tasks
     "pendulum": SMALL,
+    "inverted_pendulum": SMALL,
 }
 # fmt: on
 

@@ -241,7 +241,6 @@ BY_HAND = config_of(
     learning_starts=0,
     updates_per_step=2 / 32,
     batch_size=32,
-    normalize_obs=False,
     polyak_tau=0.3,
     temperature_init=0.2,
     target_entropy_mult=0.7,
@@ -261,6 +260,8 @@ def test_gradient_steps_by_hand(monkeypatch):
     batch = jax.tree.map(lambda x: x[:32], after.replay)
     np.testing.assert_array_equal(batch.terminated, batch.obs[:, 7] == 1)
     assert 0 < batch.terminated.sum() < 32
+    obs, next_obs = (after.obs_stats.normalize(x) for x in (batch.obs, batch.next_obs))
+    batch = batch._replace(obs=obs, next_obs=next_obs)
     actor, critic = sac.Actor(BY_HAND, 1), sac.Critic(BY_HAND)
 
     def sampled(params, obs):
