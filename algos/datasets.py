@@ -132,6 +132,15 @@ def from_episodes(episodes: Iterable[tuple]) -> Dataset:
     return Dataset(*(x if x.dtype == bool else x.astype(np.float32) for x in columns))
 
 
+def to_episodes(dataset: Dataset) -> Iterable[tuple]:
+    """Episodes (obs [T + 1], action [T], reward [T], terminated), as `from_episodes` takes them."""
+    ends = np.flatnonzero(dataset.terminated | dataset.truncated)
+    for start, end in zip([0, *ends[:-1] + 1], ends, strict=True):
+        part = Dataset(*(x[start : end + 1] for x in dataset))
+        obs = np.concatenate([part.obs, part.next_obs[-1:]])
+        yield obs, part.action, part.reward, bool(part.terminated[-1])
+
+
 def read_hdf5(path: Path) -> Dataset:
     """An HDF5 file with Minari's groups of episodes, or with D4RL's flat arrays."""
     try:

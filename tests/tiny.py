@@ -1,17 +1,25 @@
 """Tiny runs of every algorithm; tests share them, so that one compilation serves many."""
 
+import atexit
 import dataclasses
 import importlib
 import json
+import shutil
+import tempfile
 from functools import cache, partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from algos import launch, rundir
+from algos import datasets, launch, rundir
 from envs import gymnax
 from envs.wrappers import RawEnv
+
+# Transitions that offline algorithms learn from, written below.
+DATASET = Path(tempfile.mkdtemp()) / "balance.npz"
+atexit.register(shutil.rmtree, DATASET.parent)
 
 # A new algorithm is one more name, with what its smallest run needs beside SHARED.
 ALGOS = {
@@ -50,6 +58,7 @@ ALGOS = {
         "learning_starts": 32,
         "critic_hidden": (8,),
     },
+    "bc": {"env": "tiny:balance", "dataset": str(DATASET), "gradient_steps": 32, "batch_size": 16},
 }
 
 # Tasks of both kinds of actions, for the algorithms that know that kind.
@@ -58,7 +67,9 @@ KINDS = dict.fromkeys(ALGOS, tuple(TASKS)) | {
     "reppo": ("continuous",),
     "reppo_discrete": ("discrete",),
     "sac": ("continuous",),
+    "bc": ("continuous",),
 }
+OFFLINE = {"bc"}  # they learn from DATASET
 ASYMMETRIC = {"reppo"}  # the critic may see what the actor does not
 
 SHARED = {
@@ -105,6 +116,19 @@ def successors(truncated):
     true = np.stack(true)
     shown = np.where(truncated, 0.0, true)
     return tuple(np.stack([t, 4.0 - t], -1).astype(np.float32) for t in (true, shown))
+
+
+def transitions(n, obs_size=4, action_size=1, seed=0):
+    """A dataset of noise, in which every tenth step fails and every tenth is cut."""
+    rng = np.random.default_rng(seed)
+    obs, next_obs = rng.normal(size=(2, n, obs_size)).astype(np.float32)
+    action, next_action = rng.uniform(-1, 1, size=(2, n, action_size)).astype(np.float32)
+    step = np.arange(n) % 10
+    reward = rng.normal(size=n).astype(np.float32)
+    return datasets.Dataset(obs, action, reward, next_obs, next_action, step == 4, step == 9)
+
+
+datasets.write(DATASET, transitions(64), {"env": "tiny:balance"})
 
 
 def module_of(name):

@@ -1,0 +1,254 @@
+"""Datasets: what is read is what was written, episodes of others are cut right, bad ones named."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import tiny
+
+import envs
+from algos import datasets
+from algos.datasets import Dataset
+
+ENV = envs.make("tiny:balance", 1)  # 4 observations, 1 action
+
+
+def write(path, dataset, env="tiny:balance"):
+    datasets.write(path, dataset, {"env": env})
+    return str(path)
+
+
+def changed(**changes):
+    return tiny.transitions(20)._replace(**changes)
+
+
+# --- our files ---
+
+
+def test_what_is_read_is_what_was_written(tmp_path):
+    dataset = tiny.transitions(20)
+    source = write(tmp_path / "data.npz", dataset)
+    tiny.assert_same(datasets.load(source, ENV), dataset)
+    assert datasets.read(tmp_path / "data.npz")[1] == {"env": "tiny:balance"}
+
+
+def with_value(name, row, value):
+    x = getattr(tiny.transitions(20), name).copy()
+    x[row] = value
+    return {name: x}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (tiny.transitions(0), r"data.npz has no rows"),
+        (
+            tiny.transitions(20, 3, 2),
+            r"has obs \[20, 3\], action \[20, 2\], and tiny:balance needs",
+        ),
+        (changed(reward=np.zeros(19, np.float32)), r"as many rows of each"),
+        (changed(next_action=np.zeros((20, 2), np.float32)), r"as many rows of each"),
+        (changed(**with_value("obs", 7, np.nan)), r"obs is not finite in 1 rows, first 7"),
+        (
+            changed(**with_value("reward", [3, 9], np.inf)),
+            r"reward is not finite in 2 rows, first 3",
+        ),
+        (
+            changed(**with_value("action", 5, -1.7)),
+            r"outside \[-1, 1\] in 1 rows, first 5, .* 1.7:",
+        ),
+        (changed(**with_value("next_action", 5, 1.01)), r"next_action is outside"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(tmp_path, dataset, message):
+    source = write(tmp_path / "data.npz", dataset)
+    with pytest.raises(ValueError, match=message) as error:
+        datasets.load(source, ENV)
+    assert "\n" not in str(error.value)
+
+
+def test_actions_on_the_bounds_are_accepted(tmp_path):
+    source = write(tmp_path / "data.npz", changed(**with_value("action", 5, -1.0)))
+    assert datasets.load(source, ENV).action[5] == -1.0
+
+
+def harmed(path, harm):
+    write(path, tiny.transitions(20))
+    if harm == "truncated":
+        path.write_bytes(path.read_bytes()[:-200])
+    elif harm == "foreign":
+        path.write_text("not at all")
+    elif harm == "other arrays":
+        np.savez(path, x=np.zeros(3), __meta__="{}")
+    elif harm == "pickled":
+        np.savez(path, **{name: np.array([{}]) for name in (*Dataset._fields, "__meta__")})
+    elif harm == "missing":
+        path.unlink()
+    elif harm == "a folder":
+        path.unlink()
+        path.mkdir()
+    elif harm == "another task":
+        write(path, tiny.transitions(20), env="brax/hopper")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        ("truncated", "damaged or no dataset"),
+        ("foreign", "damaged or no dataset"),
+        ("other arrays", "no __meta__|no action, next_action"),
+        ("pickled", "damaged or no dataset"),
+        ("missing", "does not exist, or is not a file"),
+        ("a folder", "does not exist, or is not a file"),
+        (
+            "another task",
+            r"is of brax/hopper \(obs \[20, 4\], action \[20, 1\]\), not tiny:balance",
+        ),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, harm, message):
+    source = harmed(tmp_path / "data.npz", harm)
+    with pytest.raises(ValueError, match=message) as error:
+        datasets.load(source, ENV)
+    assert "\n" not in str(error.value)
+
+
+def test_no_dataset_and_discrete_actions_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="--dataset PATH or --dataset minari:NAME"):
+        datasets.load("", ENV)
+    source = write(tmp_path / "data.npz", tiny.transitions(20, 4, 2), "gymnax/CartPole-v1")
+    with pytest.raises(ValueError, match="discrete actions"):
+        datasets.load(source, envs.make("cartpole", 1))
+
+
+# --- episodes of others ---
+
+# Two episodes of 3 and 4 steps: the first fails, the second is cut by the clock. An observation is
+# ten times the episode plus the step, an action a hundredth of that.
+EPISODES = [(0, 3, True), (1, 4, False)]
+ROWS = {  # obs, next_obs, next_action, of the rows that are kept
+    "obs": [0, 1, 2, 10, 11, 12],
+    "next_obs": [1, 2, 3, 11, 12, 13],
+    "terminated": [0, 0, 1, 0, 0, 0],
+    "truncated": [0, 0, 0, 0, 0, 1],
+}
+
+
+def arrays_of(episode, length):
+    obs = np.repeat(10.0 * episode + np.arange(length + 1)[:, None], 4, 1)
+    return obs, obs[:-1, :1] / 100, np.arange(length) + 0.5
+
+
+def assert_rows(dataset, final=3):
+    """The rows of both episodes; `final` is the observation after the failure."""
+    wanted = {name: np.array(x, float) for name, x in ROWS.items()}
+    wanted["next_obs"][2] = final
+    for name in ("obs", "next_obs"):
+        np.testing.assert_array_equal(
+            getattr(dataset, name), np.repeat(wanted[name][:, None], 4, 1)
+        )
+    for name in ("terminated", "truncated"):
+        np.testing.assert_array_equal(getattr(dataset, name), wanted[name].astype(bool))
+    np.testing.assert_allclose(dataset.action[:, 0], wanted["obs"] / 100)
+    going_on = ~dataset.terminated  # after a failure any action will do
+    np.testing.assert_allclose(dataset.next_action[going_on, 0], wanted["next_obs"][going_on] / 100)
+    np.testing.assert_array_equal(dataset.reward, [0.5, 1.5, 2.5, 0.5, 1.5, 2.5])
+    assert {x.dtype for x in dataset} == {np.dtype(np.float32), np.dtype(bool)}
+
+
+def test_the_last_step_of_a_truncated_episode_is_left_out():
+    assert_rows(datasets.from_episodes((*arrays_of(i, n), end) for i, n, end in EPISODES))
+    dataset = datasets.from_episodes([(*arrays_of(0, 1), True), (*arrays_of(1, 1), False)])
+    assert dataset.terminated.tolist() == [True]
+    with pytest.raises(ValueError, match="no episode has two steps"):
+        datasets.from_episodes([(*arrays_of(1, 1), False)])
+
+
+def test_what_is_written_as_episodes_comes_back():
+    """Minari holds no action after the end: of cut episodes the last step is lost on the way."""
+    dataset = datasets.from_episodes((*arrays_of(i, n), end) for i, n, end in EPISODES)
+    episodes = list(datasets.to_episodes(dataset))
+    assert [len(action) for _, action, _, _ in episodes] == [3, 3]
+    assert all(len(obs) == len(action) + 1 for obs, action, _, _ in episodes)
+    again = datasets.from_episodes(episodes)
+    assert len(again.obs) == 5
+    assert again.truncated.tolist() == [False] * 4 + [True]
+    tiny.assert_same(
+        again._replace(truncated=dataset.truncated[:5]), Dataset(*(x[:5] for x in dataset))
+    )
+
+
+def flat_file(path, last_flagged=True):
+    """D4RL's layout: the observation after the last step of an episode is not in it."""
+    h5py = pytest.importorskip("h5py")
+    parts = [arrays_of(i, n) for i, n, _ in EPISODES]
+    with h5py.File(path, "w") as file:
+        file["observations"] = np.concatenate([obs[:-1] for obs, _, _ in parts])
+        file["actions"] = np.concatenate([action for _, action, _ in parts])
+        file["rewards"] = np.concatenate([reward for _, _, reward in parts])
+        file["terminals"] = np.arange(7) == 2
+        file["timeouts"] = (np.arange(7) == 6) & last_flagged
+    return str(path)
+
+
+def minari_file(path):
+    h5py = pytest.importorskip("h5py")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        for i, n, end in EPISODES:
+            group = file.create_group(f"episode_{i}")
+            group["observations"], group["actions"], group["rewards"] = arrays_of(i, n)
+            last = np.arange(n) == n - 1
+            group["terminations"], group["truncations"] = last & end, last & (not end)
+    return str(path)
+
+
+def test_d4rl_files(tmp_path):
+    for last_flagged in (True, False):  # the end of collection cuts an episode too
+        source = flat_file(tmp_path / "flat.hdf5", last_flagged)
+        assert_rows(datasets.load(source, ENV), final=2)
+
+
+def test_minari_files(tmp_path, monkeypatch):
+    minari_file(tmp_path / "tiny" / "balance-v0" / "data" / "main_data.hdf5")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    assert_rows(datasets.load("minari:tiny/balance-v0", ENV))
+    with pytest.raises(ValueError, match=r"no Minari dataset 'tiny/balanc' .*: tiny/balance-v0$"):
+        datasets.load("minari:tiny/balanc", ENV)
+    other = minari_file(tmp_path / "other.hdf5")
+    with pytest.raises(ValueError, match=r"has obs \[6, 4\].* needs obs \[n, 3\]"):
+        datasets.load(other, envs.make("pendulum", 1))
+
+
+def test_episodes_are_read_in_the_order_of_their_numbers():
+    names = [f"episode_{i}" for i in (0, 1, 10, 2)]
+    one = {"observations": 0, "actions": 0, "terminations": [True]}
+    file = {name: one | {"rewards": int(name[8:])} for name in names}
+    wrap = lambda group: {k: {(): v} if k != "terminations" else v for k, v in group.items()}
+    episodes = datasets.minari_episodes({name: wrap(group) for name, group in file.items()})
+    assert [reward for _, _, reward, _ in episodes] == [0, 1, 2, 10]
+
+
+def test_bad_hdf5_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "data.hdf5"
+    path.write_text("not at all")
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(ImportError, match=r"needs h5py: pip install"):
+        datasets.load(str(path), ENV)
+    monkeypatch.delitem(sys.modules, "h5py")
+    h5py = pytest.importorskip("h5py")
+    with pytest.raises(ValueError, match="damaged or no dataset"):
+        datasets.load(str(path), ENV)
+    with h5py.File(path, "w") as file:
+        file["observations"] = np.zeros((3, 4))
+    with pytest.raises(ValueError, match="damaged or no dataset"):
+        datasets.load(str(path), ENV)
+
+
+def test_metadata_is_json(tmp_path):
+    source = write(tmp_path / "data.npz", tiny.transitions(20))
+    with np.load(source, allow_pickle=False) as file:
+        assert json.loads(str(file["__meta__"])) == {"env": "tiny:balance"}
+        assert {*file.files} == {*Dataset._fields, "__meta__"}
