@@ -178,9 +178,14 @@ def flat_episodes(file: Mapping[str, Any]):
         yield obs[part], action[part], reward[part], bool(terminals[end])
 
 
+def minari_root() -> Path:
+    """Where Minari keeps the datasets of this machine."""
+    return Path(os.environ.get("MINARI_DATASETS_PATH", Path.home() / ".minari" / "datasets"))
+
+
 def minari_path(name: str) -> Path:
     """The file of a Minari dataset on this machine; ValueError lists the nearest names."""
-    root = Path(os.environ.get("MINARI_DATASETS_PATH", Path.home() / ".minari" / "datasets"))
+    root = minari_root()
     path = root / name / "data" / "main_data.hdf5"
     if not path.exists():
         found = [str(x.parents[1].relative_to(root)) for x in root.rglob("main_data.hdf5")]

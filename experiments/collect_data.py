@@ -1,0 +1,316 @@
+"""Collect a dataset for offline learning with trained policies.
+
+    python experiments/collect_data.py RUN_DIR/partial_s000.npz --type eps1 --out data/hopper.npz
+    python experiments/collect_data.py --mixture mixture.json --out data/hopper.npz
+    python experiments/collect_data.py RUN_DIR/policy_s000.npz --format minari --out hopper/pure-v0
+
+POLICY is any policy that an algorithm here exported. The types of Wu et al. 2019 are
+
+    pure                 the policy's own, sampled actions
+    eps1, eps3           20 % uniform actions, 40 % pure, 40 % pure in which an action is replaced
+                         by a uniform one with probability 0.1 or 0.3
+    gaussian1, gaussian3 the same, the last part with Gaussian noise of deviation 0.1 or 0.3 added
+
+counted in steps, one part after the other. A mixture of your own is a list of parts in JSON:
+
+    [{"share": 2}, {"share": 4, "policy": "A/policy_s000.npz"},
+     {"share": 4, "policy": "B/policy_s003.npz", "eps": 0.1, "std": 0.0}]
+
+where a part without a policy acts uniformly. Finished parts are kept in OUT.parts until the dataset
+is complete: the same command goes on where it stopped.
+"""
+
+import argparse
+import dataclasses
+import functools
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+import envs
+from algos import common, datasets, launch, logs, rundir
+from algos.datasets import Dataset
+
+MAX_ACTION = 0.999  # noisy actions are clipped to this
+STREAM = 1000  # steps of each of the environments that collect a part side by side
+CHUNK = 100  # steps between two moves of the progress bar
+EVAL_EPISODES = 20
+
+# --- mixtures ---
+
+
+@dataclass(frozen=True)
+class Part:
+    """One collecting policy and its share of the steps."""
+
+    share: float = 1.0
+    policy: str = ""  # exported policy; empty: uniform actions
+    eps: float = 0.0  # probability that an action is replaced by a uniform one
+    std: float = 0.0  # deviation of the noise added to an action
+
+    def validate(self) -> None:
+        """Raise ValueError for a part that cannot act."""
+        if not self.share > 0 or not 0 <= self.eps <= 1 or not self.std >= 0:
+            raise ValueError(f"{self}: share above 0, eps in [0, 1] and std from 0 are needed")
+        if not self.policy and (self.eps or self.std):
+            raise ValueError(f"{self}: noise needs a policy to be added to")
+
+
+def parts_of(kind: str, policy: str) -> list[Part]:
+    """The parts of a type of data."""
+    pure = Part(4, policy)
+    if kind == "pure":
+        return [pure]
+    field, level = ("eps", kind[3:]) if kind.startswith("eps") else ("std", kind[8:])
+    return [Part(2), pure, dataclasses.replace(pure, **{field: int(level) / 10})]
+
+
+TYPES = ("pure", "eps1", "eps3", "gaussian1", "gaussian3")
+
+
+def read_mixture(path: Path) -> list[Part]:
+    """The parts in a file; paths of policies are relative to it."""
+    try:
+        parts = [Part(**part) for part in json.loads(path.read_text())]
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not a mixture: {error}") from None
+    if not parts:
+        raise ValueError(f"{path} has no parts")
+    find = lambda part: str(path.parent / part.policy) if part.policy else ""
+    return [dataclasses.replace(part, policy=find(part)) for part in parts]
+
+
+def counts_of(n: int, parts: list[Part]) -> list[int]:
+    """Steps of each part: its share rounded down, what remains to the last."""
+    total = sum(part.share for part in parts)
+    counts = [int(n * part.share / total) for part in parts[:-1]]
+    counts.append(n - sum(counts))
+    if min(counts) < 1:
+        raise ValueError(f"--steps {n} are too few: the parts would get {counts}")
+    return counts
+
+
+def task_of(parts: list[Part], env: str) -> str:
+    """The environment that all policies were trained in, or `env` if there are none."""
+    configs = [rundir.read_description(Path(part.policy).parent) for part in parts if part.policy]
+    found = {envs.canonical(saved["config"]["env"]) for saved in configs}
+    found |= {envs.canonical(env)} if env else set()
+    if len(found) != 1:
+        raise ValueError(
+            f"the policies are of {', '.join(sorted(found))}: one task is needed"
+            if found
+            else "no policy says which task: give --env"
+        )
+    return found.pop()
+
+
+# --- collection ---
+
+
+def actor_of(part: Part, action_size: int) -> Callable:
+    """act(obs [N, obs_size], key) -> action [N, action_size] of a part, in [-1, 1]."""
+    policy = rundir.load_policy(part.policy) if part.policy else None
+
+    def act(obs, key):
+        key_policy, key_noise, key_uniform, key_replace = jax.random.split(key, 4)
+        shape = len(obs), action_size
+        uniform = jax.random.uniform(key_uniform, shape, minval=-1.0, maxval=1.0)
+        if policy is None:
+            return uniform
+        action = jnp.clip(policy(obs, key_policy), -1.0, 1.0)
+        if part.std:
+            action += part.std * jax.random.normal(key_noise, shape)
+            action = jnp.clip(action, -MAX_ACTION, MAX_ACTION)
+        replace = jax.random.bernoulli(key_replace, part.eps, (len(obs), 1))
+        return jnp.where(replace, uniform, action)
+
+    return act
+
+
+def collect(env: envs.Env, act: Callable, count: int, key: jax.Array, advance: Callable) -> Dataset:
+    """`count` steps, cut into streams of one environment each; the last row of each is an end.
+
+    The action at the end of an episode is the policy's at the true successor, and is not taken.
+    """
+    length = -(-count // env.num_envs)
+    key_reset, key_act, key = jax.random.split(key, 3)
+    obs, env_state = env.reset(key_reset)
+    carry = obs, env_state, act(obs, key_act)
+
+    def step(carry, key):
+        obs, env_state, action = carry
+        key_step, key_next, key_fresh = jax.random.split(key, 3)
+        fresh, env_state, reward, terminated, truncated, info = env.step(
+            key_step, env_state, action
+        )
+        next_obs = info["final_observation"]
+        next_action = act(next_obs, key_next)
+        row = Dataset(obs, action, reward, next_obs, next_action, terminated, truncated)
+        ended = (terminated | truncated)[:, None]
+        return (fresh, env_state, jnp.where(ended, act(fresh, key_fresh), next_action)), row
+
+    chunk = jax.jit(functools.partial(jax.lax.scan, step))
+    chunks = []
+    for i in range(-(-length // CHUNK)):
+        carry, rows = chunk(carry, jax.random.split(jax.random.fold_in(key, i), CHUNK))
+        chunks.append(jax.device_get(rows))
+        advance(min(CHUNK * env.num_envs, count - i * CHUNK * env.num_envs))
+    streams = [np.swapaxes(np.concatenate(x)[:length], 0, 1) for x in zip(*chunks, strict=True)]
+    dataset = Dataset(*(x.reshape(-1, *x.shape[2:])[:count] for x in streams))
+    last = (np.arange(count) % length == length - 1) | (np.arange(count) == count - 1)
+    return dataset._replace(truncated=(dataset.truncated | last) & ~dataset.terminated)
+
+
+def collect_part(task: str, act: Callable, count: int, key: jax.Array, advance: Callable):
+    """A part's dataset, and the returns of some episodes that it played before."""
+    make = functools.partial(envs.make, task, stagger=False, reset_mode="fresh")
+    env, key_eval, key = make(EVAL_EPISODES), *jax.random.split(key)
+    sampled = lambda _, obs, key, __: act(obs, key)
+    returns, _ = jax.jit(lambda key: common.evaluate(sampled, None, env, key))(key_eval)
+    num_envs = max(1, round(count / STREAM))
+    return collect(make(num_envs), act, count, key, advance), np.asarray(returns)
+
+
+# --- files ---
+
+
+def describe(task: str, parts: list[Part], counts: list[int], seed: int) -> dict[str, Any]:
+    """Everything that decides what is collected; policies by their content."""
+    digest = lambda path: hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+    listed = [
+        dataclasses.asdict(part) | {"sha256": digest(part.policy), "count": count}
+        for part, count in zip(parts, counts, strict=True)
+    ]
+    return {"env": task, "seed": seed, "parts": listed}
+
+
+def finished(path: Path, description: dict[str, Any]) -> tuple[Dataset, dict] | None:
+    """A part that an interrupted command left, or None; ValueError if it is of another command."""
+    if not path.exists():
+        return None
+    dataset, meta = datasets.read(path)
+    if meta["of"] != description:
+        raise ValueError(f"{path.parent} is of another command: delete it or choose another --out")
+    return dataset, meta["returns"]
+
+
+def write_minari(name: str, dataset: Dataset, meta: dict[str, Any]) -> None:
+    """Write a Minari dataset to this machine's folder of them."""
+    import gymnasium
+    from minari import create_dataset_from_buffers
+    from minari.data_collector import EpisodeBuffer
+
+    box = lambda x, bound: gymnasium.spaces.Box(-bound, bound, x.shape[1:], np.float32)
+    buffers = []
+    for obs, action, reward, terminated in datasets.to_episodes(dataset):
+        last = np.arange(len(action)) == len(action) - 1
+        buffers.append(
+            EpisodeBuffer(
+                observations=list(obs),
+                actions=list(action),
+                rewards=list(reward),
+                terminations=list(last & terminated),
+                truncations=list(last & (not terminated)),
+            )
+        )
+    create_dataset_from_buffers(
+        name,
+        buffers,
+        observation_space=box(dataset.obs, np.inf),
+        action_space=box(dataset.action, 1.0),
+        description=json.dumps(meta),
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Collect from the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("policy", nargs="?", default="", metavar="POLICY")
+    parser.add_argument("--type", choices=TYPES, default="pure")
+    parser.add_argument("--mixture", type=Path, help="file of parts, in place of a policy and type")
+    parser.add_argument("--env", default="", help="task, if no policy says it")
+    parser.add_argument("--steps", type=int, default=1_000_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", required=True, help="file to write, or name of a Minari dataset")
+    parser.add_argument("--format", choices=("npz", "minari"), default="npz")
+    args = parser.parse_args(argv)
+    try:
+        run(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def run(args: argparse.Namespace) -> None:
+    """Collect the parts that are not there yet, and put them together."""
+    if bool(args.policy) == bool(args.mixture):
+        raise ValueError("give either the file of a policy or --mixture")
+    parts = read_mixture(args.mixture) if args.mixture else parts_of(args.type, args.policy)
+    for part in parts:
+        part.validate()
+    minari_dataset = args.format == "minari"
+    out = datasets.minari_root() / args.out if minari_dataset else Path(args.out)
+    if minari_dataset:
+        try:
+            import minari  # noqa: F401  # here, not after hours of collection
+        except ImportError:
+            raise ImportError('--format minari: pip install -e ".[minari]"') from None
+    if out.exists():
+        raise ValueError(f"{out} exists already: choose another --out")
+    counts = counts_of(args.steps, parts)
+    launch.setup_jax(1)
+    task = task_of(parts, args.env)
+    env = envs.make(task, 1)
+    if env.discrete:
+        raise ValueError(f"{task} has discrete actions, and datasets have continuous ones")
+    actors = [actor_of(part, env.action_size) for part in parts]
+    description = describe(task, parts, counts, args.seed)
+    folder = out.with_name(f"{out.name}.parts")
+    folder.mkdir(parents=True, exist_ok=True)
+    done = []
+    with tqdm.tqdm(total=args.steps, unit=" steps", unit_scale=True) as bar:
+        for i, (act, count) in enumerate(zip(actors, counts, strict=True)):
+            path = folder / f"{i}.npz"
+            part = finished(path, description)
+            if part is None:
+                key = jax.random.fold_in(jax.random.key(args.seed), i)
+                dataset, returns = collect_part(task, act, count, key, bar.update)
+                numbers = {"mean": float(returns.mean()), "std": float(returns.std())}
+                part = dataset, numbers
+                datasets.write(path, dataset, {"env": task, "of": description, "returns": numbers})
+            else:
+                bar.update(count)
+            done.append(part)
+    dataset = Dataset(*map(np.concatenate, zip(*(part for part, _ in done), strict=True)))
+    datasets.check(dataset, str(out), env)
+    for about, (_, returns) in zip(description["parts"], done, strict=True):
+        about["returns"] = returns
+    meta = description | {"commit": logs.commit(), "versions": logs.versions()}
+    if minari_dataset:
+        write_minari(args.out, dataset, meta)
+    else:
+        datasets.write(out, dataset, meta)
+    shutil.rmtree(folder)
+    print(f"{len(dataset.obs):,} steps of {task}: {out}")
+    for about in description["parts"]:
+        name, returns = about["policy"] or "uniform actions", about["returns"]
+        print(
+            f"  {about['count']:>9,}  {name} eps={about['eps']:g} std={about['std']:g}: "
+            f"return {returns['mean']:.1f} +- {returns['std']:.1f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""Behaviour cloning: densities of given actions, losses, the weight of the entropy, recovery."""
+
+import dataclasses
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from scipy import stats
+from tiny import assert_allclose
+
+from algos import bc, launch
+from algos.common import TanhGaussian
+
+# In one worker, so that updates are compiled once.
+pytestmark = pytest.mark.xdist_group("test_bc")
+
+
+def config_of(**changes):
+    return tiny.config_of("bc", **changes)
+
+
+# --- densities of given actions ---
+
+
+def test_density_of_given_actions():
+    rng = np.random.default_rng(0)
+    mean, std = rng.normal(size=(50, 2)), rng.uniform(0.1, 1.0, size=(50, 2))
+    policy = TanhGaussian(jnp.float32(mean), jnp.float32(std))
+    u = policy.sample(jnp.float32(rng.normal(size=(50, 2))))
+    action = np.float64(jnp.tanh(u))
+    inside = (abs(action) < 0.99).all(1)
+    assert inside.sum() > 20
+    expected = stats.norm.logpdf(np.arctanh(action), mean, std) - np.log(1 - action**2)
+    actual = bc.given_log_prob(policy, jnp.tanh(u))
+    assert_allclose(actual[inside], expected.sum(1)[inside], rtol=1e-3, atol=1e-3)
+    assert_allclose(actual[inside], policy.log_prob(u)[inside], rtol=1e-3, atol=1e-3)
+
+
+def test_actions_on_the_bounds_have_the_density_of_those_just_inside():
+    policy = TanhGaussian(jnp.zeros(1), jnp.full(1, 0.5))
+    density = lambda action: bc.given_log_prob(policy, jnp.array([action]))
+    for sign in (-1.0, 1.0):
+        assert jnp.isfinite(density(sign))
+        assert_allclose(density(sign), density(0.999 * sign))
+        assert jax.grad(density)(sign) == 0.0
+    assert_allclose(density(0.5), -0.541584)
+    assert jax.grad(density)(0.9) != 0.0
+
+
+# --- losses ---
+
+
+def test_policy_loss_by_hand():
+    own, given = jnp.array([0.5, -1.0]), jnp.array([0.2, 0.4])
+    assert_allclose(bc.policy_loss(own, given, 0.3), (0.3 * -0.5 - 0.6) / 2)
+    grads = jax.grad(bc.policy_loss, (0, 1, 2))(own, given, 0.3)
+    assert_allclose(grads[0], [0.15, 0.15])
+    assert_allclose(grads[1], [-0.5, -0.5])
+    assert grads[2] == 0.0
+
+
+@pytest.mark.parametrize(("x", "up", "down"), [(0.2, 1, -1), (0.0, 0, -1), (-0.1, 0, -1)])
+def test_the_weight_can_always_come_back(x, up, down):
+    value, pull = jax.vjp(bc.floor_at_zero, jnp.float32(x))
+    assert_allclose(value, max(x, 0.0))
+    assert [float(pull(jnp.float32(g))[0]) for g in (1, -1)] == [up, down]
+
+
+@pytest.mark.parametrize(("entropy", "gradient"), [(-1.5, 0.5), (-2.5, -0.5)])
+def test_the_weight_falls_while_entropy_is_above_its_target(entropy, gradient):
+    loss = lambda v, log_prob: bc.entropy_loss(v, log_prob, -2.0)
+    grads = jax.grad(loss, (0, 1))(0.4, jnp.full(3, -entropy))
+    assert_allclose(grads[0], gradient)  # descent is against it
+    assert (grads[1] == 0).all()
+    assert_allclose(loss(0.4, jnp.full(3, -entropy)), 0.4 * gradient)
+
+
+# --- updates ---
+
+
+@cache
+def update_of(config):
+    """Compiled update of a configuration: state, batch of all rows -> state, metrics."""
+    return jax.jit(bc.build(config).update)
+
+
+def first_state(config):
+    return jax.jit(bc.build(config).init)(jax.random.key(0))
+
+
+def rows_of(n, **changes):
+    dataset = tiny.transitions(n, **changes)
+    return bc.Batch(jnp.asarray(dataset.obs), jnp.asarray(dataset.action))
+
+
+BY_HAND = config_of(gradient_steps=3, batch_size=5, target_entropy_mult=0.7, learning_rate=1e-2)
+
+
+def test_gradient_steps_by_hand(monkeypatch):
+    """Three steps, with noise of one value and rows in order: the policy, then the weight."""
+    monkeypatch.setattr(jax.random, "normal", lambda key, shape: jnp.full(shape, 0.5))
+
+    def in_order(key, shape, low, high):
+        assert (shape, low, high) == ((3, 5), 0, 12)
+        return jnp.arange(15).reshape(shape) % high
+
+    monkeypatch.setattr(jax.random, "randint", in_order)
+    rows = rows_of(12)
+    before = first_state(BY_HAND)
+    after, metrics = update_of(BY_HAND)(before, rows)
+    actor, params = bc.Actor(BY_HAND, 1), before.params
+    adam = optax.adam(1e-2, eps=1e-7)
+    opt = {name: adam.init(params[name]) for name in params}
+    losses = []
+    for i in range(3):
+        index = np.arange(5 * i, 5 * i + 5) % 12
+
+        def own(p):
+            policy = actor.apply(p, rows.obs[index])  # noqa: B023
+            return policy, policy.log_prob(policy.mean + 0.5 * policy.std)
+
+        def policy_loss(p):
+            policy, log_prob = own(p)
+            u = jnp.arctanh(jnp.clip(rows.action[index], -0.999, 0.999))  # noqa: B023
+            weight = max(float(params["entropy_weight"]), 0.0)  # noqa: B023
+            return (weight * log_prob - policy.log_prob(u)).mean()
+
+        loss, grads = jax.value_and_grad(policy_loss)(params["actor"])
+        losses.append(loss)
+        direction, opt["actor"] = adam.update(grads, opt["actor"])
+        params = params | {"actor": optax.apply_updates(params["actor"], direction)}
+        gradient = (-own(params["actor"])[1] + 0.7).mean()
+        direction, opt["entropy_weight"] = adam.update(gradient, opt["entropy_weight"])
+        params = params | {"entropy_weight": params["entropy_weight"] + direction}
+    assert (params["entropy_weight"] > 0) & (params["entropy_weight"] != 1)
+    assert_allclose(metrics["losses/policy_loss"], np.mean(losses), rtol=1e-4)
+    tiny.assert_close(after.params, params, rtol=1e-3, atol=1e-5)
+
+
+def test_maximum_likelihood_alone():
+    """Without the floor the weight is 0 and stays there, and noise does not matter."""
+    config = config_of(entropy_floor=False)
+    states = [first_state(config)._replace(key=jax.random.key(i)) for i in (1, 1)]
+    assert states[0].params["entropy_weight"] == 0.0
+    after, metrics = update_of(config)(states[0], rows_of(1))
+    other, _ = update_of(config)(states[1]._replace(key=jax.random.key(7)), rows_of(1))
+    tiny.assert_same(after.params, other.params)
+    assert after.params["entropy_weight"] == 0.0
+    assert "losses/entropy_weight" not in metrics
+
+
+def test_the_dataset_is_an_argument():
+    """One program learns from any rows, none of which are constants in it."""
+    config = config_of()
+    program, keys, hparams = tiny.program_of("bc", config)
+    (rows,) = program.data
+    np.testing.assert_array_equal(rows.obs, tiny.transitions(64).obs)
+    np.testing.assert_array_equal(rows.action, tiny.transitions(64).action)
+    assert rows.obs.sharding.is_fully_replicated
+    state = jax.eval_shape(program.init, keys, hparams)
+    traced = program.train.trace(state, hparams, jnp.int32(1), rows)
+    assert max([x.size for x in traced.jaxpr.consts], default=0) < rows.action.size
+    floats = 64 * (4 + 1)
+    shared, own = launch.data_bytes(program.data, state)
+    assert shared == 4 * floats
+    # weights 4 x 8 + 8 + 8 x 2 + 2 and v, with two moments each; two counters, a key, a counter
+    assert own == 4 * 3 * (58 + 1) + 2 * 4 + 8 + 4
+
+
+# --- configuration ---
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match=r"dataset='': give --dataset PATH"):
+        bc.build(config_of(dataset=""))
+    with pytest.raises(ValueError, match="does not exist"):
+        bc.build(config_of(dataset="nowhere.npz")).data()
+    with pytest.raises(ValueError, match="discrete actions"):
+        bc.build(config_of(env="cartpole"))
+
+
+def test_a_policy_needs_no_dataset():
+    """What acts is built without reading what it was learned from."""
+    algo = bc.build(config_of(dataset="gone.npz"))
+    policy = algo.policy_of(first_state(config_of()))
+    assert algo.act(policy, jnp.zeros((3, 4)), jax.random.key(0), True).shape == (3, 1)
+
+
+# --- recovery ---
+
+# Nothing is observed, so that the policy is one distribution.
+RECOVERY = config_of(
+    env="probe/value-continuous", hidden=(), batch_size=256, gradient_steps=1000, learning_rate=5e-4
+)
+
+
+def blind(action):
+    return bc.Batch(jnp.zeros((len(action), 1)), jnp.float32(action)[:, None])
+
+
+def test_the_distribution_of_the_data_is_recovered():
+    noise = np.random.default_rng(0).normal(size=20_000)
+    state, update, rows = (
+        first_state(RECOVERY),
+        update_of(RECOVERY),
+        blind(np.tanh(0.5 + 0.3 * noise)),
+    )
+    for _ in range(10):
+        state, metrics = update(state, rows)
+    policy = bc.Actor(RECOVERY, 1).apply(state.params["actor"], jnp.zeros(1))
+    assert_allclose(policy.mean, [0.5], rtol=0, atol=0.02)
+    assert_allclose(policy.std, [0.3], rtol=0, atol=0.02)
+    assert_allclose(metrics["losses/entropy_weight"], 0.0, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_constant_data_meet_the_floor():
+    """(entropy, weight) orbit around (-1, 1): only their averages are there."""
+    state, update, rows = first_state(RECOVERY), update_of(RECOVERY), blind(np.full(100, 0.2))
+    seen = []
+    for _ in range(30):
+        state, metrics = update(state, rows)
+        seen.append((metrics["losses/entropy"], metrics["losses/entropy_weight"]))
+    entropy, weight = np.mean(seen[10:], 0)
+    assert_allclose(entropy, -1.0, rtol=0, atol=0.05)
+    assert_allclose(weight, 1.01, rtol=0, atol=0.1)
+
+
+def test_a_clone_depends_on_what_it_observes():
+    config = dataclasses.replace(RECOVERY, hidden=(8,), learning_rate=5e-3, entropy_floor=False)
+    obs = np.random.default_rng(0).choice([-1.0, 1.0], size=(200, 1))
+    rows = bc.Batch(jnp.float32(obs), jnp.float32(0.6 * obs))
+    state, _ = update_of(config)(first_state(config), rows)
+    algo = bc.build(config)
+    action = algo.act(algo.policy_of(state), jnp.array([[-1.0], [1.0]]), jax.random.key(0), True)
+    assert_allclose(action, [[-0.6], [0.6]], atol=0.05)

@@ -1,0 +1,297 @@
+"""Collecting datasets: shares, noise, what a row holds at the end of an episode, resuming."""
+
+import json
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from scipy import stats
+
+import envs
+from algos import datasets, rundir
+from experiments import collect_data
+from experiments.collect_data import Part
+
+pytestmark = pytest.mark.xdist_group("test_collect_data")
+
+
+def export(name, folder, **changes):
+    """A run directory with the policy of an untrained agent; returns the policy's file."""
+    config = tiny.config_of(name, **changes)
+    algo = tiny.module_of(name).build(config)
+    policy = algo.policy_of(jax.jit(algo.init)(jax.random.key(0)))
+    folder.mkdir(parents=True)
+    described = {"algo": name, "config": vars(config), "launch": {}, "rows": {}}
+    rundir.write_json(folder / "config.json", described)
+    rundir.save_arrays(folder / "policy_s000.npz", rundir.flatten(policy), {"seed": 0})
+    return str(folder / "policy_s000.npz")
+
+
+# --- mixtures ---
+
+
+def test_counts():
+    three = collect_data.parts_of("eps1", "p")
+    assert collect_data.counts_of(1_000_000, three) == [200_000, 400_000, 400_000]
+    assert collect_data.counts_of(7, three) == [1, 2, 4]
+    assert collect_data.counts_of(7, collect_data.parts_of("pure", "p")) == [7]
+    with pytest.raises(ValueError, match=r"--steps 3 are too few: the parts would get \[0, 1, 2\]"):
+        collect_data.counts_of(3, three)
+
+
+def test_types_of_data():
+    noise = {"eps1": (0.1, 0), "eps3": (0.3, 0), "gaussian1": (0, 0.1), "gaussian3": (0, 0.3)}
+    assert collect_data.parts_of("pure", "p") == [Part(4, "p")]
+    for kind, (eps, std) in noise.items():
+        assert collect_data.parts_of(kind, "p") == [Part(2), Part(4, "p"), Part(4, "p", eps, std)]
+    assert {*noise, "pure"} == {*collect_data.TYPES}
+
+
+def test_mixture_of_a_file(tmp_path):
+    path = tmp_path / "mixture.json"
+    path.write_text('[{"share": 2}, {"share": 3.5, "policy": "a/policy_s001.npz", "eps": 0.2}]')
+    policy = str(tmp_path / "a" / "policy_s001.npz")
+    assert collect_data.read_mixture(path) == [Part(2), Part(3.5, policy, eps=0.2)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[", "is not a mixture"),
+        ("[]", "has no parts"),
+        ('[{"shar": 2}]', "is not a mixture: .*shar"),
+        ('[{"share": 0}]', "share above 0"),
+        ('[{"policy": "p", "eps": 1.5}]', r"eps in \[0, 1\]"),
+        ('[{"eps": 0.5}]', "noise needs a policy"),
+    ],
+)
+def test_bad_mixtures_are_refused(tmp_path, text, message, capsys):
+    path = tmp_path / "mixture.json"
+    path.write_text(text)
+    argv = ["--mixture", str(path), "--env", "pendulum", "--out", str(tmp_path / "out.npz")]
+    with pytest.raises(SystemExit) as status:
+        collect_data.main(argv)
+    assert status.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert re.search(message, said), said
+    assert [p.name for p in tmp_path.iterdir()] == ["mixture.json"]
+
+
+# --- actions ---
+
+N = 20_000
+
+
+def actions_of(monkeypatch, part):
+    """Actions of a part whose policy always does (0.25, -2)."""
+    constant = lambda obs, key: jnp.tile(jnp.array([0.25, -2.0]), (len(obs), 1))
+    monkeypatch.setattr(rundir, "load_policy", lambda path: constant)
+    act = collect_data.actor_of(part, 2)
+    return np.asarray(act(jnp.zeros((N, 3)), jax.random.key(0)))
+
+
+def test_pure_actions_are_clipped_to_what_is_done(monkeypatch):
+    np.testing.assert_array_equal(actions_of(monkeypatch, Part(1, "p")), [[0.25, -1.0]] * N)
+
+
+def test_uniform_actions(monkeypatch):
+    action = actions_of(monkeypatch, Part(1))
+    assert all(stats.kstest(x, stats.uniform(-1, 2).cdf).pvalue > 1e-3 for x in action.T)
+    assert abs(np.corrcoef(action.T)[0, 1]) < 4 / np.sqrt(N)
+
+
+@pytest.mark.parametrize("eps", [0.1, 0.3])
+def test_whole_actions_are_replaced(monkeypatch, eps):
+    action = actions_of(monkeypatch, Part(1, "p", eps=eps))
+    replaced = action != [0.25, -1.0]
+    np.testing.assert_array_equal(replaced[:, 0], replaced[:, 1])
+    assert abs(replaced[:, 0].mean() - eps) < 3 * np.sqrt(eps * (1 - eps) / N)
+    assert stats.kstest(action[replaced[:, 0], 0], stats.uniform(-1, 2).cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("std", [0.1, 0.3])
+def test_noise_is_added_and_clipped(monkeypatch, std):
+    action = actions_of(monkeypatch, Part(1, "p", std=std))
+    assert abs(action).max() <= 0.999
+    inside = action[:, 0] < 0.999
+    assert abs((action[inside, 0] - 0.25).std() / std - 1) < 0.05
+    assert (action[:, 1] == np.float32(-0.999)).mean() == pytest.approx(0.5, abs=0.02)
+
+
+# --- rows ---
+
+
+def uniform(size):
+    return lambda obs, key: jax.random.uniform(key, (len(obs), size), minval=-1.0, maxval=1.0)
+
+
+@pytest.mark.parametrize(
+    ("task", "size", "terminates"),
+    [("tiny:counter", 2, False), ("probe/termination-continuous", 1, True)],
+)
+def test_rows_of_a_collection(task, size, terminates):
+    """250 steps in 3 streams of 84: what follows a row, at its end and within an episode."""
+    env = envs.make(task, 3, stagger=False)
+    moved = []
+    dataset = collect_data.collect(env, uniform(size), 250, jax.random.key(0), moved.append)
+    assert sum(moved) == 250
+    datasets.check(dataset, "data", env)
+    assert len(dataset.obs) == 250
+    ends = dataset.terminated | dataset.truncated
+    assert not (dataset.terminated & dataset.truncated).any()
+    same = ~ends[:-1]
+    np.testing.assert_array_equal(dataset.next_obs[:-1][same], dataset.obs[1:][same])
+    np.testing.assert_array_equal(dataset.next_action[:-1][same], dataset.action[1:][same])
+    assert (dataset.next_action[:-1] != dataset.action[1:])[~same].any(1).all()
+    cuts = [83, 167, 249]
+    length = 8 if terminates else 4
+    time = lambda obs: obs.argmax(1) if terminates else obs[:, 0]
+    full = np.flatnonzero(ends & ~np.isin(np.arange(250), cuts))
+    assert len(full) > 25
+    # The reset is nowhere to be seen: the successor of an end is the state that ended.
+    np.testing.assert_array_equal(time(dataset.obs)[full], length - 1)
+    np.testing.assert_array_equal(time(dataset.obs)[full + 1], 0)
+    if terminates:
+        assert not dataset.next_obs[full].any()
+        np.testing.assert_array_equal(np.flatnonzero(dataset.terminated), full)
+    else:
+        np.testing.assert_array_equal(time(dataset.next_obs)[full], 4)
+        assert not dataset.terminated.any()
+    assert ends[cuts].all()
+    np.testing.assert_array_equal(time(dataset.obs)[[0, 84, 168]], 0)
+
+
+# --- the program ---
+
+
+def run(*argv):
+    collect_data.main([*map(str, argv)])
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """Uniform actions, and policies of two algorithms on one task."""
+    folder = tmp_path_factory.mktemp("policies")
+    export("sac", folder / "sac")
+    export("ppo", folder / "ppo", env="tiny:balance")
+    parts = [
+        {"share": 1},
+        {"share": 2, "policy": "sac/policy_s000.npz"},
+        {"share": 2, "policy": "ppo/policy_s000.npz", "std": 0.1},
+    ]
+    path = folder / "mixture.json"
+    path.write_text(json.dumps(parts))
+    return path
+
+
+def test_interrupted_and_run_again_is_the_same_dataset(mixture, tmp_path, monkeypatch, capsys):
+    out, whole = tmp_path / "data.npz", tmp_path / "whole.npz"
+    argv = ["--mixture", mixture, "--steps", 500, "--seed", 3, "--out"]
+    run(*argv, whole)
+    assert "500 steps of tiny:balance" in capsys.readouterr().out
+    calls, collect_part = [], collect_data.collect_part
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return collect_part(*args)
+
+    monkeypatch.setattr(collect_data, "collect_part", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(*argv, out)
+    assert not out.exists()
+    with pytest.raises(SystemExit):
+        run(*argv[:-3], "--seed", 4, "--out", out)
+    assert "is of another command" in capsys.readouterr().err
+    run(*argv, out)
+    assert len(calls) == 4  # the first part was there already
+    (dataset, meta), (other, _) = datasets.read(out), datasets.read(whole)
+    tiny.assert_same(dataset, other)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data.npz", "whole.npz"]
+
+    assert (meta["env"], meta["seed"]) == ("tiny:balance", 3)
+    assert [part["count"] for part in meta["parts"]] == [100, 200, 200]
+    assert all(part["returns"]["mean"] >= 8 for part in meta["parts"])
+    assert [len(part["sha256"]) for part in meta["parts"]] == [0, 64, 64]
+    tiny.assert_same(datasets.load(str(out), envs.make("tiny:balance", 1)), dataset)
+    assert (dataset.terminated | dataset.truncated)[[99, 299, 499]].all()
+    assert stats.kstest(dataset.action[:100, 0], stats.uniform(-1, 2).cdf).pvalue > 1e-3
+    with pytest.raises(SystemExit):
+        run(*argv, out)
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "give either the file of a policy or --mixture"),
+        (["nowhere/policy_s000.npz"], "not a run directory"),
+        (["sac/policy_s007.npz"], "does not exist; there: policy_s000.npz"),
+        (["sac/policy_s000.npz", "--env", "pendulum"], "are of gymnax/Pendulum-v1, tiny:balance"),
+        (["sac/policy_s000.npz", "--type", "eps1", "--steps", "2"], "are too few"),
+    ],
+)
+def test_bad_input_is_one_line(mixture, tmp_path, monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(mixture.parent)
+    with pytest.raises(SystemExit) as status:
+        run(*argv, "--out", tmp_path / "data.npz")
+    assert status.value.code == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_uniform_actions_need_a_task(tmp_path, capsys):
+    path = tmp_path / "mixture.json"
+    path.write_text("[{}]")
+    with pytest.raises(SystemExit):
+        run("--mixture", path, "--out", tmp_path / "data.npz")
+    assert "give --env" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("--mixture", path, "--env", "cartpole", "--out", tmp_path / "data.npz")
+    assert "discrete actions" in capsys.readouterr().err
+
+
+def test_minari_datasets_that_we_write_are_read(tmp_path, monkeypatch):
+    minari = pytest.importorskip("minari")
+    pytest.importorskip("h5py")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    path = tmp_path / "mixture.json"
+    path.write_text("[{}]")
+    argv = ["--mixture", path, "--env", "tiny:balance", "--steps", 200]
+    run(*argv, "--format", "minari", "--out", "tiny/balance-v0")
+    found = minari.load_dataset("tiny/balance-v0")
+    assert found.total_steps == 200
+    run(*argv, "--out", tmp_path / "data.npz")
+    env = envs.make("tiny:balance", 1)
+    ours = datasets.load(str(tmp_path / "data.npz"), env)
+    theirs = datasets.load("minari:tiny/balance-v0", env)
+    # All but the last step of the stream, which was cut.
+    assert ours.terminated.sum() > 3
+    tiny.assert_same(theirs.obs, ours.obs[:199])
+    tiny.assert_same(theirs.next_obs, ours.next_obs[:199])
+    tiny.assert_same(theirs.terminated, ours.terminated[:199])
+    going_on = ~theirs.terminated
+    tiny.assert_same(theirs.next_action[going_on], ours.next_action[:199][going_on])
+    with pytest.raises(SystemExit):
+        run(*argv, "--format", "minari", "--out", "tiny/balance-v0")
+
+
+def test_minari_is_named_if_it_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "minari", None)
+    argv = ["--env", "pendulum", "--format", "minari", "--out", "a-v0"]
+    path = tmp_path / "mixture.json"
+    path.write_text("[{}]")
+    with pytest.raises(SystemExit):
+        run("--mixture", path, *argv)
+    assert 'pip install -e ".[minari]"' in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["mixture.json"]
