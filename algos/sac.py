@@ -135,10 +135,23 @@ SMALL = {
     "batch_size": 128, "buffer_size": 100_000, "learning_starts": 1_000, "learning_rate": 1e-3,
     "hidden": (64, 64), "critic_hidden": (64, 64),
 }
+PHYSICS = {"num_envs": 128, "updates_per_step": 0.25}
+BRAX = {  # everything a task's own preset may have changed, to Brax's values
+    "total_timesteps": 6_553_600, "num_envs": 128, "num_steps": 1, "updates_per_step": 0.5,
+    "batch_size": 512, "buffer_size": 2**20, "learning_starts": 8192, "learning_rate": 6e-4,
+    "gamma": 0.997, "target_entropy_mult": 0.5, "normalize_obs": True, "reward_scale": 30.0,
+    "hidden": (256, 256), "critic_hidden": (256, 256),
+}
 PRESETS: dict[str, dict[str, Any]] = {
     # tasks
-    "pendulum": SMALL,
-    "inverted_pendulum": SMALL,
+    "pendulum": SMALL, "inverted_pendulum": SMALL, "reacher": SMALL,
+    **dict.fromkeys(("hopper", "walker2d", "halfcheetah", "ant"), PHYSICS),
+    # published sizes
+    "brax_hopper": BRAX,
+    "brax_walker2d": {
+        **BRAX, "total_timesteps": 7_864_320, "updates_per_step": 0.25, "batch_size": 128,
+        "reward_scale": 5.0,
+    },
 }
 # fmt: on
 
