@@ -71,9 +71,11 @@ class Config:
         return math.ceil(self.total_timesteps / self.steps_per_update)
 
     def validate(self) -> None:
-        """Raise ValueError if there is no dataset to learn from."""
+        """Raise ValueError if there is nothing to learn from, or nothing is learned."""
         if not self.dataset:
             raise ValueError("dataset='': give --dataset PATH or --dataset minari:NAME")
+        if self.gradient_steps < 1:
+            raise ValueError(f"gradient_steps={self.gradient_steps}: at least 1 is needed")
 
 
 # Fields that may be arrays, so that a sweep is one more vmap.
@@ -219,8 +221,8 @@ def build(config: Config) -> common.Algo:
         """One step of Adam on one of the two: params, opt_state, metrics."""
         grads, aux = jax.grad(loss_fn, has_aux=True)(params[name], params, *args)
         direction, new = optimizer.update(grads, opt_state[name])
-        update = lambda p, u: p - config.learning_rate * u
-        params = params | {name: jax.tree.map(update, params[name], direction)}
+        move = lambda p, u: p - config.learning_rate * u
+        params = params | {name: jax.tree.map(move, params[name], direction)}
         return params, opt_state | {name: new}, aux
 
     def update(state, rows):

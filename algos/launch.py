@@ -622,7 +622,7 @@ class Session:
             f"run directory: {self.run_dir}"
         )
         rate = CPU_STEPS_PER_SECOND.get(env, 0) * (os.cpu_count() or 1)
-        if rate and jax.default_backend() == "cpu":
+        if rate and hasattr(config, "num_envs") and jax.default_backend() == "cpu":
             evaluation = launch.num_evals * launch.eval_episodes * 1000  # steps of a full episode
             least, most = (logs.clock(rows * x / rate) for x in (actual, actual + evaluation))
             text += (

@@ -363,8 +363,8 @@ def build(config: Config) -> common.Algo:
         """One step of Adam on one of the three: params, opt_state, metrics."""
         grads, aux = jax.grad(loss_fn, has_aux=True)(params[name], params, *args)
         direction, new = optimizer.update(grads, opt_state[name])
-        update = lambda p, u: p - config.learning_rate * u
-        params = params | {name: jax.tree.map(update, params[name], direction)}
+        move = lambda p, u: p - config.learning_rate * u
+        params = params | {name: jax.tree.map(move, params[name], direction)}
         aux[f"losses/{name}_grad_norm"] = optax.global_norm(grads)
         return params, opt_state | {name: new}, aux
 
@@ -406,7 +406,7 @@ def build(config: Config) -> common.Algo:
 
         learned = [state.params, state.target_params, state.opt_state]
         aux = jax.eval_shape(one, learned, key)[-1]
-        # No loop under a condition but a loop of no step: its length is the same for all seeds.
+        # A loop of length 0 at first, not a branch: the length is the same for all seeds.
         count = jnp.where(state.update < config.random_updates, 0, config.gradient_steps)
         carry = learned, {name: jnp.zeros(()) for name in aux}
         learned, sums = jax.lax.fori_loop(0, count, step, carry)

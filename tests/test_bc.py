@@ -1,6 +1,7 @@
 """Behaviour cloning: densities of given actions, losses, the weight of the entropy, recovery."""
 
 import dataclasses
+import re
 from functools import cache
 
 import jax
@@ -12,7 +13,7 @@ import tiny
 from scipy import stats
 from tiny import assert_allclose
 
-from algos import bc, launch
+from algos import bc, datasets, launch
 from algos.common import TanhGaussian
 
 # In one worker, so that updates are compiled once.
@@ -114,28 +115,32 @@ def test_gradient_steps_by_hand(monkeypatch):
     after, metrics = update_of(BY_HAND)(before, rows)
     actor, params = bc.Actor(BY_HAND, 1), before.params
     adam = optax.adam(1e-2, eps=1e-7)
+
+    def own(p, obs):
+        policy = actor.apply(p, obs)
+        return policy, policy.log_prob(policy.mean + 0.5 * policy.std)
+
+    @jax.jit
+    def step(params, opt, batch):
+        def policy_loss(p):
+            policy, log_prob = own(p, batch.obs)
+            u = jnp.arctanh(jnp.clip(batch.action, -0.999, 0.999))
+            return (params["entropy_weight"] * log_prob - policy.log_prob(u)).mean()
+
+        loss, grads = jax.value_and_grad(policy_loss)(params["actor"])
+        direction, moments = adam.update(grads, opt["actor"])
+        new = {"actor": optax.apply_updates(params["actor"], direction)}
+        gradient = (-own(new["actor"], batch.obs)[1] + 0.7).mean()
+        direction, weight_moments = adam.update(gradient, opt["entropy_weight"])
+        new["entropy_weight"] = params["entropy_weight"] + direction
+        return new, {"actor": moments, "entropy_weight": weight_moments}, loss
+
     opt = {name: adam.init(params[name]) for name in params}
     losses = []
     for i in range(3):
         index = np.arange(5 * i, 5 * i + 5) % 12
-
-        def own(p):
-            policy = actor.apply(p, rows.obs[index])  # noqa: B023
-            return policy, policy.log_prob(policy.mean + 0.5 * policy.std)
-
-        def policy_loss(p):
-            policy, log_prob = own(p)
-            u = jnp.arctanh(jnp.clip(rows.action[index], -0.999, 0.999))  # noqa: B023
-            weight = max(float(params["entropy_weight"]), 0.0)  # noqa: B023
-            return (weight * log_prob - policy.log_prob(u)).mean()
-
-        loss, grads = jax.value_and_grad(policy_loss)(params["actor"])
+        params, opt, loss = step(params, opt, jax.tree.map(lambda x: x[index], rows))  # noqa: B023
         losses.append(loss)
-        direction, opt["actor"] = adam.update(grads, opt["actor"])
-        params = params | {"actor": optax.apply_updates(params["actor"], direction)}
-        gradient = (-own(params["actor"])[1] + 0.7).mean()
-        direction, opt["entropy_weight"] = adam.update(gradient, opt["entropy_weight"])
-        params = params | {"entropy_weight": params["entropy_weight"] + direction}
     assert (params["entropy_weight"] > 0) & (params["entropy_weight"] != 1)
     assert_allclose(metrics["losses/policy_loss"], np.mean(losses), rtol=1e-4)
     tiny.assert_close(after.params, params, rtol=1e-3, atol=1e-5)
@@ -177,6 +182,8 @@ def test_the_dataset_is_an_argument():
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"dataset='': give --dataset PATH"):
         bc.build(config_of(dataset=""))
+    with pytest.raises(ValueError, match="gradient_steps=0: at least 1"):
+        bc.build(config_of(gradient_steps=0))
     with pytest.raises(ValueError, match="does not exist"):
         bc.build(config_of(dataset="nowhere.npz")).data()
     with pytest.raises(ValueError, match="discrete actions"):
@@ -190,11 +197,26 @@ def test_a_policy_needs_no_dataset():
     assert algo.act(policy, jnp.zeros((3, 4)), jax.random.key(0), True).shape == (3, 1)
 
 
+def test_a_launch_with_a_bad_dataset_is_one_line_and_leaves_nothing(tmp_path, capsys):
+    """Before anything compiles: also where rows and file are fine, but of another task."""
+    datasets.write(tmp_path / "other.npz", tiny.transitions(20, 3), {"env": "gymnax/Pendulum-v1"})
+    wanted = {"nowhere.npz": "does not exist", "other.npz": r"\(obs \[20, 3\], action \[20, 1\]\)"}
+    for name, message in wanted.items():
+        argv = tiny.flags_of(config_of(dataset=str(tmp_path / name)))
+        argv += ["--run-dir", str(tmp_path / "run"), "--verbose", "0"]
+        with pytest.raises(SystemExit) as status:
+            launch.main("bc", bc.Config, bc.PRESETS, bc.TRACEABLE, bc.build, argv)
+        assert status.value.code == 2
+        said = capsys.readouterr().err
+        assert re.match(rf"error: .*{message}.*\n\Z", said), said
+        assert [p.name for p in tmp_path.iterdir()] == ["other.npz"]
+
+
 # --- recovery ---
 
 # Nothing is observed, so that the policy is one distribution.
 RECOVERY = config_of(
-    env="probe/value-continuous", hidden=(), batch_size=256, gradient_steps=1000, learning_rate=5e-4
+    env="probe/value-continuous", hidden=(), batch_size=256, gradient_steps=1000, learning_rate=1e-3
 )
 
 
@@ -209,7 +231,7 @@ def test_the_distribution_of_the_data_is_recovered():
         update_of(RECOVERY),
         blind(np.tanh(0.5 + 0.3 * noise)),
     )
-    for _ in range(10):
+    for _ in range(4):
         state, metrics = update(state, rows)
     policy = bc.Actor(RECOVERY, 1).apply(state.params["actor"], jnp.zeros(1))
     assert_allclose(policy.mean, [0.5], rtol=0, atol=0.02)
@@ -220,7 +242,8 @@ def test_the_distribution_of_the_data_is_recovered():
 @pytest.mark.slow
 def test_constant_data_meet_the_floor():
     """(entropy, weight) orbit around (-1, 1): only their averages are there."""
-    state, update, rows = first_state(RECOVERY), update_of(RECOVERY), blind(np.full(100, 0.2))
+    config = dataclasses.replace(RECOVERY, learning_rate=5e-4)
+    state, update, rows = first_state(config), update_of(config), blind(np.full(100, 0.2))
     seen = []
     for _ in range(30):
         state, metrics = update(state, rows)

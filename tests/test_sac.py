@@ -271,9 +271,9 @@ def test_gradient_steps_by_hand(monkeypatch):
         return jnp.tanh(u), (log_normal - jnp.log(1 - jnp.tanh(u) ** 2)).sum(-1)
 
     adam = optax.adam(1e-2, eps=1e-7)
-    opt = {name: adam.init(params[name]) for name in params}
-    sums = {}
-    for _ in range(2):
+
+    @jax.jit
+    def step(params, target, opt):
         target = jax.tree.map(lambda t, p: 0.7 * t + 0.3 * p, target, params["critic"])
         alpha = jnp.exp(params["temperature"])
         action, log_prob = sampled(params["actor"], batch.next_obs)
@@ -282,24 +282,31 @@ def test_gradient_steps_by_hand(monkeypatch):
             batch.terminated, 0.0, BY_HAND.gamma * (next_value.min(0) - alpha * log_prob)
         )
 
-        def q_loss(p):
+        def q_loss(p, params):
             value = critic.apply(p, batch.obs, batch.action)
-            return ((value[0] - y) ** 2).mean() + ((value[1] - y) ** 2).mean()  # noqa: B023
+            return ((value[0] - y) ** 2).mean() + ((value[1] - y) ** 2).mean()
 
-        def pi_loss(p):
+        def pi_loss(p, params):
             action, log_prob = sampled(p, batch.obs)
-            value = critic.apply(params["critic"], batch.obs, action)  # noqa: B023
-            return (alpha * log_prob - jnp.minimum(value[0], value[1])).mean()  # noqa: B023
+            value = critic.apply(params["critic"], batch.obs, action)
+            return (alpha * log_prob - jnp.minimum(value[0], value[1])).mean()
 
-        def alpha_loss(log):
-            _, log_prob = sampled(params["actor"], batch.obs)  # noqa: B023
+        def alpha_loss(log, params):
+            _, log_prob = sampled(params["actor"], batch.obs)
             return (jnp.exp(log) * jax.lax.stop_gradient(-log_prob + 0.7)).mean()
 
+        losses = {}
         for name, loss in (("critic", q_loss), ("actor", pi_loss), ("temperature", alpha_loss)):
-            value, grads = jax.jit(jax.value_and_grad(loss))(params[name])
-            sums[name] = sums.get(name, 0.0) + value
-            direction, opt[name] = adam.update(grads, opt[name])
+            losses[name], grads = jax.value_and_grad(loss)(params[name], params)
+            direction, moments = adam.update(grads, opt[name])
             params = params | {name: optax.apply_updates(params[name], direction)}
+            opt = opt | {name: moments}
+        return params, target, opt, losses
+
+    opt = {name: adam.init(params[name]) for name in params}
+    params, target, opt, first = step(params, target, opt)
+    params, target, opt, second = step(params, target, opt)
+    sums = jax.tree.map(jnp.add, first, second)
     assert metrics["losses/count"] == 2
     assert_allclose(metrics["losses/qf_loss"], sums["critic"], rtol=1e-4)
     assert_allclose(metrics["losses/policy_loss"], sums["actor"], rtol=1e-4)
