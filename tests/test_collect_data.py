@@ -135,14 +135,15 @@ def uniform(size):
     ("task", "size", "terminates"),
     [("tiny:counter", 2, False), ("probe/termination-continuous", 1, True)],
 )
-def test_rows_of_a_collection(task, size, terminates):
+def test_rows_of_a_collection(task, size, terminates, monkeypatch):
     """250 steps in 3 streams of 84: what follows a row, at its end and within an episode."""
+    monkeypatch.setattr(collect_data, "CHUNK", 20)
     env = envs.make(task, 3, stagger=False)
     moved = []
     dataset = collect_data.collect(env, uniform(size), 250, jax.random.key(0), moved.append)
     assert sum(moved) == 250
     datasets.check(dataset, "data", env)
-    assert len(dataset.obs) == 250
+    assert len(np.unique(dataset.action, axis=0)) == len(dataset.obs) == 250
     ends = dataset.terminated | dataset.truncated
     assert not (dataset.terminated & dataset.truncated).any()
     same = ~ends[:-1]

@@ -125,14 +125,14 @@ def test_no_dataset_and_discrete_actions_are_refused(tmp_path):
 
 # --- episodes of others ---
 
-# Two episodes of 3 and 4 steps: the first fails, the second is cut by the clock. An observation is
-# ten times the episode plus the step, an action a hundredth of that.
-EPISODES = [(0, 3, True), (1, 4, False)]
+# Episodes of 3, 4 and 3 steps: the first fails, the second is cut by the clock, the third by the
+# end of collection. An observation is ten times the episode plus the step, an action a hundredth.
+EPISODES = [(0, 3, True), (1, 4, False), (2, 3, False)]
 ROWS = {  # obs, next_obs, next_action, of the rows that are kept
-    "obs": [0, 1, 2, 10, 11, 12],
-    "next_obs": [1, 2, 3, 11, 12, 13],
-    "terminated": [0, 0, 1, 0, 0, 0],
-    "truncated": [0, 0, 0, 0, 0, 1],
+    "obs": [0, 1, 2, 10, 11, 12, 20, 21],
+    "next_obs": [1, 2, 3, 11, 12, 13, 21, 22],
+    "terminated": [0, 0, 1, 0, 0, 0, 0, 0],
+    "truncated": [0, 0, 0, 0, 0, 1, 0, 1],
 }
 
 
@@ -154,7 +154,7 @@ def assert_rows(dataset, final=3):
     np.testing.assert_allclose(dataset.action[:, 0], wanted["obs"] / 100)
     going_on = ~dataset.terminated  # after a failure any action will do
     np.testing.assert_allclose(dataset.next_action[going_on, 0], wanted["next_obs"][going_on] / 100)
-    np.testing.assert_array_equal(dataset.reward, [0.5, 1.5, 2.5, 0.5, 1.5, 2.5])
+    np.testing.assert_array_equal(dataset.reward, [0.5, 1.5, 2.5, 0.5, 1.5, 2.5, 0.5, 1.5])
     assert {x.dtype for x in dataset} == {np.dtype(np.float32), np.dtype(bool)}
 
 
@@ -170,13 +170,13 @@ def test_what_is_written_as_episodes_comes_back():
     """Minari holds no action after the end: of cut episodes the last step is lost on the way."""
     dataset = datasets.from_episodes((*arrays_of(i, n), end) for i, n, end in EPISODES)
     episodes = list(datasets.to_episodes(dataset))
-    assert [len(action) for _, action, _, _ in episodes] == [3, 3]
+    assert [len(action) for _, action, _, _ in episodes] == [3, 3, 2]
     assert all(len(obs) == len(action) + 1 for obs, action, _, _ in episodes)
     again = datasets.from_episodes(episodes)
-    assert len(again.obs) == 5
-    assert again.truncated.tolist() == [False] * 4 + [True]
+    kept = [0, 1, 2, 3, 4, 6]
+    assert again.truncated.tolist() == [False] * 4 + [True] * 2
     tiny.assert_same(
-        again._replace(truncated=dataset.truncated[:5]), Dataset(*(x[:5] for x in dataset))
+        again._replace(truncated=dataset.truncated[kept]), Dataset(*(x[kept] for x in dataset))
     )
 
 
@@ -188,8 +188,8 @@ def flat_file(path, last_flagged=True):
         file["observations"] = np.concatenate([obs[:-1] for obs, _, _ in parts])
         file["actions"] = np.concatenate([action for _, action, _ in parts])
         file["rewards"] = np.concatenate([reward for _, _, reward in parts])
-        file["terminals"] = np.arange(7) == 2
-        file["timeouts"] = (np.arange(7) == 6) & last_flagged
+        file["terminals"] = np.arange(10) == 2
+        file["timeouts"] = np.isin(np.arange(10), [6, 9] if last_flagged else [6])
     return str(path)
 
 
@@ -218,7 +218,7 @@ def test_minari_files(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"no Minari dataset 'tiny/balanc' .*: tiny/balance-v0$"):
         datasets.load("minari:tiny/balanc", ENV)
     other = minari_file(tmp_path / "other.hdf5")
-    with pytest.raises(ValueError, match=r"has obs \[6, 4\].* needs obs \[n, 3\]"):
+    with pytest.raises(ValueError, match=r"has obs \[8, 4\].* needs obs \[n, 3\]"):
         datasets.load(other, envs.make("pendulum", 1))
 
 
