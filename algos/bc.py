@@ -183,9 +183,9 @@ def build(config: Config) -> common.Algo:
     optimizer = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-7)
     target_entropy = -config.target_entropy_mult * env.action_size
 
-    def data():
+    def data(seeds):
         dataset = datasets.load(config.dataset, env)
-        return (Batch(dataset.obs, dataset.action),)
+        return (Batch(dataset.obs, dataset.action),), ()
 
     def init(key) -> TrainState:
         key_actor, key = jax.random.split(key)
@@ -268,7 +268,7 @@ def build(config: Config) -> common.Algo:
 def make_train(config: Config):
     """The whole run as one pure function; `hparams` overrides fields of TRACEABLE with arrays.
 
-    `rows` is `build(config).data()[0]`, an argument so that all seeds share it.
+    `rows` is what `build(config).data(seeds)` reads, an argument so that all seeds share it.
     """
     build(config)  # fails here, not while tracing, if the configuration is wrong
 

@@ -123,10 +123,9 @@ class Config:
                 f"gradient_steps={self.gradient_steps}, divergence_steps={self.divergence_steps}: "
                 "at least 1 is needed"
             )
-        if self.cloned != bool(self.behavior):
+        if self.behavior and not self.cloned:
             raise ValueError(
-                f"behavior={self.behavior!r} with divergence={self.divergence!r}: "
-                + ("give --behavior RUN_DIR of bc.py" if self.cloned else "it uses no clone")
+                f"behavior={self.behavior}: leave it out, {self.divergence} uses no clone"
             )
         if self.train_alpha and not self.target_divergence > 0:
             raise ValueError(
@@ -350,9 +349,11 @@ def temperature_loss(temperature, log_prob, target_entropy):
 def load_clones(run_dir: str, env: envs.Env, template: Any, seeds: Any) -> Any:
     """Parameters [R, ...] of the policies of a run of bc.py, those of `seeds` [R].
 
-    Raises ValueError if it is no such run, of another environment, of other sizes than `template`,
-    or has no policy of one of the seeds.
+    Raises ValueError if there is no such run, or it is of another environment or other sizes than
+    `template`, or has no policy of one of the seeds.
     """
+    if not run_dir:
+        raise ValueError("behavior='': give --behavior RUN_DIR of bc.py, or a dual divergence")
     path = Path(run_dir)
     saved = rundir.read_description(path)
     trained_on = envs.canonical(saved["config"]["env"])
@@ -562,7 +563,7 @@ def build(config: Config) -> common.Algo:
         noise = 0.0 if greedy else jax.random.normal(key, distribution.mean.shape)
         return jnp.tanh(distribution.sample(noise))
 
-    def act_max_q(policy, obs, key):
+    def act_max_q(policy, obs, key, _):
         """Of several draws the one that the first critic prefers."""
         distribution = actor.apply(policy["actor"], obs)
         noise = jax.random.normal(key, (NUM_CANDIDATES, *distribution.mean.shape))

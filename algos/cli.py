@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import itertools
 import math
 import re
 import sys
@@ -27,7 +28,8 @@ class Launch:
     num_seeds: int = 1
     """seeds trained side by side in one program"""
     sweep: tuple[str, ...] = ()
-    """fields and values to train side by side too: learning_rate=1e-4,3e-4 gamma=0.9,0.99"""
+    """fields and values to train side by side too: learning_rate=1e-4,3e-4 gamma=0.9,0.99; several
+    values after a field's own flag are the same: --gamma 0.9 0.99"""
     num_evals: int = 20
     """greedy evaluations spread over the run, besides the one at step 0"""
     eval_episodes: int = 16
@@ -90,6 +92,7 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
     argv = sys.argv[1:] if argv is None else argv
     # Names of flags may be written with underscores; values keep theirs.
     argv = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), arg) for arg in argv]
+    argv = with_sweeps(argv, config_type)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--env")
     first.add_argument("--preset", nargs="*", default=[])
@@ -143,6 +146,35 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
             wanted = f"at least {least}" if most == math.inf else f"{least} to {most}"
             raise ValueError(f"{field}={value}: {wanted} is needed")
     return arguments
+
+
+def with_sweeps(argv: list[str], config_type: type) -> list[str]:
+    """`argv` with `--gamma 0.9 0.99`, several values of a number, as `--sweep gamma=0.9,0.99`."""
+    numbers = {field.name for field in dataclasses.fields(config_type) if field.type is float}
+    rest: list[str] = []
+    items = []
+    while argv:
+        flag, *argv = argv
+        values = list(itertools.takewhile(is_number, argv))
+        field = flag.removeprefix("--").replace("-", "_")
+        if len(values) > 1 and field in numbers:
+            items.append(f"{field}={','.join(values)}")
+            argv = argv[len(values) :]
+        else:
+            rest.append(flag)
+    if items and "--sweep" not in rest:
+        rest.append("--sweep")
+    at = rest.index("--sweep") + 1 if items else 0
+    return [*rest[:at], *items, *rest[at:]]
+
+
+def is_number(text: str) -> bool:
+    """True if `text` can be read as a number."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def preset_of(env: str, presets: dict[str, dict]) -> dict[str, Any]:

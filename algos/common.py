@@ -4,7 +4,7 @@ Pure functions of arrays: distributions, running statistics, greedy evaluation, 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,15 +19,17 @@ class Algo(NamedTuple):
     The train state has a field `update`: int32, the number of finished updates. It is the same for
     all seeds and stays unbatched under `vmap`, so schedules and ring positions cost no select.
 
-    An offline algorithm learns from arrays that no seed has for itself. `data` reads them; they are
-    arguments of the compiled program, once for all seeds, and no constants in it.
+    An offline algorithm learns from arrays that were there before it. `data` reads them: those that
+    all seeds share, and those with one row for each seed. They are arguments of the compiled
+    program and no constants in it.
     """
 
     init: Callable  # key -> state
-    update: Callable  # state, *data() -> state, metrics: dict of scalars
+    update: Callable  # state, *shared, *own -> state, metrics: dict of scalars
     act: Callable  # policy, obs [N, obs_size], key, greedy: bool -> action [N] or [N, action_size]
     policy_of: Callable  # state -> policy: actor parameters plus observation statistics
-    data: Callable = tuple  # () -> what update takes beside the state: nothing, or a dataset
+    data: Callable = lambda seeds: ((), ())  # seeds [R] -> shared arrays, own arrays [R, ...]
+    further: Mapping[str, Callable] = {}  # like `act`: more ways to play that evaluations report
 
 
 def traceable(hparams: dict[str, Any], allowed: tuple[str, ...]) -> dict[str, Any]:

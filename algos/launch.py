@@ -122,9 +122,9 @@ class Program(NamedTuple):
 
     init: Any  # keys [R], hparams -> state
     train: Any  # state (donated), hparams, number of updates, *data -> state, sums of metrics [R]
-    evaluate: Any  # state, key -> returns [R, K], lengths [R, K]
+    evaluate: Any  # state, key -> returns [R, K], lengths [R, K]; returns of further policies
     policies: Any  # state -> policies [R, ...]
-    data: tuple  # what an offline algorithm learns from, the same arrays for all rows
+    data: tuple  # what an offline algorithm learns from: shared arrays, then own ones [R, ...]
 
 
 def row_devices(num_rows: int) -> list[jax.Device]:
@@ -146,8 +146,11 @@ def make_program(config: Any, launch: Launch, build: Callable, rows: Rows) -> Pr
     # All fields of the state have a leading row axis but the counter, which the rows share.
     axes = type(state)(*[0] * len(state))._replace(update=None)
     row, shared = PartitionSpec("row"), PartitionSpec()
-    data = jax.device_put(algo.data(), NamedSharding(mesh, shared))
-    each = [None] * len(data), [shared] * len(data)  # as vmap and shard_map see them
+    data = algo.data(rows.seeds)
+    data_axes = [None] * len(data[0]) + [0] * len(data[1])
+    data_specs = [shared] * len(data[0]) + [row] * len(data[1])
+    place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+    data = tuple(map(place, (*data[0], *data[1]), data_specs))
     specs = type(state)(*[row] * len(state))._replace(update=shared)
 
     def algo_of(hparams):
@@ -169,7 +172,9 @@ def make_program(config: Any, launch: Launch, build: Callable, rows: Rows) -> Pr
         return jax.lax.fori_loop(0, num_updates, step, (state, sums))
 
     def evaluate(state, key):
-        return common.evaluate(algo.act, algo.policy_of(state), eval_env, key)
+        policy = algo.policy_of(state)
+        play = lambda act: common.evaluate(act, policy, eval_env, key)
+        return *play(algo.act), {name: play(act)[0] for name, act in algo.further.items()}
 
     def shard(function, in_specs, out_specs, **options):
         # shard_map, not a plain jit: each device loops over its own rows and waits for no other.
@@ -183,12 +188,12 @@ def make_program(config: Any, launch: Launch, build: Callable, rows: Rows) -> Pr
     return Program(
         init=shard(jax.vmap(init, out_axes=axes), (row, row), specs),
         train=shard(
-            jax.vmap(train, (axes, 0, None, *each[0]), (axes, 0)),
-            (specs, row, shared, *each[1]),
+            jax.vmap(train, (axes, 0, None, *data_axes), (axes, 0)),
+            (specs, row, shared, *data_specs),
             (specs, row),
             donate_argnums=0,
         ),
-        evaluate=shard(jax.vmap(evaluate, (axes, None)), (specs, shared), (row, row)),
+        evaluate=shard(jax.vmap(evaluate, (axes, None)), (specs, shared), (row, row, row)),
         policies=shard(jax.vmap(algo.policy_of, (axes,)), (specs,), row),
         data=data,
     )
@@ -319,7 +324,7 @@ class Session:
         self.lead = jax.process_index() == 0  # the host that writes and speaks
         self.update = 0
         self.seconds = {"compile": 0.0, "train": 0.0, "eval": 0.0}
-        self.evals: dict[str, list] = {"steps": [], "seconds": [], "returns": [], "lengths": []}
+        self.evals: dict[str, list] = {}  # as `rundir.write_evals` takes them
         self.speed = 0.0  # environment steps per second of all rows, in the last interval
         self.dead = np.zeros(len(rows.seeds), bool)
         self.restored = None
@@ -431,7 +436,7 @@ class Session:
         """Evaluations still to come: (number, finished updates)."""
         count, num_updates = self.launch.num_evals, self.config.num_updates
         points = {round(i * num_updates / count): i for i in range(count + 1)}
-        done = self.evals["steps"][-1] if self.evals["steps"] else -1
+        done = self.evals["steps"][-1] if self.evals else -1
         return [(i, p) for p, i in points.items() if p * self.config.steps_per_update > done]
 
     def train_until(self, point: int, state: Any) -> Any:
@@ -480,17 +485,19 @@ class Session:
     def evaluate(self, state: Any) -> None:
         """Greedy evaluation of every row, to the log, eval.npz and the console."""
         clock = time.time()
-        returns, lengths = self.program.evaluate(state, evaluation_key())
-        returns = np.where(self.dead[:, None], np.nan, gather(np.asarray(returns)))
-        lengths = np.where(self.dead[:, None], np.nan, gather(np.asarray(lengths)))
+        alive = lambda x: np.where(self.dead[:, None], np.nan, gather(np.asarray(x)))
+        evaluated = jax.tree.map(alive, self.program.evaluate(state, evaluation_key()))
+        returns, lengths, further = evaluated
         self.seconds["eval"] += time.time() - clock
         step = self.update * self.config.steps_per_update
-        for key, value in zip(
-            self.evals, (step, self.seconds["train"], returns, lengths), strict=True
-        ):
-            self.evals[key].append(value)
+        entry = {"steps": step, "seconds": self.seconds["train"]}
+        entry |= {"returns": returns, "lengths": lengths}
+        entry |= {f"{name}_returns": x for name, x in further.items()}
+        for key, value in entry.items():
+            self.evals.setdefault(key, []).append(value)
         self.write(
             {"eval/episodic_return": returns.mean(1), "eval/episodic_length": lengths.mean(1)}
+            | {f"eval/{name}_return": x.mean(1) for name, x in further.items()}
         )
         if self.lead:
             rundir.write_evals(self.run_dir, self.evals)

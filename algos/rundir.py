@@ -130,6 +130,7 @@ class Run(NamedTuple):
     seconds: np.ndarray  # [E] of training, without compilation and evaluation
     returns: np.ndarray  # [R, E, K] greedy evaluation; NaN where a seed is dead
     lengths: np.ndarray  # [R, E, K]
+    further: dict[str, np.ndarray]  # returns [R, E, K] of an algorithm's further policies
     done: dict[str, Any] | None  # None if the launch did not reach its end
 
 
@@ -154,6 +155,7 @@ def read_run(run_dir: Path | str) -> Run:
             evals = {name: file[name] for name in file.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a run directory: {error}") from None
+    names = [name for name in evals if name.endswith("_returns")]
     done = path / "done.json"
     return Run(
         path=path,
@@ -162,6 +164,7 @@ def read_run(run_dir: Path | str) -> Run:
         launch=saved["launch"],
         labels=saved["rows"]["labels"],
         seeds=np.array(saved["rows"]["seeds"]),
+        further={name.removesuffix("_returns"): evals.pop(name) for name in names},
         done=json.loads(done.read_text()) if done.exists() else None,
         **evals,
     )
@@ -204,7 +207,10 @@ def load_policy(path: Path | str) -> Callable:
 
 
 def write_evals(run_dir: Path, evals: dict[str, list]) -> None:
-    """Write eval.npz: steps [E], seconds [E], returns [R, E, K], lengths [R, E, K]."""
+    """Write eval.npz: steps [E], seconds [E], returns [R, E, K], lengths [R, E, K].
+
+    Further policies of an algorithm have NAME_returns [R, E, K].
+    """
     arrays = {name: np.stack(values, min(1, np.ndim(values[0]))) for name, values in evals.items()}
     write_atomic(run_dir / "eval.npz", lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
 
@@ -217,14 +223,17 @@ def rewind(run_dir: Path, step: int, write: bool) -> dict[str, list]:
     if write:
         write_atomic(path, lambda file: file.write(kept.encode()))
     if not (run_dir / "eval.npz").exists():  # stopped before the first evaluation
-        return {"steps": [], "seconds": [], "returns": [], "lengths": []}
+        return {}
     run = read_run(run_dir)
     keep = np.flatnonzero(run.steps <= step)
+    if not len(keep):
+        return {}
+    per_row = {"returns": run.returns, "lengths": run.lengths}
+    per_row |= {f"{name}_returns": x for name, x in run.further.items()}
     return {
         "steps": [int(run.steps[i]) for i in keep],
         "seconds": [float(run.seconds[i]) for i in keep],
-        "returns": [run.returns[:, i] for i in keep],
-        "lengths": [run.lengths[:, i] for i in keep],
+        **{name: [x[:, i] for i in keep] for name, x in per_row.items()},
     }
 
 

@@ -185,7 +185,7 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="gradient_steps=0: at least 1"):
         bc.build(config_of(gradient_steps=0))
     with pytest.raises(ValueError, match="does not exist"):
-        bc.build(config_of(dataset="nowhere.npz")).data()
+        bc.build(config_of(dataset="nowhere.npz")).data([0])
     with pytest.raises(ValueError, match="discrete actions"):
         bc.build(config_of(env="cartpole"))
 

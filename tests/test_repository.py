@@ -59,7 +59,7 @@ def test_an_algorithm_is_documented(name):
     assert fields <= code, f"fields without a word in {page.name}: {sorted(fields - code)}"
     algo = module.build(tiny.config_of(name))
     state = jax.eval_shape(algo.init, jax.random.key(0))
-    metrics = set(jax.eval_shape(algo.update, state, *algo.data())[1])
+    metrics = set(jax.eval_shape(algo.update, state, *algo.data([0])[0])[1])
     metrics = {m for m in metrics if not m.endswith("/count") and not m.startswith("episodes/")}
     if name not in tiny.OFFLINE:
         metrics |= {"charts/episodic_return", "charts/episodic_length"}

@@ -59,6 +59,15 @@ ALGOS = {
         "critic_hidden": (8,),
     },
     "bc": {"env": "tiny:balance", "dataset": str(DATASET), "gradient_steps": 32, "batch_size": 16},
+    "brac": {
+        "env": "tiny:balance",
+        "dataset": str(DATASET),
+        "divergence": "dual_kl",
+        "warm_start": 64,
+        "gradient_steps": 32,
+        "batch_size": 16,
+        "critic_hidden": (8,),
+    },
 }
 
 # Tasks of both kinds of actions, for the algorithms that know that kind.
@@ -68,8 +77,9 @@ KINDS = dict.fromkeys(ALGOS, tuple(TASKS)) | {
     "reppo_discrete": ("discrete",),
     "sac": ("continuous",),
     "bc": ("continuous",),
+    "brac": ("continuous",),
 }
-OFFLINE = {"bc"}  # they learn from DATASET
+OFFLINE = {"bc", "brac"}  # they learn from DATASET
 ASYMMETRIC = {"reppo"}  # the critic may see what the actor does not
 
 SHARED = {

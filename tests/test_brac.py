@@ -1,0 +1,431 @@
+"""Behaviour regularised actor-critic: divergences, targets, multipliers, clones, updates."""
+
+import json
+import math
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from scipy import stats
+
+from algos import bc, brac, common, launch, rundir
+
+# In one worker, so that updates are compiled once.
+pytestmark = pytest.mark.xdist_group("test_brac")
+
+assert_close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+config_of = partial(tiny.config_of, "brac")
+
+
+def gaussian(mean, std, n=1):
+    """A policy of one action, the same in n states."""
+    broadcast = lambda x: jnp.full((n, 1), x, jnp.float32)
+    return common.TanhGaussian(broadcast(mean), broadcast(std))
+
+
+# --- maximum mean discrepancy ---
+
+
+def test_mmd_by_hand():
+    x = jax.random.uniform(jax.random.key(0), (4, 3, 2), minval=-1.0)
+    y = jax.random.uniform(jax.random.key(1), (4, 3, 2), minval=-1.0)
+    assert_close(brac.squared_mmd(x, x), 0.0)
+    apart = jnp.ones((4, 3, 2)) * 0.5
+    assert_close(brac.squared_mmd(apart, -apart), 2 * (1 - math.exp(-0.1)))
+    assert_close(brac.squared_mmd(x, y), brac.squared_mmd(y, x))
+    assert (brac.squared_mmd(x, y) > 0).all()
+    assert brac.squared_mmd(x, y).shape == (3,)
+
+
+def test_mmd_of_one_distribution_is_biased():
+    """Draws are compared with themselves too: 2 (1 - E k) / 4 for uniform laws, h = 2 / 20."""
+    x, y = jax.random.uniform(jax.random.key(0), (2, 4, 200_000, 1), minval=-1.0, maxval=1.0)
+    h = 2 / 20
+    expected = (1 - 2 * (h - 1 + math.exp(-h)) / h**2) / 2
+    assert_close(expected, 0.016258, rtol=1e-4)
+    assert_close(brac.squared_mmd(x, y).mean(), expected, rtol=0, atol=2e-4)
+
+
+# --- Kullback-Leibler divergence ---
+
+KL = math.log(0.8 / 0.5) + (0.25 + 0.09) / 1.28 - 0.5  # of N(0.3, 0.5) from N(0, 0.8)
+
+
+def estimated_kl(policy, clone, draws=brac.NUM_DRAWS):
+    noise = jax.random.normal(jax.random.key(0), (draws, *policy.mean.shape))
+    return brac.kl_divergence(policy, clone, policy.sample(noise))
+
+
+def test_kl_is_that_of_the_gaussians():
+    assert_close(KL, 0.235629, rtol=1e-5)
+    estimate = estimated_kl(gaussian(0.3, 0.5, 100_000), gaussian(0.0, 0.8, 100_000))
+    assert estimate.shape == (100_000,)
+    assert_close(estimate.mean(), KL, rtol=0, atol=0.01)
+    same = gaussian(0.3, 0.5, 100_000)
+    assert_close(estimated_kl(same, same).mean(), 0.0, rtol=0, atol=0.005)
+
+
+def test_saturated_draws_look_further_away():
+    """The clone's density is that of the clipped action, and passes no gradient to the draw."""
+    u = jnp.full((1, 1, 1), 5.0)
+    policy = gaussian(4.0, 1.0)
+    stored = policy.log_prob(jnp.full((1, 1), math.atanh(0.999)))
+    assert_close(
+        brac.kl_divergence(policy, policy, u), policy.log_prob(u)[0] - stored, rtol=1e-3, atol=1e-3
+    )
+    of_clone = lambda u: brac.given_log_prob(policy, jnp.tanh(u)).sum()
+    assert_close(jax.grad(of_clone)(u), 0.0)
+    assert np.abs(jax.grad(of_clone)(jnp.full((1, 1, 1), 1.0))).min() > 0.1
+
+
+@pytest.mark.parametrize("action", [-1.0, 1.0])
+def test_density_on_the_bounds_is_finite(action):
+    policy = gaussian(0.3, 0.5)
+    inside = brac.given_log_prob(policy, jnp.full((1, 1), 0.999 * action))
+    assert_close(brac.given_log_prob(policy, jnp.full((1, 1), action)), inside, rtol=1e-4)
+
+
+# --- dual divergences ---
+
+
+def test_dual_kl_by_hand():
+    zero, one = jnp.zeros(1), jnp.full(1, math.log(math.e - 1))
+    assert_close(
+        brac.dual_divergence("dual_kl", zero, zero), math.log(math.log(2)) + 1 - math.log(2)
+    )
+    assert_close(brac.dual_divergence("dual_kl", one, one), 0.0)
+
+
+def test_dual_kl_is_greatest_at_the_ratio():
+    a = np.linspace(-8, 8, 20_001)
+    p, b = stats.norm.pdf(a, 0.3, 0.5), stats.norm.pdf(a, 0.0, 0.8)
+    ratio = np.log(np.expm1(np.clip(p / b, 1e-12, None)))
+
+    def bound(judged):
+        with jax.enable_x64(True):
+            judged = jnp.asarray(judged, jnp.float64)
+            own = np.asarray(brac.dual_divergence("dual_kl", judged, jnp.zeros(())))
+            given = np.asarray(brac.dual_divergence("dual_kl", jnp.zeros(()), judged))
+        constant = math.log(math.log(2) + 1e-8) + 1 - math.log(2)
+        # the two terms apart: log h(a) - log h(0) under p, and h(0) - h(a) under b
+        own, given = own - constant, given - constant
+        return np.trapezoid(own * p + given * b, a) + constant
+
+    assert_close(bound(ratio), KL, rtol=0, atol=2e-6)
+    for bump in (0.3 * np.sin(a), 0.2 * np.ones_like(a), -0.1 * a):
+        assert bound(ratio + bump) < KL - 1e-4
+
+
+@pytest.mark.parametrize(("norm", "penalty"), [(3.0, 20.0), (0.5, 0.0)])
+def test_slope_penalty_of_a_linear_critic(norm, penalty):
+    direction = jnp.array([0.6, 0.8])
+    own, given = jax.random.uniform(jax.random.key(0), (2, 5, 2), minval=-1.0)
+
+    def loss(weights, between):
+        weight = jnp.full((5, 1), between)
+        return brac.slope_penalty(lambda action: action @ weights, own, given, weight)
+
+    for between in (0.0, 0.3, 1.0):
+        assert_close(loss(norm * direction, between), penalty)
+        expected = 20.0 * direction if penalty else 0.0 * direction
+        assert_close(jax.grad(loss)(norm * direction, between), expected)
+
+
+def test_slopes_are_taken_between_the_two_actions():
+    own, given = jnp.array([[0.0]]), jnp.array([[1.0]])
+    slope = lambda weight: brac.slope_penalty(
+        lambda action: (action[:, 0] ** 2) * 2, own, given, jnp.array([[weight]])
+    )
+    assert_close([slope(0.0), slope(0.5), slope(1.0)], [0.0, 5.0, 45.0])  # slopes 0, 2, 4
+
+
+def test_wasserstein_of_two_points():
+    own, given = jnp.array([0.4]), jnp.array([-0.3])
+    assert_close(brac.dual_divergence("wasserstein", own, given), 0.7)
+
+
+# --- targets and losses ---
+
+
+def test_mix():
+    value = jnp.array([[1.0], [3.0]])
+    assert_close([brac.mix(value, w)[0] for w in (1.0, 0.75, 0.0)], [1.0, 1.5, 3.0])
+
+
+@pytest.mark.parametrize(
+    ("penalty", "min_weight", "temperature", "target"),
+    [
+        (0.1, 1.0, 0.0, 10.702),
+        (0.0, 1.0, 0.0, 10.9),
+        (0.0, 0.75, 0.0, 11.395),
+        (0.1, 1.0, 0.05, 10.7515),
+    ],
+)
+def test_targets_by_hand(penalty, min_weight, temperature, target):
+    value = brac.mix(jnp.array([[10.0, 10.0], [12.0, 12.0]]), min_weight)
+    batch = brac.Batch(*[None] * 6)._replace(
+        reward=jnp.ones(2), terminated=jnp.array([False, True])
+    )
+    two = partial(jnp.full, 2)
+    args = batch, value, two(-1.0), two(2.0), 0.99, temperature, penalty
+    assert_close(brac.penalised_target(*args), [target, 1.0])
+    gradient = jax.grad(lambda value: brac.penalised_target(batch, value, *args[2:]).sum())(value)
+    assert_close(gradient, 0.0)
+
+
+def test_critics_share_one_loss():
+    value, target = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([1.0, 0.0])
+    assert_close(brac.critic_loss(value, target), (0 + 4) / 2 + (4 + 16) / 2)
+
+
+def test_policy_loss_by_hand():
+    value, log_prob, apart = jnp.array([1.0, 3.0]), jnp.array([0.5, -0.5]), jnp.array([0.2, 0.4])
+    loss = partial(brac.policy_loss, value, log_prob, apart)
+    assert_close(loss(0.1, 2.0, False), 2.0 * 0.3 - 2.0)
+    assert_close(loss(0.1, 2.0, True), 2.0 * 0.3)
+    assert_close(jax.grad(lambda t, a: loss(t, a, False), (0, 1))(0.1, 2.0), 0.0)
+
+
+# --- multipliers ---
+
+
+def moved(loss, start):
+    """`start` after one step of Adam at 1e-3, the first of which has no other length."""
+    gradient = jax.grad(loss)(jnp.float32(start))
+    return start - 1e-3 * np.sign(gradient)
+
+
+def test_multipliers_follow_what_they_hold():
+    apart = lambda gap: lambda alpha: brac.alpha_loss(alpha, jnp.full(3, 0.2 + gap), 0.2)
+    assert_close([moved(apart(0.5), 1.0), moved(apart(-0.5), 1.0)], [1.001, 0.999])
+    entropy = lambda value: lambda t: brac.temperature_loss(t, jnp.full(3, -value), -1.0)
+    assert_close([moved(entropy(0.0), 1.0), moved(entropy(-2.0), 1.0)], [0.999, 1.001])
+
+
+@pytest.mark.parametrize(
+    ("x", "high", "upstream", "passed"),
+    [
+        *[(-0.1, 500.0, 1.0, 0.0), (-0.1, 500.0, -1.0, -1.0), (0.0, 500.0, 1.0, 0.0)],
+        *[(500.0, 500.0, 1.0, 1.0), (500.0, 500.0, -1.0, 0.0), (500.2, 500.0, 1.0, 1.0)],
+        *[(0.0, math.inf, 1.0, 0.0), (0.0, math.inf, -1.0, -1.0), (7.0, math.inf, 1.0, 1.0)],
+    ],
+)
+def test_a_clamped_multiplier_can_come_back(x, high, upstream, passed):
+    assert_close(brac.clamp(jnp.float32(x), high), min(max(x, 0.0), high))
+    gradient = jax.grad(lambda x: upstream * brac.clamp(x, high))(jnp.float32(x))
+    assert_close(gradient, passed)
+
+
+# --- an update ---
+
+CLONED = {"divergence": "kl", "behavior": "clones"}
+
+
+@cache
+def update_of(config):
+    """A compiled update of one seed: state, rows, *clone -> state, metrics."""
+    return jax.jit(brac.build(config).update)
+
+
+def first_state(config, seed=0):
+    return brac.build(config).init(jax.random.key(seed))
+
+
+def rows_of(seed=0, n=64):
+    dataset = tiny.transitions(n, seed=seed)
+    return brac.Batch(*(jnp.asarray(getattr(dataset, name)) for name in brac.Batch._fields))
+
+
+def actor_of(config, seed):
+    """Parameters of a policy that is nobody's."""
+    actor = brac.Actor(config, 1)
+    return actor.init(jax.random.key(seed), jnp.zeros((1, 4)))
+
+
+def shifted(params, by=1.0):
+    return jax.tree.map(lambda x: x + by, params)
+
+
+def test_target_critics_move_before_the_critics():
+    """One gradient step: the targets take a step towards the critics from before it."""
+    config = config_of(gradient_steps=1, polyak_tau=0.25)
+    state = first_state(config)
+    tiny.assert_same(state.target_params, state.params["critic"])
+    state = state._replace(target_params=shifted(state.target_params))
+    after, _ = update_of(config)(state, rows_of())
+    expected = jax.tree.map(
+        lambda old, online: 0.75 * old + 0.25 * online, state.target_params, state.params["critic"]
+    )
+    tiny.assert_close(after.target_params, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_published_targets_start_elsewhere():
+    state = first_state(config_of(random_targets=True))
+    kernels = lambda tree: jax.tree.leaves(tree)[1]
+    assert np.abs(kernels(state.target_params) - kernels(state.params["critic"])).max() > 0.1
+
+
+def test_warm_policies_see_no_critic():
+    """Two gradient steps an update, steps 0 to 2 are warm: of the second update one is not."""
+    config = config_of(divergence="none", gradient_steps=2, warm_start=2)
+    state, update = first_state(config), update_of(config)
+    other = state._replace(params=state.params | {"critic": shifted(state.params["critic"])})
+    after, _ = update(state, rows_of())
+    tiny.assert_same(after.params["actor"], state.params["actor"])  # and there is no divergence
+    tiny.assert_same(update(other, rows_of())[0].params["actor"], state.params["actor"])
+    later, _ = update(after, rows_of())
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), later.params, state.params)["actor"]
+    # Adam's step for one gradient after three of zero; with two it would be longer.
+    step = 0.1 / (1 - 0.9**4) / math.sqrt(0.001 / (1 - 0.999**4)) * config.learning_rate
+    assert_close(max(jax.tree.leaves(moved)), step, rtol=1e-3)
+
+
+def test_the_clone_is_what_the_policy_is_drawn_to():
+    """A policy that is its clone's copy feels nothing on average; another one moves to it."""
+    config = config_of(**CLONED, gradient_steps=32, warm_start=10**9, learning_rate=3e-3)
+    clone = actor_of(config, 7)
+    state, update = first_state(config), update_of(config)
+    first = update(state, rows_of(), clone)[1]["losses/divergence"]
+    for _ in range(10):
+        state, metrics = update(state, rows_of(), clone)
+    assert metrics["losses/divergence"] < 0.2 * first
+    copy = first_state(config)
+    copy = copy._replace(params=copy.params | {"actor": clone})
+    _, metrics = update(copy, rows_of(), clone)
+    assert abs(metrics["losses/divergence"]) < 0.2 * first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("divergence", ["mmd", "wasserstein", "none"])
+def test_other_divergences_run(divergence):
+    config = config_of(divergence=divergence, behavior="clones" if divergence == "mmd" else "")
+    clone = (actor_of(config, 7),) if config.cloned else ()
+    state, metrics = update_of(config)(first_state(config), rows_of(), *clone)
+    assert metrics["health/finite"]
+    assert ("divergence" in state.params) == (divergence == "wasserstein")
+    assert (metrics["losses/divergence"] == 0.0) == (divergence == "none")
+
+
+@pytest.mark.parametrize("value_penalty", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
+def test_the_penalty_of_the_next_state(value_penalty):
+    """A larger weight lowers the targets if, and only if, the value is penalised."""
+    targets = []
+    for alpha in (0.0, 3.0):
+        config = config_of(**CLONED, gradient_steps=1, alpha=1.0, value_penalty=value_penalty)
+        state = first_state(config)
+        state = state._replace(params=state.params | {"alpha": jnp.float32(alpha)})
+        metrics = update_of(config)(state, rows_of(), actor_of(config, 7))[1]
+        targets.append(metrics["losses/target"])
+    assert (targets[1] < targets[0] - 0.1) == bool(value_penalty)
+
+
+def test_a_dual_critic_takes_more_steps():
+    config = config_of(gradient_steps=1, divergence_steps=3)
+    state = first_state(config)
+    after, _ = update_of(config)(state, rows_of())
+    steps = {name: int(opt.count) for name, opt in after.opt_state.items()}
+    assert steps == {"critic": 1, "actor": 1, "divergence": 3}
+
+
+def test_multipliers_are_trained_if_asked():
+    config = config_of(
+        gradient_steps=1, train_alpha=True, target_divergence=10.0, train_temperature=True,
+        temperature=0.5, alpha=1.0, multiplier_lr=1e-3,
+    )  # fmt: skip
+    after, metrics = update_of(config)(first_state(config), rows_of())
+    assert_close(metrics["losses/alpha"], 0.999)  # the divergence is below its target
+    assert abs(float(metrics["losses/temperature"]) - 0.5) > 5e-4
+    assert_close(metrics["losses/alpha"], after.params["alpha"])
+    still = update_of(config_of(gradient_steps=1))(first_state(config_of()), rows_of())[0]
+    assert still.params["alpha"] == config_of().alpha
+
+
+def test_max_q_plays_the_preferred_draw():
+    config = config_of()
+    algo = brac.build(config)
+    policy = algo.policy_of(first_state(config))
+    obs = jax.random.normal(jax.random.key(0), (6, 4))
+    key = jax.random.key(1)
+    actor, critic = brac.Actor(config, 1), brac.Critic(config, 2)
+    distribution = actor.apply(policy["actor"], obs)
+    noise = jax.random.normal(key, (10, *distribution.mean.shape))
+    draws = jnp.tanh(distribution.sample(noise))
+    value = np.array([critic.apply(policy["critic"], obs, a)[0] for a in draws])
+    expected = np.asarray(draws)[value.argmax(0), np.arange(6)]
+    assert_close(algo.further["max_q"](policy, obs, key, True), expected)
+    assert_close(algo.act(policy, obs, key, True), jnp.tanh(distribution.mean))
+
+
+# --- clones ---
+
+
+@pytest.fixture
+def clones(tmp_path):
+    """A run directory as bc.py leaves it, with seeds 3 and 4."""
+    config = tiny.config_of("bc")
+    description = {"algo": "bc", "config": {"env": "tiny:balance"}, "launch": {}}
+    description["rows"] = {"seeds": [3, 4], "labels": ["", ""]}
+    (tmp_path / "config.json").write_text(json.dumps(description))
+    for row, seed in enumerate((3, 4)):
+        params = bc.Actor(config, 1).init(jax.random.key(seed), jnp.zeros((1, 4)))
+        arrays = rundir.flatten({"actor": params})
+        rundir.save_arrays(tmp_path / f"policy_s{row:03d}.npz", arrays, {"seed": seed})
+    return tmp_path
+
+
+def test_every_seed_takes_its_own_clone(clones):
+    config = config_of(divergence="kl", behavior=str(clones))
+    rows, own = brac.build(config).data(np.array([4, 3, 4]))
+    assert len(rows) == len(own) == 1
+    kernel = lambda seed: jax.tree.leaves(actor_of(config, seed))[1]
+    for i, seed in enumerate((4, 3, 4)):
+        np.testing.assert_array_equal(jax.tree.leaves(own[0])[1][i], kernel(seed))
+
+
+def test_rows_of_a_program_have_clones_and_share_a_dataset(clones):
+    config = config_of(divergence="kl", behavior=str(clones))
+    program = launch.make_program(
+        config, tiny.LAUNCH, brac.build, launch.Rows(np.array([3, 4]), {}, ["", ""])
+    )
+    rows, clone = program.data
+    assert rows.obs.sharding.is_fully_replicated
+    assert {x.shape[0] for x in jax.tree.leaves(clone)} == {2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "seeds", "message"),
+    [
+        ({"behavior": ""}, [3], "behavior='': give --behavior RUN_DIR"),
+        ({"behavior": "nowhere"}, [3], "nowhere is not a run directory"),
+        ({}, [3, 5], r"no policy of seed 5, but of \[3, 4\]"),
+        ({"hidden": (16,)}, [3], "does not fit this configuration"),
+        ({"env": "pendulum"}, [3], "is a run of bc on tiny:balance: give one of bc on"),
+    ],
+)
+def test_missing_and_foreign_clones_are_named(clones, changes, seeds, message):
+    config = config_of(**{"divergence": "kl", "behavior": str(clones)} | changes)
+    env = brac.envs.make(config.env, 1)
+    template = jax.eval_shape(brac.Actor(config, 1).init, jax.random.key(0), jnp.zeros((1, 4)))
+    with pytest.raises(ValueError, match=message):
+        brac.load_clones(config.behavior, env, template, seeds)
+
+
+# --- configuration ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset": ""}, r"dataset='': give --dataset PATH"),
+        ({"gradient_steps": 0}, "gradient_steps=0"),
+        ({"behavior": "clones"}, "dual_kl uses no clone"),
+        ({"train_alpha": True}, "target_divergence=0: with --train-alpha it has to be positive"),
+        ({"env": "cartpole"}, "discrete actions"),
+    ],
+)
+def test_bad_input_is_one_error(changes, message):
+    with pytest.raises(ValueError, match=message):
+        brac.build(config_of(**changes))
