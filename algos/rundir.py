@@ -188,14 +188,14 @@ def from_json(config_type: type, values: dict[str, Any]) -> Any:
 
 
 def load_policy(path: Path | str) -> Callable:
-    """Load an exported policy `RUN_DIR/policy_s000.npz` as `act(obs, key=None)`.
+    """Load an exported policy, `RUN_DIR/policy_s000.npz` say, as `act(obs, key=None)`.
 
     `act` takes observations [obs_size] or [N, obs_size] as the environment gives them and returns
     actions; greedy without a key, sampled with one. The observation statistics are inside.
     """
     path = Path(path)
     if not path.exists():
-        found = sorted(p.name for p in path.parent.glob("policy_*.npz"))
+        found = sorted(p.name for p in path.parent.glob("*_s[0-9]*.npz"))
         raise ValueError(f"{path} does not exist; there: {', '.join(found) or 'no policies'}")
     saved = read_description(path.parent)
     _, algo = load_algo(saved["algo"], saved["config"])

@@ -238,8 +238,8 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("policy", nargs="?", default="", metavar="POLICY")
-    parser.add_argument("--type", choices=TYPES, default="pure")
-    parser.add_argument("--mixture", type=Path, help="file of parts, in place of a policy and type")
+    parser.add_argument("--type", choices=TYPES, help="of data, pure if not given")
+    parser.add_argument("--mixture", type=Path, help="file of parts, in place of POLICY and --type")
     parser.add_argument("--env", default="", help="task, if no policy says it")
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -255,9 +255,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Collect the parts that are not there yet, and put them together."""
-    if bool(args.policy) == bool(args.mixture):
-        raise ValueError("give either the file of a policy or --mixture")
-    parts = read_mixture(args.mixture) if args.mixture else parts_of(args.type, args.policy)
+    if bool(args.policy) == bool(args.mixture) or (args.mixture and args.type):
+        raise ValueError("give either POLICY and --type, or --mixture")
+    kind = args.type or "pure"
+    parts = read_mixture(args.mixture) if args.mixture else parts_of(kind, args.policy)
     for part in parts:
         part.validate()
     minari_dataset = args.format == "minari"

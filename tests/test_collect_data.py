@@ -232,7 +232,8 @@ def test_interrupted_and_run_again_is_the_same_dataset(mixture, tmp_path, monkey
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "give either the file of a policy or --mixture"),
+        ([], "give either POLICY and --type, or --mixture"),
+        (["--type", "eps1", "--mixture", "mixture.json"], "give either POLICY and --type, or"),
         (["nowhere/policy_s000.npz"], "not a run directory"),
         (["sac/policy_s007.npz"], "does not exist; there: policy_s000.npz"),
         (["sac/policy_s000.npz", "--env", "pendulum"], "are of gymnax/Pendulum-v1, tiny:balance"),
