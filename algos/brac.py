@@ -41,17 +41,15 @@ Documentation: docs/brac.md
 
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import envs
-from algos import common, datasets, launch, rundir
+from algos import common, datasets, launch
 
 
 @dataclass(frozen=True)
@@ -74,8 +72,9 @@ class Config:
     polyak_tau: float = 0.005  # step of the target critics towards the critics
 
     # divergence from the behaviour policy
-    divergence: Literal["kl", "mmd", "dual_kl", "wasserstein", "none"] = "kl"
     alpha: float = 0.1  # weight of the divergence
+    # kl and mmd need a clone, dual_kl and wasserstein have a critic; none: soft actor-critic
+    divergence: Literal["kl", "mmd", "dual_kl", "wasserstein", "none"] = "kl"
     value_penalty: float = 1.0  # factor on that weight in the targets; 0: policy regularisation
     train_alpha: bool = False  # let the weight follow the divergence
     target_divergence: float = 0.0  # where the weight then holds it
@@ -346,35 +345,6 @@ def temperature_loss(temperature, log_prob, target_entropy):
 # --- build ---
 
 
-def load_clones(run_dir: str, env: envs.Env, template: Any, seeds: Any) -> Any:
-    """Parameters [R, ...] of the policies of a run of bc.py, those of `seeds` [R].
-
-    Raises ValueError if there is no such run, or it is of another environment or other sizes than
-    `template`, or has no policy of one of the seeds.
-    """
-    if not run_dir:
-        raise ValueError("behavior='': give --behavior RUN_DIR of bc.py, or a dual divergence")
-    path = Path(run_dir)
-    saved = rundir.read_description(path)
-    trained_on = envs.canonical(saved["config"]["env"])
-    if saved["algo"] != "bc" or trained_on != envs.canonical(env.name):
-        raise ValueError(
-            f"behavior={run_dir} is a run of {saved['algo']} on {trained_on}: give one of bc on "
-            f"{env.name}"
-        )
-    rows = {seed: i for i, seed in reversed([*enumerate(saved["rows"]["seeds"])])}
-    trees = []
-    for seed in map(int, seeds):
-        file = path / f"policy_s{rows.get(seed, seed):03d}.npz"
-        if seed not in rows or not file.exists():
-            raise ValueError(
-                f"behavior={run_dir} has no policy of seed {seed}, but of {sorted(rows)}: train "
-                "the clone to its end with the same seeds"
-            )
-        trees.append(rundir.load_tree(file, {"actor": template})[0]["actor"])
-    return jax.tree.map(lambda *x: np.stack(x), *trees)
-
-
 def build(config: Config) -> common.Algo:
     """Compose environment, networks and optimiser into the pure functions of a run."""
     config.validate()
@@ -400,8 +370,7 @@ def build(config: Config) -> common.Algo:
         rows = Batch(*(getattr(dataset, name) for name in Batch._fields))
         if not config.cloned:
             return (rows,), ()
-        template = jax.eval_shape(actor.init, jax.random.key(0), jnp.zeros((1, env.obs_size)))
-        return (rows,), (load_clones(config.behavior, env, template, seeds),)
+        return (rows,), (datasets.load_clones(config.behavior, env, config.hidden, seeds),)
 
     def init(key) -> TrainState:
         key_actor, key_critic, key_judge, key_target, key = jax.random.split(key, 5)

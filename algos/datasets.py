@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 import envs
@@ -194,3 +195,35 @@ def minari_path(name: str) -> Path:
             f"no Minari dataset {name!r} in {root}: {', '.join(near) or 'it is empty'}"
         )
     return path
+
+
+# --- clones of the policies that collected ---
+
+
+def load_clones(run_dir: str, env: envs.Env, hidden: tuple[int, ...], seeds: Iterable[int]) -> Any:
+    """Parameters [R, ...] of the policies of a run of bc.py, those of `seeds` [R].
+
+    Raises ValueError if there is no such run, or it is of another environment or has other hidden
+    layers, or no policy of one of the seeds.
+    """
+    if not run_dir:
+        raise ValueError("behavior='': give --behavior RUN_DIR of bc.py, or a dual divergence")
+    saved = rundir.read_description(Path(run_dir))
+    task, layers = saved["config"]["env"], tuple(saved["config"].get("hidden", ()))
+    if saved["algo"] != "bc" or envs.canonical(task) != envs.canonical(env.name):
+        raise ValueError(
+            f"behavior={run_dir} is of {saved['algo']} on {task}: give a run of bc on {env.name}"
+        )
+    if layers != hidden:
+        raise ValueError(
+            f"behavior={run_dir} has hidden={layers}, the policy {hidden}: make them equal"
+        )
+    row_of = {seed: row for row, seed in reversed([*enumerate(saved["rows"]["seeds"])])}
+    absent = sorted({int(seed) for seed in seeds} - row_of.keys())
+    if absent:
+        raise ValueError(
+            f"behavior={run_dir} has no seed {absent[0]} but {sorted(row_of)}: clone the same seeds"
+        )
+    files = (Path(run_dir) / f"policy_s{row_of[int(seed)]:03d}.npz" for seed in seeds)
+    trees = [rundir.read_policy(file)[1]["actor"] for file in files]
+    return jax.tree.map(lambda *x: np.stack(x), *trees)

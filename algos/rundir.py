@@ -187,20 +187,24 @@ def from_json(config_type: type, values: dict[str, Any]) -> Any:
     return config_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def load_policy(path: Path | str) -> Callable:
-    """Load an exported policy, `RUN_DIR/policy_s000.npz` say, as `act(obs, key=None)`.
-
-    `act` takes observations [obs_size] or [N, obs_size] as the environment gives them and returns
-    actions; greedy without a key, sampled with one. The observation statistics are inside.
-    """
-    path = Path(path)
+def read_policy(path: Path) -> tuple[Any, Any]:
+    """The Algo and the parameters of an exported policy; ValueError if there is none."""
     if not path.exists():
-        found = sorted(p.name for p in path.parent.glob("*_s[0-9]*.npz"))
+        found = sorted(p.name for p in path.parent.glob("policy_*.npz"))
         raise ValueError(f"{path} does not exist; there: {', '.join(found) or 'no policies'}")
     saved = read_description(path.parent)
     _, algo = load_algo(saved["algo"], saved["config"])
     template = jax.eval_shape(lambda key: algo.policy_of(algo.init(key)), jax.random.key(0))
-    policy, _ = load_tree(path, template)
+    return algo, load_tree(path, template)[0]
+
+
+def load_policy(path: Path | str) -> Callable:
+    """Load an exported policy `RUN_DIR/policy_s000.npz` as `act(obs, key=None)`.
+
+    `act` takes observations [obs_size] or [N, obs_size] as the environment gives them and returns
+    actions; greedy without a key, sampled with one. The observation statistics are inside.
+    """
+    algo, policy = read_policy(Path(path))
     greedy = jax.jit(lambda obs: algo.act(policy, obs, jax.random.key(0), True))
     sample = jax.jit(lambda obs, key: algo.act(policy, obs, key, False))
     return lambda obs, key=None: greedy(obs) if key is None else sample(obs, key)

@@ -1,5 +1,6 @@
 """Behaviour regularised actor-critic: divergences, targets, multipliers, clones, updates."""
 
+import dataclasses
 import json
 import math
 from functools import cache, partial
@@ -11,7 +12,8 @@ import pytest
 import tiny
 from scipy import stats
 
-from algos import bc, brac, common, launch, rundir
+import envs
+from algos import bc, brac, common, datasets, launch, rundir
 
 # In one worker, so that updates are compiled once.
 pytestmark = pytest.mark.xdist_group("test_brac")
@@ -366,7 +368,7 @@ def test_max_q_plays_the_preferred_draw():
 def clones(tmp_path):
     """A run directory as bc.py leaves it, with seeds 3 and 4."""
     config = tiny.config_of("bc")
-    description = {"algo": "bc", "config": {"env": "tiny:balance"}, "launch": {}}
+    description = {"algo": "bc", "config": dataclasses.asdict(config), "launch": {}}
     description["rows"] = {"seeds": [3, 4], "labels": ["", ""]}
     (tmp_path / "config.json").write_text(json.dumps(description))
     for row, seed in enumerate((3, 4)):
@@ -400,17 +402,22 @@ def test_rows_of_a_program_have_clones_and_share_a_dataset(clones):
     [
         ({"behavior": ""}, [3], "behavior='': give --behavior RUN_DIR"),
         ({"behavior": "nowhere"}, [3], "nowhere is not a run directory"),
-        ({}, [3, 5], r"no policy of seed 5, but of \[3, 4\]"),
-        ({"hidden": (16,)}, [3], "does not fit this configuration"),
-        ({"env": "pendulum"}, [3], "is a run of bc on tiny:balance: give one of bc on"),
+        ({}, [3, 5], r"has no seed 5 but \[3, 4\]: clone the same seeds"),
+        ({"hidden": (16,)}, [3], r"has hidden=\(8,\), the policy \(16,\): make them equal"),
+        ({"env": "pendulum"}, [3], "is of bc on tiny:balance: give a run of bc on"),
     ],
 )
 def test_missing_and_foreign_clones_are_named(clones, changes, seeds, message):
     config = config_of(**{"divergence": "kl", "behavior": str(clones)} | changes)
-    env = brac.envs.make(config.env, 1)
-    template = jax.eval_shape(brac.Actor(config, 1).init, jax.random.key(0), jnp.zeros((1, 4)))
+    env = envs.make(config.env, 1)
     with pytest.raises(ValueError, match=message):
-        brac.load_clones(config.behavior, env, template, seeds)
+        datasets.load_clones(config.behavior, env, config.hidden, seeds)
+
+
+def test_a_clone_that_was_not_finished_is_named(clones):
+    (clones / "policy_s001.npz").unlink()
+    with pytest.raises(ValueError, match=r"policy_s001\.npz does not exist"):
+        datasets.load_clones(str(clones), envs.make("tiny:balance", 1), (8,), [3, 4])
 
 
 # --- configuration ---
