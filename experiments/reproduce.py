@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Job(NamedTuple):
-    """One launch: OUT/<group>/<task>/<name> is its run directory."""
+    """One launch: OUT/<group>/<task>/<name> is its run directory, {here} in flags the parent."""
 
     task: str
     name: str
@@ -46,7 +46,8 @@ def command(job: Job, run_dir: Path, num_seeds: int) -> list[str] | None:
     program = [sys.executable, os.path.relpath(ROOT / "algos" / f"{job.algo}.py")]
     if (run_dir / "config.json").exists():
         return [*program, "--resume", str(run_dir)]
-    flags = ["--env", job.task, *shlex.split(job.flags), "--num-seeds", str(num_seeds)]
+    flags = shlex.split(job.flags.format(here=run_dir.parent))
+    flags = ["--env", job.task, *flags, "--num-seeds", str(num_seeds)]
     return [*program, *flags, "--run-dir", str(run_dir)]
 
 
@@ -85,8 +86,13 @@ def main(
     out: str,
     further: dict[str, Callable[[Report], str]],
     argv: list[str] | None = None,
+    before: Callable[[Job, Path], None] = lambda job, run_dir: None,
 ) -> None:
-    """Reproduce from the command line; `further` adds text to the table of a group."""
+    """Reproduce from the command line.
+
+    `further` adds text to the table of a group; `before` makes what a job needs in its run
+    directory's parent.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("groups", nargs="+", choices=groups, metavar="GROUP")
     parser.add_argument("--tasks", nargs="+", help="only these tasks of the groups")
@@ -104,8 +110,10 @@ def main(
         for job in groups[group]:
             if args.tasks and job.task not in args.tasks:
                 continue
-            todo = command(job, folder / job.task / job.name, args.num_seeds)
+            run_dir = folder / job.task / job.name
+            todo = command(job, run_dir, args.num_seeds)
             if todo:
+                before(job, run_dir)
                 run(todo)
         done = report(groups[group], folder)
         text = done.text + (further[group](done) if group in further else "")

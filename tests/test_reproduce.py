@@ -4,15 +4,17 @@ import importlib
 import shlex
 import sys
 
+import numpy as np
 import pytest
+import tiny
 from test_experiments import write_run
 
 import envs
-from algos import cli
-from experiments import reproduce, reproduce_p3o, reproduce_reppo
+from algos import cli, datasets, rundir
+from experiments import reproduce, reproduce_brac, reproduce_p3o, reproduce_reppo
 from experiments.reproduce import Job, command
 
-MODULES = {"reppo": reproduce_reppo, "p3o": reproduce_p3o}
+MODULES = {"reppo": reproduce_reppo, "p3o": reproduce_p3o, "brac": reproduce_brac}
 JOBS = [
     (name, group, job)
     for name, module in MODULES.items()
@@ -24,7 +26,7 @@ JOBS = [
 def config_of(job):
     """What the job would run."""
     module = importlib.import_module(f"algos.{job.algo}")
-    argv = ["--env", job.task, *shlex.split(job.flags)]
+    argv = ["--env", job.task, *shlex.split(job.flags.format(here="HERE"))]
     return cli.parse(job.algo, module.Config, module.PRESETS, argv)[0]
 
 
@@ -40,7 +42,7 @@ def test_jobs_do_not_share_a_directory():
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", ["reppo", "p3o"])
 def test_ablations_change_one_thing_each(name):
     configs = {job.name: vars(config_of(job)) for job in MODULES[name].GROUPS["ablations"]}
     default = configs.pop("default")
@@ -50,7 +52,7 @@ def test_ablations_change_one_thing_each(name):
         assert 1 <= len(changed) <= 1 + ("adaptive_kl" in changed), ablation
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", ["reppo", "p3o"])
 def test_runs_of_a_task_have_equal_steps(name):
     jobs = MODULES[name].GROUPS["tasks"]
     for task in {job.task for job in jobs}:
@@ -85,6 +87,49 @@ def test_nothing_is_run_again_and_the_table_is_written(tmp_path, capsys, monkeyp
     assert (tmp_path / "published" / f"{task}.png").exists()
     reproduce_reppo.main(["tasks", "--tasks", "CheetahRun", "--out", str(tmp_path)])
     assert [argv[2:4] for argv in ran] == [["--env", "CheetahRun"]] * 2
+
+
+def test_a_dataset_is_collected_before_what_learns_from_it(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(reproduce, "run", lambda argv: ran.append(argv[1:]))
+    argv = ["eps1", "--tasks", "pendulum", "--num-seeds", "2", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"no partly trained policy of pendulum .* group policy"):
+        reproduce_brac.main(argv)
+    policy = tmp_path / "policy" / "pendulum" / "sac" / "partial_s001.npz"
+    policy.parent.mkdir(parents=True)
+    policy.touch()
+    here = tmp_path / "eps1" / "pendulum"
+    bc, dual = (Job("pendulum", x, *reproduce_brac.LEARNERS[x]) for x in ("bc", "brac_dual_kl_pr"))
+    reproduce_brac.collect(bc, here / "bc")
+    data = here / "data.npz"
+    sizes = ["--type", "eps1", "--steps", "100000", "--out", str(data)]
+    assert ran == [["experiments/collect_data.py", str(policy), *sizes]]
+    data.parent.mkdir(parents=True)
+    data.touch()
+    reproduce_brac.collect(dual, here / "brac_dual_kl_pr")
+    assert len(ran) == 1
+    assert str(data) in command(dual, here / "brac_dual_kl_pr", 2)
+
+
+def test_both_policies_are_in_the_table(tmp_path):
+    folder = tmp_path / "pure"
+    here = folder / "pendulum"
+    for name in ("bc", "brac_kl_vp"):
+        write_run(here / name, env="pendulum", offset=100.0)
+    parts = [{"count": n, "returns": {"mean": mean}} for n, mean in ((1, 10.0), (3, 20.0))]
+    datasets.write(here / "data.npz", tiny.transitions(4), {"env": "pendulum", "parts": parts})
+    jobs = [Job("pendulum", name, *reproduce_brac.LEARNERS[name]) for name in ("bc", "brac_kl_vp")]
+    run = rundir.read_run(here / "brac_kl_vp")
+    evals = {"steps": run.steps, "seconds": run.seconds}
+    for name, x in {"returns": run.returns, "lengths": run.lengths}.items():
+        evals[name] = list(np.swapaxes(x, 0, 1))
+    evals["max_q_returns"] = [x + 1000.0 for x in evals["returns"]]
+    rundir.write_evals(here / "brac_kl_vp", evals)
+    text = reproduce_brac.both_policies(reproduce.Report(folder, jobs, [], ""))
+    greedy = rundir.iqm(run.returns[:, -1].mean(-1))
+    assert f"| pendulum | bc | {greedy:.1f} [" in text
+    assert "|  | 17.5 |" in text
+    assert f"| {greedy + 1000:.1f} [" in text
 
 
 def test_a_failed_launch_stops_the_program():

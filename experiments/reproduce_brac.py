@@ -1,0 +1,102 @@
+"""The offline pipeline: a partly trained policy, five types of data, clones, and what learns.
+
+    python experiments/reproduce_brac.py policy pure eps1 eps3 gaussian1 gaussian3 --num-seeds 4
+    python experiments/reproduce_brac.py eps1 --tasks pendulum --num-seeds 4
+
+groups:
+  policy     SAC, which exports its policy when it is partly trained
+  pure, eps1, eps3, gaussian1, gaussian3
+             a dataset of this type, clones of it, and offline algorithms at a CPU's sizes
+
+The tables have both policies of BRAC, and the mean return of the policies that collected.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from algos import datasets, rundir
+from experiments import reproduce
+from experiments.collect_data import TYPES
+from experiments.reproduce import Job, Report
+
+# Return at which a policy counts as partly trained: 40 % of the way from random to trained.
+POLICIES = {
+    "pendulum": "--stop-at-return -700 --total-timesteps 40000 --num-evals 40",
+    "hopper": "--stop-at-return 1000 --total-timesteps 300000 --num-evals 30",
+}
+ROWS = {"pendulum": 100_000, "hopper": 200_000}
+SMALL = "--dataset {here}/data.npz --total-timesteps 30000 --num-evals 6 --batch-size 128"
+SMALL += " --hidden 64 64"
+ACTOR_CRITIC = f"{SMALL} --critic-hidden 64 64 --warm-start 2000 --learning-rate 3e-4"
+CLONED = f"{ACTOR_CRITIC} --behavior {{here}}/bc"
+LEARNERS = {
+    "bc": ("bc", SMALL),
+    "brac_kl_vp": ("brac", f"{CLONED} --alpha 0.1 1 10"),
+    "brac_kl_pr": ("brac", f"{CLONED} --alpha 0.1 1 10 --preset policy_regularisation"),
+    "brac_mmd_vp": ("brac", f"{CLONED} --alpha 1 10 100 --preset mmd"),
+    "brac_dual_kl_pr": ("brac", f"{ACTOR_CRITIC} --alpha 0.1 1 10 --preset dual"),
+    "brac_wasserstein_vp": ("brac", f"{ACTOR_CRITIC} --alpha 0.1 1 10 --preset wasserstein"),
+    "offline_sac": ("brac", f"{ACTOR_CRITIC} --preset sac --warm-start -1"),
+}
+GROUPS: dict[str, list[Job]] = {
+    "policy": [Job(task, "sac", "sac", flags) for task, flags in POLICIES.items()],
+    **{
+        kind: [
+            Job(task, name, algo, flags)
+            for task in POLICIES
+            for name, (algo, flags) in LEARNERS.items()
+        ]
+        for kind in TYPES
+    },
+}
+
+
+def collect(job: Job, run_dir: Path) -> None:
+    """Collect the dataset that a job learns from, if it learns from one and it is not there."""
+    path = run_dir.parent / "data.npz"
+    if job.algo == "sac" or path.exists():
+        return
+    kind, out = run_dir.parents[1].name, run_dir.parents[2]
+    found = sorted((out / "policy" / job.task / "sac").glob("partial_s*.npz"))
+    if not found:
+        raise SystemExit(f"no partly trained policy of {job.task} in {out}: run the group policy")
+    program = [sys.executable, "experiments/collect_data.py", str(found[0])]
+    flags = ["--type", kind, "--steps", str(ROWS[job.task]), "--out", str(path)]
+    reproduce.run([*program, *flags])
+
+
+def both_policies(done: Report) -> str:
+    """Table of the returns of both policies of every run, beside those who collected."""
+    lines = ["", "| task | learner | greedy | max_q | who collected |", "|---|---|---|---|---|"]
+    for task in dict.fromkeys(job.task for job in done.jobs):
+        parts = datasets.read(done.folder / task / "data.npz")[1]["parts"]
+        shares = [part["count"] for part in parts]
+        behaviour = np.average([part["returns"]["mean"] for part in parts], weights=shares)
+        for job in (job for job in done.jobs if job.task == task):
+            run = rundir.read_run(done.folder / task / job.name)
+            for label, index in rundir.groups(run):
+                cells = [cell(returns[index]) for returns in (run.returns, *run.further.values())]
+                cells = [*cells, ""][:2]
+                lines.append(
+                    f"| {task} | {f'{job.name} {label}'.strip()} | {' | '.join(cells)} | {behaviour:.1f} |"
+                )
+    return "\n".join(lines) + "\n"
+
+
+def cell(returns: np.ndarray) -> str:
+    """IQM and interval of the last evaluation of returns [R, E, K]."""
+    final = returns[:, -1].mean(-1)
+    lo, hi = rundir.iqm_interval(final)
+    return f"{rundir.iqm(final):.1f} [{lo:.1f}, {hi:.1f}]"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Reproduce from the command line."""
+    further = dict.fromkeys(TYPES, both_policies)
+    reproduce.main(__doc__ or "", GROUPS, "results/brac", further, argv, before=collect)
+
+
+if __name__ == "__main__":
+    main()
