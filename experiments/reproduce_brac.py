@@ -77,11 +77,10 @@ def both_policies(done: Report) -> str:
         for job in (job for job in done.jobs if job.task == task):
             run = rundir.read_run(done.folder / task / job.name)
             for label, index in rundir.groups(run):
+                name = f"{job.name} {label}".strip()
                 cells = [cell(returns[index]) for returns in (run.returns, *run.further.values())]
-                cells = [*cells, ""][:2]
-                lines.append(
-                    f"| {task} | {f'{job.name} {label}'.strip()} | {' | '.join(cells)} | {behaviour:.1f} |"
-                )
+                cells = [task, name, *[*cells, ""][:2], f"{behaviour:.1f}"]
+                lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
