@@ -229,7 +229,7 @@ def measure(algo: str, env: str, presets: list[str], num_seeds: int, budget: flo
             else:  # too short to say anything
                 lengths[name] = int(lengths[name] * min(CALL_SECONDS / seconds, 100)) + 1
     start = time.perf_counter()
-    _, eval_lengths = jax.block_until_ready(case.program.evaluate(case.state, jax.random.key(0)))
+    _, eval_lengths, _ = jax.block_until_ready(case.program.evaluate(case.state, jax.random.key(0)))
     seconds = case.seconds | {"evaluation": time.perf_counter() - start}
     config = case.config
     return {

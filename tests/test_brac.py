@@ -13,7 +13,7 @@ import tiny
 from scipy import stats
 
 import envs
-from algos import bc, brac, common, datasets, launch, rundir
+from algos import bc, brac, cli, common, datasets, launch, rundir
 
 # In one worker, so that updates are compiled once.
 pytestmark = pytest.mark.xdist_group("test_brac")
@@ -436,3 +436,24 @@ def test_a_clone_that_was_not_finished_is_named(clones):
 def test_bad_input_is_one_error(changes, message):
     with pytest.raises(ValueError, match=message):
         brac.build(config_of(**changes))
+
+
+@pytest.mark.parametrize(
+    ("argv", "sweep"),
+    [
+        (["--alpha", "0.1", "1"], ("alpha=0.1,1",)),
+        (["--alpha", "0.1"], ()),
+        (
+            ["--alpha", "0", "-1", "--critic_lr", "1e-3", "1e-4"],
+            ("alpha=0,-1", "critic_lr=1e-3,1e-4"),
+        ),
+        (["--alpha", "1", "3", "--sweep", "gamma=0.9,0.99"], ("alpha=1,3", "gamma=0.9,0.99")),
+        (["--hidden", "16", "16", "--seed", "3"], ()),
+    ],
+)
+def test_several_values_of_a_number_are_a_sweep(argv, sweep):
+    argv = ["--dataset", "any", "--preset", "dual", *argv]
+    config, chosen = cli.parse("brac", brac.Config, brac.PRESETS, argv)
+    assert chosen.sweep == sweep
+    if not sweep:
+        assert (config.alpha, config.hidden) in ((0.1, (200, 200)), (10.0, (16, 16)))

@@ -352,13 +352,16 @@ def test_command_line_end_to_end(lab, trained, tmp_path, monkeypatch, signals):
     assert rundir.from_json(lab.module.Config, run.config) == lab.config
     assert run.steps.tolist() == [0, 96, 192]
     assert run.returns.shape == run.lengths.shape == (2, 3, 2)
-    np.testing.assert_array_equal(
-        run.returns[:, -1], lab.program.evaluate(state, launch.evaluation_key())[0]
-    )
+    returns, _, further = lab.program.evaluate(state, launch.evaluation_key())
+    np.testing.assert_array_equal(run.returns[:, -1], returns)
+    assert run.further.keys() == further.keys()
+    for policy, played in further.items():
+        np.testing.assert_array_equal(run.further[policy][:, -1], played)
     assert run.done["steps"] == 192
     with open(run_dir / "metrics.jsonl") as file:
         lines = [json.loads(line) for line in file]
     assert [line["global_step"] for line in lines] == [0, 96, 96, 192, 192]
+    assert all(f"eval/{policy}_return" in lines[-1] for policy in further)
     check_means(lines[1], arrays(lab.train(lab.start(), 3)[1]), 3)
 
     algo = lab.module.build(lab.config)
@@ -560,5 +563,5 @@ def test_pendulum_is_learned(name):
     program = launch.make_program(config, wide, module.build, rows)
     keys, hparams = launch.row_inputs(rows)
     state, _ = program.train(program.init(keys, hparams), hparams, jnp.int32(config.num_updates))
-    returns, _ = program.evaluate(state, jax.random.key(0))
+    returns, *_ = program.evaluate(state, jax.random.key(0))
     assert np.median(returns.mean(1)) > PENDULUM[name]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_experiments import write_run
 from tiny import assert_same
 
 from algos import rundir
@@ -84,3 +85,18 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
         inside.append(lo < 0 < hi)
     assert 0.85 < np.mean(inside) <= 0.99
     assert np.isnan(rundir.iqm_interval(np.array([1.0, np.nan]))).all()
+
+
+def test_a_run_is_rewound_with_its_further_policies(tmp_path):
+    run_dir = write_run(tmp_path / "run")
+    run = rundir.read_run(run_dir)
+    assert run.further == {}
+    evals = rundir.rewind(run_dir, 200, write=False)
+    evals["max_q_returns"] = [x + 7.0 for x in evals["returns"]]
+    rundir.write_evals(run_dir, evals)
+    np.testing.assert_array_equal(rundir.read_run(run_dir).further["max_q"], run.returns + 7.0)
+    evals = rundir.rewind(run_dir, 100, write=False)
+    assert evals["steps"] == [0, 100]
+    assert evals.keys() == {"steps", "seconds", "returns", "lengths", "max_q_returns"}
+    np.testing.assert_array_equal(np.stack(evals["max_q_returns"], 1), run.returns[:, :2] + 7.0)
+    assert rundir.rewind(run_dir, -1, write=False) == {}
