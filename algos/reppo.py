@@ -152,7 +152,7 @@ TRACEABLE += ("kl_coef_init", "temperature_init", "target_entropy_mult", "reward
 RECIPE = {  # everything a task's own preset may have changed, rewards and support aside
     "total_timesteps": 50_000_000, "num_envs": 1024, "num_steps": 128, "num_epochs": 4,
     "num_minibatches": 128, "hidden": (512, 512), "critic_width": 512, "dual_lr_mult": 1.0,
-    "learning_rate": 3e-4,
+    "learning_rate": 3e-4, "anneal_lr": False, "kl_bound": 0.1, "target_entropy_mult": 0.5,
 }
 UNIT = {"vmin": 0.0, "vmax": 150.0, "reward_scale": 1.0, "reward_range": (0.0, 1.0), "gamma": 0.99}
 DMC = {**RECIPE, **UNIT, "num_epochs": 8}
@@ -161,9 +161,9 @@ HUMANOID = {**DMC, **JOYSTICK, "critic_width": 1024}
 BRAX = {**UNIT, "reward_scale": 0.1, "reward_range": (0.0, 0.0)}
 HUMANOID_BRAX = {**BRAX, "vmax": 200.0}
 CPU = {
-    "total_timesteps": 500_000, "num_envs": 64, "num_steps": 32, "num_epochs": 8,
-    "num_minibatches": 8, "hidden": (128, 128), "critic_width": 128, "dual_lr_mult": 3.0,
-    "learning_rate": 1e-3,
+    "total_timesteps": 500_000, "num_envs": 32, "num_steps": 32, "num_epochs": 8,
+    "num_minibatches": 16, "hidden": (128, 128), "critic_width": 128, "dual_lr_mult": 3.0,
+    "learning_rate": 1e-3, "anneal_lr": True, "kl_bound": 0.2, "target_entropy_mult": 0.0,
 }
 CPU_DMC = {**CPU, **UNIT, "total_timesteps": 1_000_000}
 PRESETS: dict[str, dict[str, Any]] = {

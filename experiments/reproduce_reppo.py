@@ -35,13 +35,13 @@ GROUPS: dict[str, list[Job]] = {
         Job("pendulum", "reppo", "reppo"),
         Job("cartpole", "reppo_discrete", "reppo_discrete"),
         Job("inverted_pendulum", "reppo", "reppo"),
-        Job("CartpoleBalance", "reppo", "reppo"),
+        Job("CartpoleBalance", "reppo", "reppo", "--total-timesteps 500000"),
         *(
             Job(task, algo, algo, f"--total-timesteps {budget}")
             for task, budget in (
                 ("CartpoleSwingup", 1_000_000),
                 ("ReacherEasy", 1_000_000),
-                ("CheetahRun", 500_000),
+                ("CheetahRun", 300_000),
             )
             for algo in ("reppo", "ppo")
         ),

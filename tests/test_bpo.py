@@ -1,4 +1,4 @@
-"""Behaviour policy optimisation: fitted Q evaluation, mu, and what an update does."""
+"""Behaviour policy optimisation: networks, mu, and what an update does."""
 
 import itertools
 from dataclasses import replace
@@ -16,35 +16,7 @@ from algos import bpo, common
 # In one worker, so that updates are compiled once.
 pytestmark = pytest.mark.xdist_group("test_bpo")
 
-# --- fitted Q evaluation ---
-
-
-def test_fqe_target_bootstraps_unless_terminated():
-    terminated = jnp.array([True, False, False])  # failed, time limit, neither
-    assert_allclose(bpo.fqe_target(jnp.ones(3), terminated, jnp.full(3, 5.0), 0.9), [1.0, 5.5, 5.5])
-
-
-def test_symlog():
-    magnitudes = jnp.logspace(-6, 6, 200)
-    x = jnp.concatenate([-magnitudes[::-1], magnitudes])
-    assert_allclose(bpo.symexp(bpo.symlog(x)), x, atol=0)
-    assert_allclose(bpo.symlog(-x), -bpo.symlog(x), atol=0)
-    assert (jnp.diff(bpo.symlog(x)) > 0).all()
-    assert_allclose(bpo.symlog(jnp.e - 1.0), 1.0)
-
-
-def test_fqe_loss():
-    # (1 - 3)^2 + 0.5 (1 - 2)^2 = 4.5 and (2 - 2)^2 + 0.5 (2 - 0)^2 = 2, weighted 2 and 1
-    output, target, anchor = jnp.array([1.0, 2.0]), jnp.array([3.0, 2.0]), jnp.array([2.0, 0.0])
-    assert_allclose(bpo.fqe_loss(output, target, anchor, jnp.array([2.0, 1.0]), 0.5), 5.5)
-
-
-def test_td_weight():
-    log_ratio = jnp.log(jnp.array([0.01, 0.5, 2.0, 50.0]))
-    expected = np.array([0.1, 0.5, 2.0, 10.0]) / 3.15
-    assert_allclose(bpo.td_weight(log_ratio), expected)
-    assert_allclose(bpo.td_weight(log_ratio).mean(), 1.0)
-    assert jnp.isfinite(bpo.td_weight(jnp.array([-300.0, 300.0]))).all()
+# --- networks ---
 
 
 @pytest.mark.parametrize("positive", [False, True])

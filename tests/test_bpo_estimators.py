@@ -1,4 +1,4 @@
-"""BPO's return estimators: against loops, by hand, and their mean and variance on known tasks.
+"""BPO's estimators: against loops, by hand, and their mean and variance on known tasks.
 
 Numbers without a derivation next to them are exact results of dynamic programming.
 """
@@ -144,6 +144,37 @@ def test_trajectory_clipping_does_not_overflow(log_ratio, clip_c):
     log_ratio = jnp.full((64, 3), log_ratio)
     estimates = bpo.trajectory_estimator(*rollout, log_ratio, 0.99, 0.95, 1.5, clip_c)
     assert jnp.isfinite(jnp.stack(estimates)).all()
+
+
+# --- fitted Q evaluation ---
+
+
+def test_fqe_target_bootstraps_unless_terminated():
+    terminated = jnp.array([True, False, False])  # failed, time limit, neither
+    assert_allclose(bpo.fqe_target(jnp.ones(3), terminated, jnp.full(3, 5.0), 0.9), [1.0, 5.5, 5.5])
+
+
+def test_symlog():
+    magnitudes = jnp.logspace(-6, 6, 200)
+    x = jnp.concatenate([-magnitudes[::-1], magnitudes])
+    assert_allclose(bpo.symexp(bpo.symlog(x)), x, atol=0)
+    assert_allclose(bpo.symlog(-x), -bpo.symlog(x), atol=0)
+    assert (jnp.diff(bpo.symlog(x)) > 0).all()
+    assert_allclose(bpo.symlog(jnp.e - 1.0), 1.0)
+
+
+def test_fqe_loss():
+    # (1 - 3)^2 + 0.5 (1 - 2)^2 = 4.5 and (2 - 2)^2 + 0.5 (2 - 0)^2 = 2, weighted 2 and 1
+    output, target, anchor = jnp.array([1.0, 2.0]), jnp.array([3.0, 2.0]), jnp.array([2.0, 0.0])
+    assert_allclose(bpo.fqe_loss(output, target, anchor, jnp.array([2.0, 1.0]), 0.5), 5.5)
+
+
+def test_td_weight():
+    log_ratio = jnp.log(jnp.array([0.01, 0.5, 2.0, 50.0]))
+    expected = np.array([0.1, 0.5, 2.0, 10.0]) / 3.15
+    assert_allclose(bpo.td_weight(log_ratio), expected)
+    assert_allclose(bpo.td_weight(log_ratio).mean(), 1.0)
+    assert jnp.isfinite(bpo.td_weight(jnp.array([-300.0, 300.0]))).all()
 
 
 # --- variance, on the tabular task X ---

@@ -24,7 +24,7 @@ VALUE = jnp.array([[1.0, 2.0, 3.0], [0.0, -1.0, 4.0], [2.0, 2.0, 5.0]])
 # In one worker, so that updates are compiled once.
 pytestmark = pytest.mark.xdist_group("test_reppo_discrete")
 
-close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+assert_close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 
 
 def config_of(**changes):
@@ -48,7 +48,7 @@ def test_targets_and_codes_are_those_of_the_continuous_file():
     terminated = done & (rng.random((9, 4)) < 0.5)
     args = reward, bonus, value, terminated, done & ~terminated
     ones = np.ones_like(reward)
-    close(
+    assert_close(
         reppo_discrete.soft_td_lambda(*args, 0.9, 0.7),
         reppo.soft_td_lambda(*args, ones, 0.9, 0.7, "aligned"),
     )
@@ -56,28 +56,28 @@ def test_targets_and_codes_are_those_of_the_continuous_file():
     codes = (module.hl_gauss(value, *support) for module in (reppo_discrete, reppo))
     np.testing.assert_array_equal(*codes)
     duals = 0.2, 0.5, 0.3, 0.05
-    close(reppo_discrete.dual_losses(*duals), reppo.dual_losses(*duals))
+    assert_close(reppo_discrete.dual_losses(*duals), reppo.dual_losses(*duals))
 
 
 # --- exact expectations ---
 
 
 def test_entropy_of_a_uniform_policy():
-    close(common.Categorical(jnp.full((2, A), 7.0)).entropy(), math.log(A))
+    assert_close(common.Categorical(jnp.full((2, A), 7.0)).entropy(), math.log(A))
 
 
 def test_limits_of_the_gate():
     policy, kl = common.Categorical(LOGITS), jnp.array([0.05, 0.1, 0.3])
     open_, closed = (loss_of(policy, VALUE, kl, 0.2, 0.5, bound) for bound in (jnp.inf, -jnp.inf))
     assert not open_[1].any()
-    close(closed[0], 0.5 * kl)  # no Q in it
+    assert_close(closed[0], 0.5 * kl)  # no Q in it
 
 
 def test_kl_by_hand():
     p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (LOGITS, OTHER))
     p_policy, q_policy = common.Categorical(LOGITS), common.Categorical(OTHER)
-    close(kl_divergence(p_policy, q_policy), (p * np.log(p / q)).sum(1))
-    close(kl_divergence(p_policy, common.Categorical(LOGITS + 3.0)), 0.0, atol=1e-6)
+    assert_close(kl_divergence(p_policy, q_policy), (p * np.log(p / q)).sum(1))
+    assert_close(kl_divergence(p_policy, common.Categorical(LOGITS + 3.0)), 0.0, atol=1e-6)
 
 
 def test_loss_of_the_policy_by_hand():
@@ -86,7 +86,7 @@ def test_loss_of_the_policy_by_hand():
     kl = jnp.array([0.05, 0.1, 0.3])
     loss, gated = loss_of(common.Categorical(LOGITS), VALUE, kl, 0.2, 0.5, 0.1)
     assert gated.tolist() == [False, True, True]  # the bound itself counts as reached
-    close(loss, [climb[0], 0.05, 0.15])
+    assert_close(loss, [climb[0], 0.05, 0.15])
     loss, gated = loss_of(common.Categorical(LOGITS), VALUE, kl * jnp.nan, 0.2, 0.5, 0.1)
     assert gated.all()
 
@@ -98,10 +98,10 @@ def test_unconstrained_policy_becomes_the_softmax_of_its_values():
     def loss(logits):
         return loss_of(common.Categorical(logits), VALUE, jnp.zeros(3), alpha, 0.0, 0.1)[0].sum()
 
-    close(jax.grad(loss)(VALUE / alpha), 0.0, atol=1e-6)
+    assert_close(jax.grad(loss)(VALUE / alpha), 0.0, atol=1e-6)
     step = lambda logits, _: (logits - jax.grad(loss)(logits), None)
     logits = jax.lax.scan(step, jnp.zeros((3, A)), length=2000)[0]
-    close(jax.nn.softmax(logits), jax.nn.softmax(VALUE / alpha), atol=1e-3)
+    assert_close(jax.nn.softmax(logits), jax.nn.softmax(VALUE / alpha), atol=1e-3)
 
 
 def test_multipliers_have_no_gradient_from_the_policy_loss():
@@ -109,7 +109,7 @@ def test_multipliers_have_no_gradient_from_the_policy_loss():
         kl = jnp.array([0.05, 0.2, 0.3])
         return loss_of(common.Categorical(LOGITS), VALUE, kl, *duals, 0.1)[0].sum()
 
-    close(jax.grad(loss)(jnp.array([0.2, 0.5])), 0.0)
+    assert_close(jax.grad(loss)(jnp.array([0.2, 0.5])), 0.0)
 
 
 @pytest.mark.slow
@@ -117,10 +117,10 @@ def test_multipliers_have_no_gradient_from_the_policy_loss():
 def test_temperature_follows_the_entropy(factor):
     """A new policy is nearly uniform: H is close to log 2, above half of it, below twice of it."""
     before, after, metrics = run_update(target_entropy_mult=factor)
-    close(metrics["losses/entropy"], math.log(2), rtol=0.3)
+    assert_close(metrics["losses/entropy"], math.log(2), rtol=0.3)
     old, new = (x.params["actor"]["duals"]["temperature"] for x in (before, after))
     assert (new > old) == (factor == 2.0)
-    close(metrics["losses/temperature"], np.exp(new))
+    assert_close(metrics["losses/temperature"], np.exp(new))
 
 
 # --- critic ---
@@ -155,10 +155,10 @@ def test_critic_loss_by_hand():
     cross = -(code * taken).sum(-1)
     wanted = np.concatenate([np.asarray(batch.reward)[:, None], batch.next_features], 1)
     auxiliary = ((np.asarray(p.predicted) - wanted) ** 2).sum(1) / (H + 1)
-    close(critic_loss(p, batch, 0.0, 10.0, 2.0)[0], (cross + 2 * auxiliary).mean())
+    assert_close(critic_loss(p, batch, 0.0, 10.0, 2.0)[0], (cross + 2 * auxiliary).mean())
     aux = critic_loss(p, batch, 0.0, 10.0, 2.0)[1]
     error = np.asarray(p.value)[np.arange(B), batch.action] - batch.target
-    close(aux["losses/value_error"], (error**2).mean())
+    assert_close(aux["losses/value_error"], (error**2).mean())
 
 
 def test_only_the_histogram_of_the_action_taken_is_trained():
@@ -172,10 +172,10 @@ def test_masks():
     loss = lambda batch: critic_loss(prediction(), batch, 0.0, 10.0, 1.0)[0]
     first = jnp.arange(B) == 0
     broken = batch_of(valid=~first)
-    close(loss(broken._replace(target=broken.target.at[0].add(5.0))), loss(broken))
+    assert_close(loss(broken._replace(target=broken.target.at[0].add(5.0))), loss(broken))
     ended = batch_of(terminated=first)
     other = ended._replace(next_features=ended.next_features.at[0].add(9.0))
-    close(loss(other), loss(ended))
+    assert_close(loss(other), loss(ended))
     other = ended._replace(next_features=ended.next_features.at[1].add(9.0))
     assert loss(other) > loss(ended) + 1
 
@@ -223,8 +223,8 @@ def test_what_the_targets_are_made_of(monkeypatch):
     p = np.asarray(jax.nn.softmax(policy.logits))
     q = np.asarray(reppo_discrete.Critic(config, 2).apply(state.params["critic"], obs).value)
     assert np.abs(q[..., 0] - q[..., 1]).min() > 1e-3
-    close(seen["next_value"], (p * q).sum(-1), rtol=1e-4)
-    close(seen["bonus"], -config.gamma * 2.0 * (p * np.log(p)).sum(-1), rtol=1e-4)
+    assert_close(seen["next_value"], (p * q).sum(-1), rtol=1e-4)
+    assert_close(seen["bonus"], -config.gamma * 2.0 * (p * np.log(p)).sum(-1), rtol=1e-4)
 
 
 @pytest.mark.parametrize(("bound", "rises"), [(-1.0, True), (1.0, False)])
@@ -260,7 +260,7 @@ def test_broken_physics_teaches_nothing():
 
 def test_the_actor_climbs_the_critic_that_was_just_updated():
     still, moving = (run_update(learning_rate=rate)[2] for rate in (0.0, 0.3))
-    close(moving["losses/q_value"], still["losses/q_value"])
+    assert_close(moving["losses/q_value"], still["losses/q_value"])
     assert abs(moving["losses/policy_loss"] - still["losses/policy_loss"]) > 1e-3
 
 
@@ -288,13 +288,14 @@ def test_bad_input_is_one_error(changes, message):
             function(config_of(**changes))
 
 
-@pytest.mark.filterwarnings("error::UserWarning")
-def test_presets_have_room_for_their_rewards():
+def test_presets_have_room_for_their_rewards(recwarn):
     for preset in reppo_discrete.PRESETS.values():
         dataclasses.replace(reppo_discrete.Config(), **preset).validate()
+    assert not recwarn.list
 
 
 def test_a_support_that_is_too_small_is_a_warning():
     numbers = r"values can be 0 to 100 .*vmin=-2 to vmax=12"
-    with pytest.warns(UserWarning, match=numbers):
+    with pytest.warns(UserWarning, match=numbers) as caught:
         config_of(reward_range=(0.0, 1.0), gamma=0.99).validate()
+    assert len(caught) == 1

@@ -19,7 +19,7 @@ from envs.wrappers import RawEnv, raw_state
 # In one worker, so that updates are compiled once.
 pytestmark = pytest.mark.xdist_group("test_reppo_update")
 
-close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+assert_close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 
 
 def config_of(**changes):
@@ -50,7 +50,7 @@ def test_multipliers_move_only_if_tuned(tuned):
     for name, old in before.params["actor"]["duals"].items():
         new = after.params["actor"]["duals"][name]
         assert (old != new) == tuned
-        close(metrics[f"losses/{name}"], np.exp(new))
+        assert_close(metrics[f"losses/{name}"], np.exp(new))
     moved = jax.tree.map(
         lambda x, y: bool((x != y).any()),
         before.params["actor"]["net"],
@@ -67,7 +67,7 @@ def test_multipliers_have_their_own_step_size():
         - before.params["actor"]["duals"]["temperature"]
         for before, after, _ in runs
     ]
-    close(steps[1], 5.0 * steps[0], rtol=1e-3)
+    assert_close(steps[1], 5.0 * steps[0], rtol=1e-3)
     tiny.assert_same(runs[0][1].params["actor"]["net"], runs[1][1].params["actor"]["net"])
 
 
@@ -106,15 +106,15 @@ def test_statistics_include_the_observation_that_they_standardise():
         state, _ = jax.jit(algo.update)(state)
     _, _, seen, actions = raw_state(state.env_state)  # [N, 32, 2]
     seen = np.concatenate([np.asarray(start.obs)[:, None], seen[:, :16]], 1)
-    close(state.obs_stats.mean, seen.reshape(-1, 2).mean(0))
-    close(state.obs_stats.var, seen.reshape(-1, 2).var(0))
+    assert_close(state.obs_stats.mean, seen.reshape(-1, 2).mean(0))
+    assert_close(state.obs_stats.var, seen.reshape(-1, 2).var(0))
     assert state.obs_stats.count == seen.shape[0] * 17
     actor = reppo.Actor(config, 2, 2)
     for t in range(16):
         past = seen[:, : t + 1].reshape(-1, 2)
         inputs = (seen[:, t] - past.mean(0)) / np.sqrt(past.var(0) + 1e-2)
         mean = actor.apply(start.params["actor"]["net"], jnp.asarray(inputs)).mean
-        close(actions[:, t], np.clip(np.tanh(mean), -0.999, 0.999), atol=2e-4)
+        assert_close(actions[:, t], np.clip(np.tanh(mean), -0.999, 0.999), atol=2e-4)
 
 
 # --- an update ---
@@ -145,13 +145,13 @@ def test_an_epoch_sees_every_transition_once():
     whole = run_update(**ONE, learning_rate=0.0)[2]
     cut = run_update(**(ONE | {"num_minibatches": 4}), learning_rate=0.0)[2]
     for name in ("losses/qf_loss", "losses/value_error", "losses/q_value", "losses/std"):
-        close(cut[name], whole[name], rtol=1e-4)
+        assert_close(cut[name], whole[name], rtol=1e-4)
 
 
 def test_the_actor_climbs_the_critic_that_was_just_updated():
     still, moving = (run_update(**ONE, learning_rate=rate)[2] for rate in (0.0, 0.03))
-    close(moving["losses/q_value"], still["losses/q_value"])
-    close(moving["losses/entropy"], still["losses/entropy"])
+    assert_close(moving["losses/q_value"], still["losses/q_value"])
+    assert_close(moving["losses/entropy"], still["losses/entropy"])
     assert abs(moving["losses/policy_loss"] - still["losses/policy_loss"]) > 1e-3
 
 
@@ -215,16 +215,16 @@ def test_what_the_targets_are_made_of(mode, monkeypatch):
     here = np.stack([true[..., 0] - 1, true[..., 1] + 1], -1)
     assert np.abs(predict(true) - predict(here)).min() > 1e-3
     assert np.abs(predict(true) - predict(shown))[truncated].min() > 1e-3
-    close(seen["next_value"], predict(obs), rtol=1e-4)
+    assert_close(seen["next_value"], predict(obs), rtol=1e-4)
     entropy = 2 * (0.5 * math.log(2 * math.pi * math.e) - 3.0)  # tanh is the identity near 0
-    close(seen["bonus"].mean(), 0.5 * 2.0 * entropy, rtol=0.15)
-    close(seen["weight"], 1.0)
+    assert_close(seen["bonus"].mean(), 0.5 * 2.0 * entropy, rtol=0.15)
+    assert_close(seen["weight"], 1.0)
     lost = truncated if mode == "shifted" else np.zeros_like(truncated)
     target = reppo.soft_td_lambda(*(seen[k] for k in ARRAYS), 0.5, config.td_lambda, mode)
     taken = np.where(lost, 0.0, 1.0)
     assert (taken.mean() < 1) == (mode == "shifted")
     error = (taken * (predict(here) - target) ** 2).mean()
-    close(metrics["losses/value_error"], error, rtol=1e-3)
+    assert_close(metrics["losses/value_error"], error, rtol=1e-3)
 
 
 @pytest.mark.slow
@@ -232,7 +232,7 @@ def test_weights_compare_the_policy_with_what_acted(monkeypatch):
     """The ratio of a narrow to a wide density is small far out, and never below 1 / 3 inside."""
     changes = {"noise_max": 3.0, "trace_min": 0.0, "env": "pendulum"}
     weight = np.asarray(recorded_update(monkeypatch, lambda x: x, **changes)[3]["weight"])
-    close(weight[:, 0], 1.0)
+    assert_close(weight[:, 0], 1.0)
     assert (weight[:, 1:] < 0.3).any()
     assert (weight <= 1.0).all()
 
@@ -356,8 +356,9 @@ def test_bad_input_is_one_error(changes, message):
 
 def test_a_support_that_is_too_small_is_a_warning():
     numbers = r"values can be 0 to 100 .*vmin=-2 to vmax=12"
-    with pytest.warns(UserWarning, match=numbers):
+    with pytest.warns(UserWarning, match=numbers) as caught:
         config_of(reward_range=(0.0, 1.0), gamma=0.99).validate()
+    assert len(caught) == 1
 
 
 def test_the_warning_is_one_line_before_anything_compiles(tmp_path):
@@ -373,10 +374,10 @@ def test_the_warning_is_one_line_before_anything_compiles(tmp_path):
     assert lines[1].startswith("error: ")
 
 
-@pytest.mark.filterwarnings("error::UserWarning")
-def test_presets_have_room_for_their_rewards():
+def test_presets_have_room_for_their_rewards(recwarn):
     for preset in reppo.PRESETS.values():
         dataclasses.replace(reppo.Config(), **preset).validate()
+    assert not recwarn.list
 
 
 # --- learning ---
