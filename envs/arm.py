@@ -116,7 +116,7 @@ def make(task: str) -> RawEnv:
         reset_mode="fresh",
         frame=frame,
         render=lambda frames, path: viewer.render(model, frames, path, 0.08, gif=True),
-        goals=Goals(achieved_goal, desired_goal, compute_reward, KINDS, moving),
+        goals=Goals(achieved_goal, desired_goal, with_goal, compute_reward, KINDS, moving),
     )
 
 
@@ -131,6 +131,11 @@ def achieved_goal(obs):
 def desired_goal(obs):
     """Target [..., 3] in an observation [..., 33]."""
     return obs[..., 26:29]
+
+
+def with_goal(obs, goal):
+    """The observation [..., 33] with another target."""
+    return obs.at[..., 26:29].set(goal)
 
 
 def compute_reward(achieved, goal, kind):

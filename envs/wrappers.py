@@ -22,8 +22,9 @@ RESET_MODES = ("fresh", "cached", "refreshed")
 class Goals(NamedTuple):
     """What an observation says of goals, and what it would have paid under another goal."""
 
-    achieved_goal: Callable  # obs [..., obs_size] -> [..., A]
+    achieved_goal: Callable  # obs [..., obs_size] -> [..., A], of which the first G are a goal
     desired_goal: Callable  # obs [..., obs_size] -> [..., G]
+    with_goal: Callable  # obs, goal -> obs
     compute_reward: Callable  # achieved, goal, kind -> [..., m]
     kinds: tuple[str, ...]  # of rewards
     moving: bool  # the goal changes within an episode
