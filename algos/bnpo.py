@@ -133,6 +133,8 @@ class Config:
 
     def validate(self) -> None:
         """Raise ValueError if a brain contradicts itself or can never learn."""
+        if not 1 <= self.max_nstep < self.num_steps:
+            raise ValueError(f"max_nstep={self.max_nstep}: 1 to {self.num_steps - 1} is needed")
         for name in BRAIN_FIELDS:
             if len(getattr(self, name)) != self.num_brains:
                 raise ValueError(
@@ -151,8 +153,6 @@ class Config:
                     f"{self.optim_batch_size[k]}), and the run has {self.num_updates}: lower it "
                     "or raise total_timesteps"
                 )
-        if not 1 <= self.max_nstep < self.num_steps:
-            raise ValueError(f"max_nstep={self.max_nstep}: 1 to {self.num_steps - 1} is needed")
 
 
 BRAIN_FIELDS = ("bellman", "ppo_eps", "memory_size", "batch_size", "optim_batch_size")
@@ -378,7 +378,31 @@ class TrainState(NamedTuple):
     update: jax.Array  # [] int32
 
 
+MEASURED = ("count", "policy_loss", "value_loss", "approx_kl", "clip_fraction", "ess", "std")
+MEASURED += ("saturation", "her_fraction", "reward", "actor_grad_norm", "critic_grad_norm")
+
 # --- targets and losses ---
+
+
+def relabelled(goals, strategy, obs, rows, ahead):
+    """Observations with their goals, and these goals, of rows [B] that many steps `ahead` [J].
+
+    `obs` [W, N, L + 1, ...] is the replay's. A row that is relabelled gets the goals that its own
+    episode had from step h on ("shift"), or at all times what was achieved at step h ("future").
+    """
+
+    def at(start):
+        return obs[rows.slot[:, None], rows.env[:, None], start[:, None] + ahead]
+
+    own = at(rows.t)
+    goal = goals.desired_goal(own)
+    if strategy == "future":
+        achieved = goals.achieved_goal(obs[rows.slot, rows.env, rows.h])
+        other = achieved[:, None, : goal.shape[-1]]
+    else:
+        other = goals.desired_goal(at(rows.h))
+    goal = jnp.where(rows.relabel[:, None, None], other, goal)
+    return goals.with_goal(own, goal), goal
 
 
 def floating_target(reward, value, bootstrap, n, terminated, cut, gamma, lam):
@@ -407,7 +431,7 @@ def log_prob_of(policy, action):
 
 
 def log_ratio_of(log_prob, old_log_prob, reduce):
-    """log x [...] from the dimensions [..., A]: their mean, as published, or their sum."""
+    """Logarithm of x [...] from the dimensions [..., A]: their mean, as published, or their sum."""
     difference = log_prob - old_log_prob
     return difference.mean(-1) if reduce == "mean" else difference.sum(-1)
 
@@ -451,7 +475,7 @@ def fisher_product(policy_of, params, vector, damping):
     return jax.tree.map(lambda p, v: p + damping * v, product, vector)
 
 
-def natural_step(loss_of, policy_of, params, grads, delta=1e-3, damping=1e-3):
+def natural_step(loss_of, policy_of, params, grads, delta=1e-3, damping=1e-3, iterations=10):
     """Parameters after a natural gradient step to a mean KL of `delta`, halved until it helps.
 
     Schulman et al. 2015, appendix C. Of 10 halvings the first is taken whose loss falls by a
@@ -459,7 +483,7 @@ def natural_step(loss_of, policy_of, params, grads, delta=1e-3, damping=1e-3):
     """
     product = partial(fisher_product, policy_of, params, damping=damping)
     direction, _ = jax.scipy.sparse.linalg.cg(
-        product, jax.tree.map(jnp.negative, grads), maxiter=10
+        product, jax.tree.map(jnp.negative, grads), maxiter=iterations
     )
     dot = lambda x, y: sum(jax.tree.leaves(jax.tree.map(lambda x, y: (x * y).sum(), x, y)))
     size = jnp.sqrt(2.0 * delta / (dot(direction, product(direction)) + 1e-12))
@@ -504,17 +528,23 @@ def build(config: Config) -> common.Algo:
     N, L, W, K = config.num_envs, config.num_steps, max(config.window), config.num_brains
     H, U, num_targets = config.max_nstep, config.block, K if config.detach_actors else 1
 
-    goal_of = env.goals.desired_goal if env.goals else lambda obs: obs[..., :0]
-    with_goal = env.goals.with_goal if env.goals else lambda obs, goal: obs
+    # An environment without goals has empty ones, and its own reward [...].
+    nowhere = lambda obs: obs[..., :0]
+    goals = env.goals or envs.Goals(nowhere, nowhere, lambda obs, goal: obs, None, ("env",), False)
 
     def reward_of(obs, goal, reward):
-        """Rewards [..., m] of successors; without goals the environment's own [...]."""
+        """Rewards [..., m] of successors."""
         if env.goals is None:
             return reward[..., None]
-        return env.goals.compute_reward(env.goals.achieved_goal(obs), goal, config.reward_kind)
+        return goals.compute_reward(goals.achieved_goal(obs), goal, config.reward_kind)
+
+    def look(replay, rows, ahead):
+        return relabelled(goals, config.her_strategy, replay.obs, rows, ahead)
 
     sample = jnp.zeros((1, env.obs_size))
-    num_heads = jax.eval_shape(reward_of, sample, goal_of(sample), sample[:, 0]).shape[-1]
+    num_heads = jax.eval_shape(reward_of, sample, goals.desired_goal(sample), sample[:, 0]).shape[
+        -1
+    ]
     actor, critic = Actor(config, env.action_size), Critic(config, num_heads)
     widths = env.obs_size, *config.hidden, env.action_size
     silence = tuple(jnp.zeros(shape) for shape in itertools.pairwise(widths))
@@ -592,7 +622,7 @@ def build(config: Config) -> common.Algo:
                 action=action,
                 policy=policy,
                 log_prob=log_prob_of(policy, action),
-                reward=reward_of(final_obs, goal_of(final_obs), reward),
+                reward=reward_of(final_obs, goals.desired_goal(final_obs), reward),
                 terminated=terminated,
                 truncated=truncated,
                 next_obs=final_obs,
@@ -634,7 +664,7 @@ def build(config: Config) -> common.Algo:
         )
         if not resample:
             return rows
-        obs = relabelled(replay, rows, jnp.zeros(1, jnp.int32))[0][:, 0]
+        obs = look(replay, rows, jnp.zeros(1, jnp.int32))[0][:, 0]
         policy = actor.apply(state.params["actor"], normalize(state.stats, obs), state.noise)
         action, log_prob = (
             x[rows.slot, rows.env, rows.t] for x in (replay.action, replay.log_prob)
@@ -644,25 +674,11 @@ def build(config: Config) -> common.Algo:
         chosen = jax.lax.top_k(score, config.batch_size[k])[1]
         return jax.tree.map(lambda x: x[chosen], rows)
 
-    def relabelled(replay, rows, ahead):
-        """Observations and goals of the rows [B, len(ahead), ...], that many steps ahead."""
-        at = lambda start: replay.obs[rows.slot[:, None], rows.env[:, None], start[:, None] + ahead]
-        obs = at(rows.t)
-        goal = goal_of(obs)
-        if relabels:
-            if config.her_strategy == "future":
-                hand = replay.obs[rows.slot, rows.env, rows.h][:, None]
-                new = env.goals.achieved_goal(hand)[..., : goal.shape[-1]]
-            else:
-                new = goal_of(at(rows.h))
-            goal = jnp.where(rows.relabel[:, None, None], new, goal)
-        return with_goal(obs, goal), goal
-
     def read(k, replay, state, acting, key):
         """A minibatch of brain k, with targets of the target networks."""
         key_rows, key_n, key_target = jax.random.split(key, 3)
         rows = draw_rows(k, replay, state, key_rows)
-        obs, goal = relabelled(replay, rows, jnp.arange(H + 1))
+        obs, goal = look(replay, rows, jnp.arange(H + 1))
         inputs = normalize(state.stats, obs)
         index = rows.slot[:, None], rows.env[:, None], rows.t[:, None] + jnp.arange(H)
         action, policy, log_prob, reward, terminated, cut = (
@@ -807,8 +823,7 @@ def build(config: Config) -> common.Algo:
                 state, sums = jax.lax.cond(due, learn, lambda *carry: carry, state, sums)
             return (state, sums), (traj, info)
 
-        names = AUX
-        sums = {f"brain{k}/{name}": jnp.zeros(()) for k in range(K) for name in names}
+        sums = {f"brain{k}/{name}": jnp.zeros(()) for k in range(K) for name in MEASURED}
         xs = jnp.arange(0, L, U), jax.random.split(key_blocks, L // U)
         (state, sums), out = jax.lax.scan(block, (state, sums), xs)
         traj, info = jax.tree.map(lambda x: x.reshape((L, *x.shape[2:])), out)

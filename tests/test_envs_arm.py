@@ -87,7 +87,7 @@ def test_hanging_is_an_equilibrium(raw):
 
 
 def test_a_free_swing_gains_no_energy(raw):
-    """Energy, by MuJoCo C, of 100 decisions without torque; wider swings gain some by Euler's rule."""
+    """Energy, by MuJoCo C, of 100 decisions without torque; wide swings gain some (Euler)."""
     _, state = raw.reset(jax.random.key(0))
     state = state._replace(qpos=jnp.array([0.3, 0.0, -0.1, 0.0]))
     step = lambda state, key: 2 * (raw.step(key, state, jnp.zeros(4))[1],)
