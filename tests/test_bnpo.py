@@ -319,8 +319,8 @@ def sloped(policy_of, seed=5):
     )
 
 
-@pytest.mark.parametrize("delta", [1e-4, 1e-3])
-def test_natural_step_has_the_wanted_kl(delta):
+def test_natural_step_has_the_wanted_kl():
+    delta = 1e-4
     params, _, obs = tiny_problem(2)
     policy_of = lambda params: tiny_policy(params, obs)
     loss = sloped(policy_of)
