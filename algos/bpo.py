@@ -165,7 +165,7 @@ PAPER = {  # everything a task's own preset may have changed, back to the publis
     "shuffle": "rows", "learning_rate": 3e-4, "anneal_lr": False, "gamma": 0.99, "gae_lambda": 0.95,
     "clip_eps": 0.2, "anneal_clip": False, "ent_coef": 0.0, "vf_coef": 0.5, "normalize_obs": False,
     "normalize_reward": False, "exploration": "iid", "noise_interval": 1, "hidden": (64, 64),
-    "policy_gain": 1.0, "log_std_init": 0.0,
+    "policy_gain": 1.0, "log_std_init": 0.0, "adam_eps": 1e-5,
     "clip_rho": 1.5, "clip_c": 1.5, "replay_rollouts": 4, "weight_td": True, "clip_targets": True,
     "clip_actions": True, "symlog_targets": False, "polyak_tau": 0.0, "zero_norm_final": False,
 }
@@ -178,7 +178,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_minibatches": 1, "shuffle": "rows", "learning_rate": 1e-3, "anneal_lr": True,
         "gamma": 0.98, "gae_lambda": 0.8, "anneal_clip": True, "policy_gain": 1.0,
         "kernel_init": "lecun_normal", "num_vf_epochs": 2, "num_mu_epochs": 2,
-        "num_mu_minibatches": 8,
+        "num_mu_minibatches": 8, "adam_eps": 1e-3,
     },
     "pendulum": {
         **REPLAY, "total_timesteps": 300_000, "num_envs": 16, "num_steps": 128, "num_epochs": 10,

@@ -272,7 +272,14 @@ WEIGHTED = replace(
 )
 
 
-@pytest.mark.parametrize("config", [SMALL, ROWS, WEIGHTED], ids=["transitions", "rows", "weighted"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(SMALL, id="transitions"),
+        pytest.param(ROWS, id="rows", marks=pytest.mark.slow),
+        pytest.param(WEIGHTED, id="weighted"),
+    ],
+)
 def test_surrogate_ratio_is_against_mu_unless_the_advantage_is_weighted(config):
     _, [metric] = run(config, 1, shifted("mu"), **FROZEN)
     assert metric["health/kl_mu_pi"] > 1e-3
@@ -319,8 +326,11 @@ def test_targets_of_an_update(config):
 
 @pytest.mark.parametrize(
     "config",
-    [LONG, LONG_WEIGHTED, replace(CONTINUOUS, **ONE_STEP)],
-    ids=["symlog", "weighted", "continuous"],
+    [
+        pytest.param(LONG, id="symlog"),
+        pytest.param(LONG_WEIGHTED, id="weighted", marks=pytest.mark.slow),
+        pytest.param(replace(CONTINUOUS, **ONE_STEP), id="continuous", marks=pytest.mark.slow),
+    ],
 )
 def test_what_q_and_the_second_moment_learn(config):
     """One regression each by hand: networks, targets, bounds and weights; without learning."""
@@ -378,6 +388,7 @@ def test_what_q_and_the_second_moment_learn(config):
 FREE = replace(CONTINUOUS, **ONE_STEP | {"num_vf_minibatches": 4}, clip_targets=False)
 
 
+@pytest.mark.slow
 def test_hard_copies_wait_for_the_end_of_a_pass():
     """A target network that says 1000 makes the targets of all steps of the pass, not of one."""
 
@@ -454,6 +465,7 @@ def test_clip_targets_bounds_targets():
     assert free["health/q_target_clip_fraction"] == 0.0
 
 
+@pytest.mark.slow
 def test_largest_reward_of_the_second_moment():
     """2 r Q - r^2 with r = 1 and Q in [0, 10], in raw units; nothing of rows not filled yet."""
     states, _ = run(FOREVER, 1, shifted("q"), learning_rate=0.0)
@@ -501,7 +513,8 @@ def two_step_moments(**changes):
     ]
 
 
-@pytest.mark.parametrize("symlog", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("symlog", [True, False])
 def test_second_moment_is_learned(symlog):
     changes = {} if symlog else {"symlog_targets": False, "polyak_tau": 0.0, "weight_td": True}
     q, qhat = two_step_moments(**changes)
@@ -552,6 +565,7 @@ def test_mu_that_follows_pi_ignores_the_second_moment():
     assert not equal(plain.params["qhat"], other.params["qhat"])
 
 
+@pytest.mark.slow
 def test_networks_see_clipped_actions():
     """All actions lie beyond the box: nothing that is learned from Q depends on how far."""
 

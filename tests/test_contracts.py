@@ -226,6 +226,7 @@ def test_no_key_is_used_twice(lab, kind):
         jax.jit(sample).trace(key, policy, state.obs)
 
 
+@pytest.mark.slow
 def test_ratio_is_one_before_any_step(lab):
     """Continuous actions, held noise, statistics that move: without learning ratios stay at 1."""
     known = typing.get_type_hints(lab.module.Config)

@@ -29,13 +29,8 @@ def test_the_tasks_are_those_of_playground():
     assert set(JOYSTICK) <= set(registry.locomotion.ALL_ENVS)
 
 
-@pytest.mark.parametrize(
-    "task",
-    [
-        pytest.param(task, marks=() if task == "CartpoleBalance" else pytest.mark.slow)
-        for task in DMC
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("task", DMC)
 def test_parity_with_playground(task):
     """Our step from every state of a random rollout of Playground's own environment."""
     raw = playground.make(task)

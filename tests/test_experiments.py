@@ -303,6 +303,7 @@ def test_a_failing_case_is_reported(tmp_path):
     assert benchmark.in_own_process(case, 0.01)["error"] == "nothing after 0 s"
 
 
+@pytest.mark.slow
 def test_free_gradients_change_nothing_else():
     """Same rollout, metrics and counters as the real update; parameters stay where they were."""
     algo = ppo.build(tiny.config_of("ppo"))

@@ -465,6 +465,7 @@ def test_a_crash_before_the_first_checkpoint_costs_the_start_only(whole, copy):
     assert [x["global_step"] for x in lines_of(copy)] == [0, 96, 96, 192, 192]
 
 
+@pytest.mark.slow
 def test_a_longer_run_forgets_the_end_of_the_shorter(whole, tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
     shutil.copytree(whole[0], run_dir)

@@ -112,6 +112,7 @@ def test_multipliers_have_no_gradient_from_the_policy_loss():
     close(jax.grad(loss)(jnp.array([0.2, 0.5])), 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [0.0, 2.0])
 def test_temperature_follows_the_entropy(factor):
     """A new policy is nearly uniform: H is close to log 2, above half of it, below twice of it."""
@@ -250,6 +251,7 @@ def broken():
     return raw._replace(name="broken", step=step)
 
 
+@pytest.mark.slow
 def test_broken_physics_teaches_nothing():
     before, after, metrics = run_update(env="test_reppo_discrete:broken")
     assert metrics["health/env_nan"] == 32

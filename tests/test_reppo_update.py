@@ -59,6 +59,7 @@ def test_multipliers_move_only_if_tuned(tuned):
     assert all(jax.tree.leaves(moved))
 
 
+@pytest.mark.slow
 def test_multipliers_have_their_own_step_size():
     runs = [run_update(**ONE, learning_rate=1e-3, dual_lr_mult=factor) for factor in (1.0, 5.0)]
     steps = [
@@ -88,6 +89,7 @@ def recorder():
     return RawEnv("recorder", reset, step, 2, (2,), 2, False, 10_000, "cached")
 
 
+@pytest.mark.slow
 def test_statistics_include_the_observation_that_they_standardise():
     """With next to no noise an action is the mean at the observation, standardised at its step."""
     config = config_of(
@@ -137,6 +139,7 @@ def test_published_sizes_of_a_run(preset, updates):
     assert config.steps_per_update // config.num_minibatches == 2048
 
 
+@pytest.mark.slow
 def test_an_epoch_sees_every_transition_once():
     """Without learning, the mean over minibatches is that over the batch."""
     whole = run_update(**ONE, learning_rate=0.0)[2]
@@ -195,7 +198,7 @@ def blind_and_narrow(state):
     return state._replace(params=params)
 
 
-@pytest.mark.parametrize("mode", ["aligned", "shifted"])
+@pytest.mark.parametrize("mode", ["aligned", pytest.param("shifted", marks=pytest.mark.slow)])
 def test_what_the_targets_are_made_of(mode, monkeypatch):
     """Values of the right successors, the entropy's bonus; what has no target does not count."""
     changes = {"env": "tiny:counter", "normalize_obs": False, "zero_init": False, "min_std": 0.0}
@@ -224,6 +227,7 @@ def test_what_the_targets_are_made_of(mode, monkeypatch):
     close(metrics["losses/value_error"], error, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_weights_compare_the_policy_with_what_acted(monkeypatch):
     """The ratio of a narrow to a wide density is small far out, and never below 1 / 3 inside."""
     changes = {"noise_max": 3.0, "trace_min": 0.0, "env": "pendulum"}
@@ -291,6 +295,7 @@ OTHER = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [SCALAR, pytest.param(OTHER, marks=pytest.mark.slow)], ids=["scalar", "other"]
 )

@@ -32,7 +32,7 @@ def config_of(job):
 def test_every_job_is_a_valid_launch(name, group, job):
     config = config_of(job)
     config.validate()
-    envs.canonical(config.env)
+    assert envs.canonical(config.env) == envs.canonical(job.task)
 
 
 def test_jobs_do_not_share_a_directory():
