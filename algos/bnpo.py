@@ -2,19 +2,19 @@
 
 After R. Dai's experiments of 2019, https://github.com/rezer0dai/bnpo. The critic does not see the
 action but the policy's parameters, Q(s, g, mean, std): the value of playing this distribution once.
-Several learning rules, called brains, take turns on one actor and one critic; each brain has its
-own optimiser, window of the replay and target actor:
+Several learning rules, called brains, take turns on one actor and one critic; each has its own
+optimiser, window of the replay and target actor. With a lookahead of n steps, Q' and pi' targets:
 
-    y   = V_t + sum_{j < n} (gamma lambda)^j (r_{t+j} + gamma V_{t+j+1} - V_{t+j})
-    PPO:  -E[min(clip(x, 1 - eps, 1 + eps) A, x A)],   A = y - Q(s, g, pi)
-    DDPG: -E[Q(s, g, pi)]
-    critic: E[(Q(s, g, mean, std) - y)^2] at the parameters that acted
+    y_j = r_j + gamma ((1 - lambda) Q'_{j+1} + lambda y_{j+1}),   y_{n-1} = r_{n-1} + gamma Q'(pi')
+    PPO:    -E[min(clip(x, 1 - eps, 1 + eps) A, x A)],   A = y - Q(s, g, pi)
+    DDPG:   -E[Q(s, g, pi)]
+    critic:  E[(Q(s, g, mean, std) - y)^2]   at the parameters that acted
 
-where n is random, V_j the target critic at the parameters that acted, V_{t+n} at a target actor's,
-and x the ratio of pi to what acted. One update is one short episode of all environments; learning
-in between sees the episodes before it. Hindsight: a sampled row may get the goals that its episode
-had at other times ("shift"). If the target's motion ignores the agent and the shift is drawn
-independently of it, the policy that acted for the original goal is the exact denominator of x.
+where Q'_j is taken at the parameters that acted, and x is the ratio of pi to what acted. One update
+is one short episode of all environments; learning in between sees the episodes before it.
+Hindsight: a sampled row may get the goals that its episode had at other times ("shift"). If the
+target's motion ignores the agent and the shift is drawn independently of it, the policy that acted
+for the original goal is the exact denominator of x.
 
 Differences from ppo.py:
 
@@ -25,7 +25,7 @@ Differences from ppo.py:
 5. Observations are standardised by statistics that change with every step of the environments.
 
     python algos/bnpo.py --env arm/reacher-moving --num-seeds 10
-    python algos/bnpo.py --env arm/reacher-moving --preset two_ppo --num-seeds 10
+    python algos/bnpo.py --env arm/reacher-moving --preset a5 --num-seeds 10
 
 Documentation: docs/bnpo.md
 """
@@ -39,6 +39,7 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import envs
@@ -54,10 +55,11 @@ class Config:
 
     # episodes
     num_envs: int = 20  # parallel environments per seed
-    num_steps: int = 60  # length of an episode in training, at most
-    reward_kind: Literal["env", "proxy", "proxy_sum", "sparse"] = "proxy"  # what is learned from
+    num_steps: int = 60  # length of an episode in training
+    # what is learned from: the task's reward, or what its goals define
+    reward_kind: Literal["env", "proxy", "proxy_sum", "sparse"] = "proxy"
 
-    # brains, one entry each
+    # brains, one entry each: first PPO, then DDPG
     bellman: tuple[bool, ...] = (False, True)  # climb the critic
     ppo_eps: tuple[float, ...] = (0.2, 0.0)  # clip range of the ratio; 0: no ratio
     memory_size: tuple[int, ...] = (6_000, 240_000)  # newest steps that are sampled
@@ -81,7 +83,7 @@ class Config:
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.95  # decay of the trace
     max_nstep: int = 10  # longest lookahead
-    floating_step: bool = True  # draw the lookahead from 1 to max_nstep, instead of the longest
+    floating_step: bool = True  # lookaheads of 1 to max_nstep, equally often; or the longest
     her_strategy: Literal["none", "shift", "future"] = "shift"  # future: goals achieved later
     her_nstep: bool = False  # relabelled rows keep their lookahead, which is 1 otherwise
     # of x: what acted, for its own goal; or the policy at the start of the turn, for the new goal
@@ -98,7 +100,6 @@ class Config:
     mean_squash: Literal["none", "tanh"] = "none"  # of the policy's mean
     critic_input: Literal["distribution", "action"] = "distribution"  # action: an ordinary Q
     noise_period: int = 10  # steps of each environment between changes of the weights' noise
-    noise_init: float = 0.017  # initial deviation of that noise, learned
 
     @property
     def steps_per_update(self) -> int:
@@ -124,11 +125,11 @@ class Config:
     def warmup(self) -> tuple[int, ...]:
         """Episodes that must be complete before each brain learns."""
         rows = self.num_envs * (self.num_steps - self.max_nstep)
-        return tuple(max(1, math.ceil(size / rows)) for size in self.optim_batch_size)
+        return tuple(math.ceil(size / rows) for size in self.optim_batch_size)
 
     @property
     def block(self) -> int:
-        """Steps after which a brain may have its turn or the noise change."""
+        """Steps after which a brain may have its turn or the noise may change."""
         return math.gcd(self.num_steps, self.noise_period, *self.learning_delay)
 
     def validate(self) -> None:
@@ -136,11 +137,15 @@ class Config:
         if not 1 <= self.max_nstep < self.num_steps:
             raise ValueError(f"max_nstep={self.max_nstep}: 1 to {self.num_steps - 1} is needed")
         for name in BRAIN_FIELDS:
-            if len(getattr(self, name)) != self.num_brains:
+            values = getattr(self, name)
+            if len(values) != self.num_brains:
                 raise ValueError(
-                    f"{name}={getattr(self, name)}: {self.num_brains} entries are needed, one for "
-                    f"each brain (bellman={self.bellman})"
+                    f"{name}={values}: {self.num_brains} entries are needed, one for each brain "
+                    f"(bellman={self.bellman})"
                 )
+            least = int(type(values[0]) is int)  # of a count; rates and switches may be 0
+            if min(values) < least:
+                raise ValueError(f"{name}={values}: at least {least} is needed")
         for k in range(self.num_brains):
             if not self.bellman[k] and not self.ppo_eps[k]:
                 raise ValueError(
@@ -247,18 +252,24 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # --- networks ---
 
+NOISE_INIT = 0.017  # initial deviation of the weights' noise, which is learned
+
+
+def uniform(bound: float):
+    """Initialiser, uniform in [-bound, bound]."""
+    return lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
 
 class NoisyDense(nn.Module):
     """Linear layer without bias, its weights plus learned deviations times `noise` [in, out]."""
 
     size: int
-    noise_init: float
 
     @nn.compact
     def __call__(self, x, noise):
         shape = x.shape[-1], self.size
         kernel = self.param("kernel", uniform(math.sqrt(3.0 / shape[0])), shape)
-        deviation = self.param("deviation", nn.initializers.constant(self.noise_init), shape)
+        deviation = self.param("deviation", nn.initializers.constant(NOISE_INIT), shape)
         return x @ (kernel + deviation * noise)
 
 
@@ -270,17 +281,31 @@ class Actor(nn.Module):
 
     @nn.compact
     def __call__(self, x, noise):
-        config, sizes = self.config, (*self.config.hidden, self.action_size)
-        for i, size in enumerate(sizes):
-            x = NoisyDense(size, config.noise_init)(x, noise[i])
-            x = nn.relu(x) if i < len(config.hidden) else x
-        mean = jnp.tanh(x) if config.mean_squash == "tanh" else x
+        for i, size in enumerate(self.config.hidden):
+            x = nn.relu(NoisyDense(size)(x, noise[i]))
+        mean = NoisyDense(self.action_size)(x, noise[-1])
+        if self.config.mean_squash == "tanh":
+            mean = jnp.tanh(mean)
+        # The deviation, the same in all states, stays between 1 / e and e.
         log_std = jnp.tanh(self.param("log_std", nn.initializers.zeros, (self.action_size,)))
         return common.Gaussian(mean, jnp.broadcast_to(log_std, mean.shape))
 
 
+class Linear(nn.Module):
+    """Linear layer; weights within `bound`, by default 1 / sqrt(outputs), as published."""
+
+    size: int
+    bound: float | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        shape = x.shape[-1], self.size
+        kernel = self.param("kernel", uniform(self.bound or 1.0 / math.sqrt(shape[1])), shape)
+        return x @ kernel + self.param("bias", uniform(1.0 / math.sqrt(shape[0])), shape[1:])
+
+
 class Critic(nn.Module):
-    """Q of each part of the reward [..., m]: inputs [..., I], and what the policy is [..., P]."""
+    """Q: inputs [..., I], what it is told of the policy [..., P] -> parts [..., num_heads]."""
 
     config: Config
     num_heads: int
@@ -294,53 +319,17 @@ class Critic(nn.Module):
         return Linear(self.num_heads, 3e-3)(x)
 
 
-class Linear(nn.Module):
-    """Linear layer; weights within `bound`, by default 1 / sqrt(outputs), as published."""
-
-    size: int
-    bound: float | None = None
-
-    @nn.compact
-    def __call__(self, x):
-        fan_in = x.shape[-1]
-        init = uniform(self.bound or 1.0 / math.sqrt(self.size))
-        kernel = self.param("kernel", init, (fan_in, self.size))
-        return x @ kernel + self.param("bias", uniform(1.0 / math.sqrt(fan_in)), (self.size,))
-
-
-def uniform(bound: float):
-    """Initialiser, uniform in [-bound, bound]."""
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
-        key, shape, dtype, -bound, bound
-    )
-
-
 # --- data types ---
 
 
 class Episodes(NamedTuple):
-    """Episodes of all environments; arrays [N, L, ...], in the replay [W, N, L, ...]."""
+    """Episodes of all environments; arrays [L, N, ...], in the replay [W, N, L, ...]."""
 
-    obs: jax.Array  # [N, L + 1, ...] as the environment gave them; the last is a true successor
+    obs: jax.Array  # as the environment gave them; in the replay one more, the last true successor
     action: jax.Array  # unclipped
     policy: common.Gaussian  # that acted, with the noise of its weights
-    log_prob: jax.Array  # [N, L, A], of each dimension of the action
-    reward: jax.Array  # [N, L, m]
+    reward: jax.Array  # the task's; in the replay [..., m], what is learned from
     terminated: jax.Array
-    cut: jax.Array  # truncated before the last step, so that the successor is lost
-
-
-class Transition(NamedTuple):
-    """One step of all environments; arrays [U, N, ...]."""
-
-    obs: jax.Array  # as the environment gave it
-    action: jax.Array  # unclipped
-    policy: common.Gaussian  # that acted
-    log_prob: jax.Array  # [..., A]
-    reward: jax.Array  # [..., m]
-    terminated: jax.Array
-    truncated: jax.Array
-    next_obs: jax.Array  # true successor, never a reset observation
 
 
 class Rows(NamedTuple):
@@ -356,7 +345,7 @@ class Rows(NamedTuple):
 class Batch(NamedTuple):
     """What the losses need of sampled rows; arrays [B, ...]."""
 
-    inputs: jax.Array  # normalised goal and observation
+    inputs: jax.Array  # normalised observation, with its goal
     action: jax.Array
     policy: common.Gaussian  # that acted
     log_prob: jax.Array  # [B, A], denominator of x
@@ -367,73 +356,65 @@ class TrainState(NamedTuple):
     """Everything that a run carries from one update to the next."""
 
     params: dict  # of "actor" and "critic"
-    target_params: dict  # of "actor" [targets, ...], and of "critic"
+    target_params: dict  # of "actor", one for each brain or one for all, and of "critic"
     opt_state: dict  # of "actor", one for each brain, and of "critic"
     noise: tuple  # of the actor's weights, in each layer
-    stats: common.Stats  # of goals and observations
-    replay: Episodes  # [W, N, ...]
+    obs_stats: common.Stats
+    replay: Episodes
     obs: jax.Array  # [N, obs_size]
     env_state: Any
     key: jax.Array
     update: jax.Array  # [] int32
 
 
-MEASURED = ("count", "policy_loss", "value_loss", "approx_kl", "clip_fraction", "ess", "std")
-MEASURED += ("saturation", "her_fraction", "reward", "actor_grad_norm", "critic_grad_norm")
-
 # --- targets and losses ---
 
 
 def relabelled(goals, strategy, obs, rows, ahead):
-    """Observations with their goals, and these goals, of rows [B] that many steps `ahead` [J].
+    """Observations [B, J, ...] that many steps `ahead` [J] of rows [B], with their goals.
 
     `obs` [W, N, L + 1, ...] is the replay's. A row that is relabelled gets the goals that its own
     episode had from step h on ("shift"), or at all times what was achieved at step h ("future").
     """
-
-    def at(start):
-        return obs[rows.slot[:, None], rows.env[:, None], start[:, None] + ahead]
-
+    at = lambda start: obs[rows.slot[:, None], rows.env[:, None], start[:, None] + ahead]
     own = at(rows.t)
-    goal = goals.desired_goal(own)
     if strategy == "future":
+        goal_size = goals.desired_goal(own).shape[-1]
         achieved = goals.achieved_goal(obs[rows.slot, rows.env, rows.h])
-        other = achieved[:, None, : goal.shape[-1]]
+        goal = achieved[:, None, :goal_size]
     else:
-        other = goals.desired_goal(at(rows.h))
-    goal = jnp.where(rows.relabel[:, None, None], other, goal)
-    return goals.with_goal(own, goal), goal
+        goal = goals.desired_goal(at(rows.h))
+    return jnp.where(rows.relabel[:, None, None], goals.with_goal(own, goal), own)
 
 
-def floating_target(reward, value, bootstrap, n, terminated, cut, gamma, lam):
-    """Targets y [B, m] that look n [B] of at most N steps ahead.
+def lookaheads(size, longest, floating):
+    """Lookaheads [size] of the rows of a minibatch: 1 to `longest` in turn, or the longest."""
+    return 1 + np.arange(size) % longest if floating else np.full(size, longest)
 
-    `reward` and `value` [B, N, m] are those of the steps, `bootstrap` [B, m] is the value after n
-    of them, `terminated` and `cut` [B, N]. Nothing follows a step that terminated; a step that was
-    cut and what follows it teach nothing.
+
+def nstep_target(reward, next_value, bootstrap, n, terminated, gamma, lam):
+    """Targets y [B, m] that look n [B] of at most H steps ahead.
+
+    `reward` [B, H, m] and `terminated` [B, H] are those of the steps, `next_value` [B, H, m] is the
+    value after each of them and `bootstrap` [B, m] that after the last. It is GAE plus V at the
+    first step, where V itself cancels. Nothing follows a step that terminated.
     """
-    j = jnp.arange(reward.shape[1])
-    ended = terminated | cut
-    ends_before = jnp.cumsum(ended, 1) - ended > 0
-    next_value = jnp.concatenate([value[:, 1:], bootstrap[:, None]], 1)
-    last = (j + 1 == n[:, None])[..., None]
-    next_value = jnp.where(last, bootstrap[:, None], next_value)
-    delta = reward + gamma * jnp.where(terminated[..., None], 0.0, next_value) - value
-    used = (j < n[:, None]) & ~ends_before & ~cut
-    weight = jnp.where(used, (gamma * lam) ** j, 0.0)
-    return value[:, 0] + (weight[..., None] * delta).sum(1)
+
+    def backward(target, step):
+        j, reward, next_value, terminated = step
+        later = (1.0 - lam) * next_value + lam * target
+        later = jnp.where((j == n - 1)[:, None], bootstrap, later)
+        return reward + gamma * jnp.where(terminated[:, None], 0.0, later), None
+
+    steps = (jnp.swapaxes(x, 0, 1) for x in (reward, next_value, terminated))
+    steps = jnp.arange(reward.shape[1]), *steps
+    return jax.lax.scan(backward, jnp.zeros_like(bootstrap), steps, reverse=True)[0]
 
 
 def log_prob_of(policy, action):
     """Log-density [..., A] of each dimension of an action."""
     z = (action - policy.mean) * jnp.exp(-policy.log_std)
     return -(0.5 * z**2 + policy.log_std + 0.5 * math.log(2.0 * math.pi))
-
-
-def log_ratio_of(log_prob, old_log_prob, reduce):
-    """Logarithm of x [...] from the dimensions [..., A]: their mean, as published, or their sum."""
-    difference = log_prob - old_log_prob
-    return difference.mean(-1) if reduce == "mean" else difference.sum(-1)
 
 
 def actor_loss(q, log_ratio, target, bellman, eps, inverted):
@@ -501,6 +482,16 @@ def natural_step(loss_of, policy_of, params, grads, delta=1e-3, damping=1e-3, it
     return moved(jnp.where(good.any(), scales[jnp.argmax(good)], 0.0))
 
 
+def put(items, i, item):
+    """The tuple `items` with another item in place i."""
+    return (*items[:i], item, *items[i + 1 :])
+
+
+def minibatches(steps, delay, repeat):
+    """Minibatches that a brain has had when each environment has made that many steps."""
+    return jnp.floor(steps // delay * repeat).astype(jnp.int32)
+
+
 # --- build ---
 
 
@@ -508,45 +499,38 @@ def build(config: Config) -> common.Algo:
     """Compose environment, networks and optimiser into the pure functions of a run."""
     config.validate()
     env = envs.make(config.env, config.num_envs, stagger=False, max_steps=config.num_steps)
+    goals, relabels = env.goals, config.her_strategy != "none" and any(config.her_ratio)
     if env.discrete:
         raise ValueError(f"{env.name} has discrete actions: BNPO needs continuous ones")
     if env.privileged_size:
         raise ValueError(f"{env.name}: the actor would see what only a critic may: no privileged=1")
-    relabels = config.her_strategy != "none" and any(config.her_ratio)
-    if relabels and env.goals is None:
+    if relabels and goals is None:
         raise ValueError(
             f"{env.name} has no goals to relabel (her_ratio={config.her_ratio}): take "
             "her_strategy='none'"
         )
-    if relabels and config.her_strategy == "future" and env.goals.moving:
+    if relabels and config.her_strategy == "future" and goals.moving:
         raise ValueError(
             f"her_strategy='future' gives a row one goal for ever, and that of {env.name} moves: "
             "take 'shift'"
         )
-    if config.reward_kind != "env" and env.goals is None:
+    if config.reward_kind != "env" and goals is None:
         raise ValueError(f"reward_kind={config.reward_kind!r}: {env.name} has no goals, take 'env'")
     N, L, W, K = config.num_envs, config.num_steps, max(config.window), config.num_brains
-    H, U, num_targets = config.max_nstep, config.block, K if config.detach_actors else 1
+    H, U, A = config.max_nstep, config.block, env.action_size
 
-    # An environment without goals has empty ones, and its own reward [...].
-    nowhere = lambda obs: obs[..., :0]
-    goals = env.goals or envs.Goals(nowhere, nowhere, lambda obs, goal: obs, None, ("env",), False)
+    def reward_at(obs):
+        """Rewards [..., m] of arriving at observations, for the goals in them."""
+        achieved, goal = goals.achieved_goal(obs), goals.desired_goal(obs)
+        return goals.compute_reward(achieved, goal, config.reward_kind)
 
-    def reward_of(obs, goal, reward):
-        """Rewards [..., m] of successors."""
-        if env.goals is None:
-            return reward[..., None]
-        return goals.compute_reward(goals.achieved_goal(obs), goal, config.reward_kind)
-
-    def look(replay, rows, ahead):
-        return relabelled(goals, config.her_strategy, replay.obs, rows, ahead)
+    def learned_reward(obs, reward):
+        return reward[..., None] if config.reward_kind == "env" else reward_at(obs)
 
     sample = jnp.zeros((1, env.obs_size))
-    num_heads = jax.eval_shape(reward_of, sample, goals.desired_goal(sample), sample[:, 0]).shape[
-        -1
-    ]
-    actor, critic = Actor(config, env.action_size), Critic(config, num_heads)
-    widths = env.obs_size, *config.hidden, env.action_size
+    num_heads = learned_reward(sample, sample[:, 0]).shape[-1]
+    actor, critic = Actor(config, A), Critic(config, num_heads)
+    widths = env.obs_size, *config.hidden, A
     silence = tuple(jnp.zeros(shape) for shape in itertools.pairwise(widths))
     optimizer = optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
@@ -556,36 +540,34 @@ def build(config: Config) -> common.Algo:
     def init(key) -> TrainState:
         key_actor, key_critic, key_env, key = jax.random.split(key, 4)
         obs, env_state = env.reset(key_env)
-        actor_params = actor.init(key_actor, obs, silence)
-        params = {
-            "actor": actor_params,
-            "critic": critic.init(key_critic, obs, seen(actor.apply(actor_params, obs, silence))),
-        }
-        copies = lambda x: jnp.repeat(x[None], num_targets, 0)
-        state = TrainState(
+        actor_params = actor.init(key_actor, sample, silence)
+        seen_policy = seen(actor.apply(actor_params, sample, silence))
+        params = {"actor": actor_params, "critic": critic.init(key_critic, sample, seen_policy)}
+        zeros = lambda *shape: jnp.zeros((W, N, *shape))
+        return TrainState(
             params=params,
-            target_params=params | {"actor": jax.tree.map(copies, actor_params)},
+            target_params=params | {"actor": (actor_params,) * (K if config.detach_actors else 1)},
             opt_state={
-                "actor": tuple(optimizer.init(actor_params) for _ in range(K)),
+                "actor": (optimizer.init(actor_params),) * K,
                 "critic": optimizer.init(params["critic"]),
             },
             noise=silence,
-            stats=common.Stats.empty((env.obs_size,)).add(obs),
-            replay=None,
+            obs_stats=common.Stats.empty((env.obs_size,)),
+            replay=Episodes(
+                obs=zeros(L + 1, env.obs_size),
+                action=zeros(L, A),
+                policy=common.Gaussian(zeros(L, A), zeros(L, A)),
+                reward=zeros(L, num_heads),
+                terminated=zeros(L).astype(bool),
+            ),
             obs=obs,
             env_state=env_state,
             key=key,
             update=jnp.zeros((), jnp.int32),
         )
-        block = jax.eval_shape(play, state, key)[1]
-        steps = jax.tree.map(lambda x: jax.ShapeDtypeStruct((L, *x.shape[1:]), x.dtype), block)
-        fresh = jax.eval_shape(episodes_of, steps)
-        return state._replace(
-            replay=jax.tree.map(lambda x: jnp.zeros((W, *x.shape), x.dtype), fresh)
-        )
 
-    def normalize(stats, obs):
-        return jnp.clip((obs - stats.mean) / jnp.sqrt(stats.var + 1e-4), -10.0, 10.0)
+    def normalize(obs_stats, obs):
+        return jnp.clip((obs - obs_stats.mean) / jnp.sqrt(obs_stats.var + 1e-4), -10.0, 10.0)
 
     def seen(policy, action=None):
         """What the critic is told of a policy, and of the action that it took."""
@@ -601,251 +583,237 @@ def build(config: Config) -> common.Algo:
         layer = jax.random.randint(key_layer, (), 0, len(noise))
         keys = jax.random.split(key_noise, len(noise))
         draw = lambda i: jax.random.normal(keys[i], noise[i].shape)
-        return tuple(jnp.where(layer == i, draw(i), noise[i]) for i in range(len(noise)))
+        return tuple(jnp.where(layer == i, draw(i), x) for i, x in enumerate(noise))
 
     def play(state, key):
-        """Act for a block of U steps; new state, arrays [U, N, ...]."""
+        """Act for a block of U steps; new state, and arrays [U, N, ...]."""
         key_noise, key_env = jax.random.split(key)
-        noise = jax.random.normal(key_noise, (U, N, env.action_size))
+        noise = jax.random.normal(key_noise, (U, N, A))
 
         def step(carry, x):
-            obs, stats, env_state = carry
+            obs, obs_stats, env_state = carry
             noise, key = x
-            policy = actor.apply(state.params["actor"], normalize(stats, obs), state.noise)
+            obs_stats = obs_stats.add(obs)
+            policy = actor.apply(state.params["actor"], normalize(obs_stats, obs), state.noise)
             action = policy.sample(noise)
-            next_obs, env_state, reward, terminated, truncated, info = env.step(
-                key, env_state, action
+            next_obs, env_state, reward, terminated, _, info = env.step(key, env_state, action)
+            return (next_obs, obs_stats, env_state), (
+                Episodes(obs, action, policy, reward, terminated),
+                info,
             )
-            final_obs = info.pop("final_observation")
-            transition = Transition(
-                obs=obs,
-                action=action,
-                policy=policy,
-                log_prob=log_prob_of(policy, action),
-                reward=reward_of(final_obs, goals.desired_goal(final_obs), reward),
-                terminated=terminated,
-                truncated=truncated,
-                next_obs=final_obs,
-            )
-            return (next_obs, stats.add(next_obs), env_state), (transition, info)
 
-        carry, xs = (state.obs, state.stats, state.env_state), (noise, jax.random.split(key_env, U))
-        (obs, stats, env_state), (traj, info) = jax.lax.scan(step, carry, xs)
-        return state._replace(obs=obs, stats=stats, env_state=env_state), traj, info
-
-    def episodes_of(traj):
-        """Rows of the replay [N, L, ...] from the steps [L, N, ...] of an update."""
-        obs = jnp.concatenate([traj.obs, traj.next_obs[-1:]])
-        cut = traj.truncated.at[-1].set(False)
-        episodes = Episodes(
-            obs, traj.action, traj.policy, traj.log_prob, traj.reward, traj.terminated, cut
-        )
-        return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), episodes)
+        carry, xs = (state.obs, state.obs_stats, state.env_state), jax.random.split(key_env, U)
+        (obs, obs_stats, env_state), (traj, info) = jax.lax.scan(step, carry, (noise, xs))
+        return state._replace(obs=obs, obs_stats=obs_stats, env_state=env_state), traj, info
 
     # learning
 
-    def draw_rows(k, replay, state, key):
+    def look(state, rows, ahead):
+        """Raw observations [B, J, ...] that many steps ahead, and their inputs to the networks."""
+        if relabels:
+            obs = relabelled(goals, config.her_strategy, state.replay.obs, rows, ahead)
+        else:
+            obs = state.replay.obs[rows.slot[:, None], rows.env[:, None], rows.t[:, None] + ahead]
+        return obs, normalize(state.obs_stats, obs)
+
+    def recorded(state, rows):
+        """What the replay has of H steps from each row on: action, policy, reward, terminated."""
+        index = rows.slot[:, None], rows.env[:, None], rows.t[:, None] + np.arange(H)
+        return jax.tree.map(lambda x: x[index], tuple(state.replay[1:]))
+
+    def draw_rows(k, state, actor_params, key):
         """Rows of brain k's window, all equally likely, or preferring what pi makes likely."""
         keys = jax.random.split(key, 6)
-        resample = config.importance_resampling[k]
-        size = config.batch_size[k] * (8 if resample else 1)
+        size = config.batch_size[k] * (8 if config.importance_resampling[k] else 1)
         newest = jnp.minimum(state.update, config.window[k])
-        t = jax.random.randint(keys[2], (size,), 0, L - H + 1)
-        if config.her_strategy == "future":
-            h = jax.random.randint(keys[4], (size,), t + 1, L + 1)
-        else:
-            h = jax.random.randint(keys[4], (size,), 0, L - H + 1)
+        t = jax.random.randint(keys[2], (size,), 0, L - H)
+        bounds = (t + 1, L + 1) if config.her_strategy == "future" else (0, L - H + 1)
         rows = Rows(
             slot=(state.update - 1 - jax.random.randint(keys[0], (size,), 0, newest)) % W,
             env=jax.random.randint(keys[1], (size,), 0, N),
             t=t,
             relabel=relabels & jax.random.bernoulli(keys[3], config.her_ratio[k], (size,)),
-            h=h,
+            h=jax.random.randint(keys[4], (size,), *bounds),
         )
-        if not resample:
+        if not config.importance_resampling[k]:
             return rows
-        obs = look(replay, rows, jnp.zeros(1, jnp.int32))[0][:, 0]
-        policy = actor.apply(state.params["actor"], normalize(state.stats, obs), state.noise)
-        action, log_prob = (
-            x[rows.slot, rows.env, rows.t] for x in (replay.action, replay.log_prob)
-        )
-        ratio = jnp.exp(log_prob_of(policy, action) - log_prob).mean(-1)
+        inputs = look(state, rows, np.zeros(1, int))[1][:, 0]
+        action, acted = jax.tree.map(lambda x: x[:, 0], recorded(state, rows)[:2])
+        ratio = log_prob_of(actor.apply(actor_params, inputs, state.noise), action)
+        ratio = jnp.exp(ratio - log_prob_of(acted, action)).mean(-1)
         score = 0.666 * jnp.log(jnp.clip(ratio, 1e-8, 2.0)) + jax.random.gumbel(keys[5], (size,))
         chosen = jax.lax.top_k(score, config.batch_size[k])[1]
         return jax.tree.map(lambda x: x[chosen], rows)
 
-    def read(k, replay, state, acting, key):
-        """A minibatch of brain k, with targets of the target networks."""
-        key_rows, key_n, key_target = jax.random.split(key, 3)
-        rows = draw_rows(k, replay, state, key_rows)
-        obs, goal = look(replay, rows, jnp.arange(H + 1))
-        inputs = normalize(state.stats, obs)
-        index = rows.slot[:, None], rows.env[:, None], rows.t[:, None] + jnp.arange(H)
-        action, policy, log_prob, reward, terminated, cut = (
-            jax.tree.map(lambda x: x[index], x) for x in replay[1:]
-        )
+    def read(k, state, target_params, acting, rows, key):
+        """The minibatch of these rows, with targets of the target networks."""
+        obs, inputs = look(state, rows, np.arange(H + 1))
+        action, policy, reward, terminated = recorded(state, rows)
         if relabels:
-            new = reward_of(obs[:, 1:], goal[:, 1:], None)
-            reward = jnp.where(rows.relabel[:, None, None], new, reward)
-        n = jax.random.randint(key_n, rows.t.shape, 1, H + 1) if config.floating_step else H
-        n = jnp.where(rows.relabel & (not config.her_nstep), 1, n)
+            reward = jnp.where(rows.relabel[:, None, None], reward_at(obs[:, 1:]), reward)
+        longest = lookaheads(config.batch_size[k], H, config.floating_step)
+        n = longest if config.her_nstep else jnp.where(rows.relabel, 1, longest)
 
-        target = state.target_params
-        which = (
-            k if config.separate_actors[k] else jax.random.randint(key_target, (), 0, num_targets)
-        )
-        target_actor = jax.tree.map(lambda x: x[which % num_targets], target["actor"])
-        last = jnp.take_along_axis(inputs, n[:, None, None], 1)[:, 0]
+        # Only values before the end of a lookahead are used: half of them, if it floats.
+        row, j = np.nonzero(np.arange(1, H) < longest[:, None])
+        passed = jax.tree.map(lambda x: x[row, j + 1], (inputs[:, :-1], policy, action))
+        value = critic.apply(target_params["critic"], passed[0], seen(*passed[1:]))
+        next_value = jnp.zeros_like(reward).at[row, j].set(value)
+        which = jax.random.randint(key, (), 0, len(target_params["actor"]))
+        which = k % len(target_params["actor"]) if config.separate_actors[k] else which
+        target_actor = jax.tree.map(lambda *x: jnp.stack(x)[which], *target_params["actor"])
+        last = inputs[jnp.arange(len(longest)), n]
         bootstrap = critic.apply(
-            target["critic"], last, seen(actor.apply(target_actor, last, silence))
+            target_params["critic"], last, seen(actor.apply(target_actor, last, silence))
         )
-        value = critic.apply(target["critic"], inputs[:, :-1], seen(policy, action))
-        y = floating_target(
-            reward, value, bootstrap, n, terminated, cut, config.gamma, config.gae_lambda
+        target = nstep_target(
+            reward, next_value, bootstrap, n, terminated, config.gamma, config.gae_lambda
         )
-        inputs, policy, action, log_prob = (
-            jax.tree.map(lambda x: x[:, 0], x) for x in (inputs, policy, action, log_prob)
-        )
-        if config.is_denominator == "relabelled":
-            log_prob = log_prob_of(actor.apply(acting, inputs, state.noise), action)
-        aux = {"her_fraction": rows.relabel.mean(), "reward": reward[:, 0].sum(-1).mean()}
-        return Batch(inputs, action, policy, log_prob, y), aux
 
-    def actor_loss_fn(actor_params, critic_params, noise, batch, k):
-        policy = actor.apply(actor_params, batch.inputs, noise)
-        log_std = policy.log_std
-        held = (
-            policy._replace(log_std=jax.lax.stop_gradient(log_std))
-            if config.mean_only[k]
-            else policy
-        )
-        q = critic.apply(critic_params, batch.inputs, seen(held))
-        log_ratio = log_ratio_of(
-            log_prob_of(policy, batch.action), batch.log_prob, config.ratio_reduce
-        )
-        loss = actor_loss(
-            q, log_ratio, batch.target, config.bellman[k], config.ppo_eps[k], config.is_inverted
-        )
-        ratio, eps = jnp.exp(log_ratio), config.ppo_eps[k]
-        return loss, {
+        inputs, action, policy = jax.tree.map(lambda x: x[:, 0], (inputs, action, policy))
+        log_prob = log_prob_of(policy, action)
+        if config.is_denominator == "relabelled":
+            new = log_prob_of(actor.apply(acting, inputs, state.noise), action)
+            log_prob = jnp.where(rows.relabel[:, None], new, log_prob)
+        aux = {"her_fraction": rows.relabel.mean(), "reward": reward[:, 0].sum(-1).mean()}
+        return Batch(inputs, action, policy, log_prob, target), aux
+
+    def actor_loss_fn(params, critic_params, noise, batch, k):
+        policy, eps = actor.apply(params, batch.inputs, noise), config.ppo_eps[k]
+        known = policy
+        if config.mean_only[k]:
+            known = policy._replace(log_std=jax.lax.stop_gradient(policy.log_std))
+        q = critic.apply(critic_params, batch.inputs, seen(known))
+        log_ratio = log_prob_of(policy, batch.action) - batch.log_prob
+        log_ratio = log_ratio.mean(-1) if config.ratio_reduce == "mean" else log_ratio.sum(-1)
+        ratio = jnp.exp(log_ratio)
+        loss = actor_loss(q, log_ratio, batch.target, config.bellman[k], eps, config.is_inverted)
+        aux = {
             "policy_loss": loss,
             "approx_kl": (ratio - 1.0 - log_ratio).mean(),
-            "clip_fraction": (jnp.abs(ratio - 1.0) > eps).mean() if eps else jnp.zeros(()),
             "ess": ratio.mean() ** 2 / (ratio**2).mean(),
-            "std": jnp.exp(log_std).mean(),
-            "saturation": (jnp.abs(policy.mean) > 1.0).mean(),
         }
+        return loss, aux | ({"clip_fraction": (jnp.abs(ratio - 1.0) > eps).mean()} if eps else {})
 
     def critic_loss_fn(params, batch):
-        q = critic.apply(params, batch.inputs, seen(batch.policy, batch.action))
-        return critic_loss(q, batch.target), {"value_loss": critic_loss(q, batch.target)}
+        return critic_loss(
+            critic.apply(params, batch.inputs, seen(batch.policy, batch.action)), batch.target
+        )
 
     def descend(params, grads, opt_state, learning_rate):
         direction, opt_state = optimizer.update(grads, opt_state)
         return jax.tree.map(lambda p, u: p - learning_rate * u, params, direction), opt_state
 
-    def turn(k, replay, tick, key, state, sums):
-        """Brain k learns from the replay; new state, and sums of metrics with what it adds."""
+    def improve(k, state, params, opt_state, batch):
+        """Brain k's step of the actor; new parameters, optimiser state, diagnostics."""
+        loss_fn = lambda x: actor_loss_fn(x, params["critic"], state.noise, batch, k)
+        grads, aux = jax.grad(loss_fn, has_aux=True)(params["actor"])
+        aux["actor_grad_norm"] = optax.global_norm(grads)
+        if config.natural[k]:
+            policy_of = lambda x: actor.apply(x, batch.inputs, state.noise)
+            step = natural_step(lambda x: loss_fn(x)[0], policy_of, params["actor"], grads)
+            return step, opt_state, aux
+        return *descend(params["actor"], grads, opt_state, config.lr_actor[k]), aux
+
+    def turn(k, state, steps, key):
+        """Brain k learns if it is due after that many steps; new state, and sums of metrics."""
         acting = state.params["actor"]
         first, end = (
-            jnp.floor((tick // config.learning_delay[k] - i) * config.learning_repeat[k])
-            for i in (1, 0)
+            minibatches(x, config.learning_delay[k], config.learning_repeat[k])
+            for x in (steps - U, steps)
         )
+        first = jnp.where(state.update < config.warmup[k], end, first)
 
-        def step(i, carry):
-            state, sums = carry
-            batch, aux = read(k, replay, state, acting, jax.random.fold_in(key, i))
-            params, target, opt_state = state.params, state.target_params, state.opt_state
-            args = params["critic"], state.noise, batch, k
-            grads, actor_aux = jax.grad(actor_loss_fn, has_aux=True)(params["actor"], *args)
-            if config.natural[k]:
-                new_actor, actor_opt_state = (
-                    natural_step(
-                        lambda params: actor_loss_fn(params, *args)[0],
-                        lambda params: actor.apply(params, batch.inputs, state.noise),
-                        params["actor"],
-                        grads,
-                    ),
-                    opt_state["actor"][k],
-                )
-            else:
-                new_actor, actor_opt_state = descend(
-                    params["actor"], grads, opt_state["actor"][k], config.lr_actor[k]
-                )
-            aux |= actor_aux | {"actor_grad_norm": optax.global_norm(grads)}
-            grads, critic_aux = jax.grad(critic_loss_fn, has_aux=True)(params["critic"], batch)
-            new_critic, critic_opt_state = descend(
+        def step(number, learned):
+            params, targets, opt_state = learned
+            key_rows, key_target = jax.random.split(jax.random.fold_in(key, number))
+            rows = draw_rows(k, state, params["actor"], key_rows)
+            batch, aux = read(k, state, targets, acting, rows, key_target)
+            new_actor, opt_actor, actor_aux = improve(
+                k, state, params, opt_state["actor"][k], batch
+            )
+            value_loss, grads = jax.value_and_grad(critic_loss_fn)(params["critic"], batch)
+            new_critic, opt_critic = descend(
                 params["critic"], grads, opt_state["critic"], config.lr_critic
             )
-            aux |= critic_aux | {"critic_grad_norm": optax.global_norm(grads)}
+            aux |= actor_aux | {"value_loss": value_loss, "count": jnp.ones(())}
+            aux["critic_grad_norm"] = optax.global_norm(grads)
 
-            number = first + i  # of this minibatch among all of the brain
-            tau = lambda tau, delta: jnp.where(number % delta[k] == 0, tau[k], 0.0)
-            tau_actor = tau(config.tau_actor, config.sync_delta_a)
-            tau_critic = tau(config.tau_critic, config.sync_delta_c)
-            follow = lambda new, old, tau: jax.tree.map(lambda x, y: y + tau * (x - y), new, old)
-            mine = jnp.arange(num_targets) == k % num_targets
-            weight = lambda x: tau_actor * mine.reshape((-1, *[1] * (x.ndim - 1)))
-            targets = jax.tree.map(lambda x, y: y + weight(y) * (x - y), new_actor, target["actor"])
-            actor_opt_states = list(opt_state["actor"])
-            actor_opt_states[k] = actor_opt_state
-            state = state._replace(
-                params={"actor": new_actor, "critic": new_critic},
-                target_params={
-                    "actor": targets,
-                    "critic": follow(new_critic, target["critic"], tau_critic),
-                },
-                opt_state={"actor": tuple(actor_opt_states), "critic": critic_opt_state},
+            follow = lambda new, old, tau, delta: optax.incremental_update(
+                new, old, jnp.where(number % delta[k] == 0, tau[k], 0.0)
             )
-            added = {f"brain{k}/{name}": x for name, x in (aux | {"count": 1}).items()}
-            return state, sums | {name: sums[name] + x for name, x in added.items()}
+            mine = k % len(targets["actor"])
+            target_actor = follow(
+                new_actor, targets["actor"][mine], config.tau_actor, config.sync_delta_a
+            )
+            targets = {
+                "actor": put(targets["actor"], mine, target_actor),
+                "critic": follow(
+                    new_critic, targets["critic"], config.tau_critic, config.sync_delta_c
+                ),
+            }
+            opt_state = {"actor": put(opt_state["actor"], k, opt_actor), "critic": opt_critic}
+            return ({"actor": new_actor, "critic": new_critic}, targets, opt_state), aux
 
-        return jax.lax.fori_loop(0, (end - first).astype(jnp.int32), step, (state, sums))
+        def add(number, carry):
+            learned, sums = carry
+            learned, aux = step(number, learned)
+            return learned, jax.tree.map(jnp.add, sums, aux)
+
+        learned = state.params, state.target_params, state.opt_state
+        sums = jax.tree.map(lambda x: jnp.zeros(x.shape), jax.eval_shape(step, end, learned)[1])
+        learned, sums = jax.lax.fori_loop(first, end, add, (learned, sums))
+        names = ("params", "target_params", "opt_state")
+        state = state._replace(**dict(zip(names, learned, strict=True)))
+        return state, {f"brain{k}/{name}": x for name, x in sums.items()}
 
     def update(state):
-        key, key_blocks = jax.random.split(state.key)
-        replay, state = state.replay, state._replace(replay=None)
+        key, key_reset, key_blocks = jax.random.split(state.key, 3)
+        obs, env_state = env.reset(key_reset)  # every episode begins anew
 
-        def block(carry, x):
-            state, sums = carry
+        def block(state, x):
             tick, key = x
             key_noise, key_play, *keys = jax.random.split(key, 2 + K)
-            now = state.update * L + tick
-            noise = disturb(state.noise, key_noise)
+            steps = state.update * L + tick
             noise = jax.tree.map(
-                lambda x, y: jnp.where(now % config.noise_period == 0, x, y), noise, state.noise
+                partial(jnp.where, steps % config.noise_period == 0),
+                disturb(state.noise, key_noise),
+                state.noise,
             )
             state, traj, info = play(state._replace(noise=noise), key_play)
-            now = now + U
+            metrics = {}
             for k in range(K):
-                due = (now % config.learning_delay[k] == 0) & (state.update >= config.warmup[k])
-                learn = partial(turn, k, replay, now, keys[k])
-                state, sums = jax.lax.cond(due, learn, lambda *carry: carry, state, sums)
-            return (state, sums), (traj, info)
+                state, sums = turn(k, state, steps + U, keys[k])
+                metrics |= sums
+            return state, (traj, info, metrics)
 
-        sums = {f"brain{k}/{name}": jnp.zeros(()) for k in range(K) for name in MEASURED}
         xs = jnp.arange(0, L, U), jax.random.split(key_blocks, L // U)
-        (state, sums), out = jax.lax.scan(block, (state, sums), xs)
-        traj, info = jax.tree.map(lambda x: x.reshape((L, *x.shape[2:])), out)
+        state, out = jax.lax.scan(block, state._replace(obs=obs, env_state=env_state), xs)
+        traj, info = jax.tree.map(lambda x: x.reshape((L, *x.shape[2:])), out[:2])
+        final_obs = info["final_observation"]
+        reward = learned_reward(final_obs, traj.reward)
+        episodes = traj._replace(obs=jnp.concatenate([traj.obs, final_obs[-1:]]), reward=reward)
         write = lambda kept, new: jax.lax.dynamic_update_index_in_dim(
-            kept, new, state.update % W, 0
+            kept, jnp.swapaxes(new, 0, 1), state.update % W, 0
         )
-        replay = jax.tree.map(write, replay, episodes_of(traj))
+        replay = jax.tree.map(write, state.replay, episodes)
 
-        metrics = sums | common.run_metrics(info, state.params)
-        metrics["charts/score"] = traj.reward.mean(-1).sum(0).mean()
-        state = state._replace(replay=replay, key=key, update=state.update + 1)
-        return state, metrics
+        metrics = {name: x.sum(0) for name, x in out[2].items()}
+        metrics |= common.run_metrics(info, state.params)
+        metrics["charts/score"] = reward.mean(-1).sum(0).mean()
+        metrics["charts/std"] = jnp.exp(traj.policy.log_std).mean()
+        metrics["charts/saturation"] = (jnp.abs(traj.policy.mean) > 1.0).mean()
+        return state._replace(replay=replay, key=key, update=state.update + 1), metrics
 
     def act(policy, obs, key, greedy):
-        distribution = actor.apply(policy["actor"], normalize(policy["stats"], obs), silence)
+        inputs = normalize(policy["obs_stats"], obs)
+        distribution = actor.apply(policy["actor"], inputs, silence)
         if greedy:
             return distribution.mode()
         return distribution.sample(jax.random.normal(key, distribution.mean.shape))
 
     def policy_of(state):
-        first = jax.tree.map(lambda x: x[0], state.target_params["actor"])
-        return {"actor": first, "stats": state.stats}
+        return {"actor": state.target_params["actor"][0], "obs_stats": state.obs_stats}
 
     return common.Algo(init, update, act, policy_of)
 
