@@ -128,9 +128,10 @@ class Config:
         brains = len(self.bellman)
         for name in BRAIN_FIELDS:
             values = getattr(self, name)
-            least = int(type(values[0]) is int)  # of a count; rates and switches may be 0
-            if len(values) != brains or min(values) < least:
-                wanted = f"{brains} entries of at least {least}, one for each brain, are needed"
+            least = int(type(getattr(Config, name)[0]) is int)  # of a count; of a rate 0
+            most = 1 if name in ("her_ratio", "tau_actor", "tau_critic") else math.inf
+            if len(values) != brains or min(values) < least or max(values) > most:
+                wanted = f"{brains} entries of {least} to {most}, one for each brain, are needed"
                 raise ValueError(f"{name}={values}: {wanted} (bellman={self.bellman})")
         for k in range(brains):
             if not self.bellman[k] and not self.ppo_eps[k]:
@@ -290,6 +291,9 @@ class TrainState(NamedTuple):
     update: jax.Array  # [] int32
 
 
+MEASURED = ("count", "policy_loss", "value_loss", "approx_kl", "ess", "her_fraction", "reward")
+MEASURED += ("actor_grad_norm", "critic_grad_norm", "clip_fraction")  # the last if there is a range
+
 # --- targets and losses ---
 
 
@@ -424,8 +428,6 @@ def build(config: Config) -> common.Algo:
             return policy.mean if action is None else action
         return jnp.concatenate([policy.mean, jnp.exp(policy.log_std)], -1)
 
-    # acting
-
     def disturb(noise, key):
         """New noise for the weights of one layer, whichever."""
         key_layer, *keys = jax.random.split(key, 1 + len(noise))
@@ -451,8 +453,6 @@ def build(config: Config) -> common.Algo:
         xs = jax.random.normal(key_noise, (U, N, A)), jax.random.split(key_env, U)
         (obs, obs_stats, env_state), (traj, info) = jax.lax.scan(step, carry, xs)
         return state._replace(obs=obs, obs_stats=obs_stats, env_state=env_state), traj, info
-
-    # learning
 
     def recorded(state, rows):
         """Action, policy, reward and terminated [B, H, ...] of the steps from each row on."""
@@ -578,7 +578,7 @@ def build(config: Config) -> common.Algo:
             return learned, jax.tree.map(jnp.add, carry[1], aux)
 
         learned = state.params, state.target_params, state.opt_state
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), jax.eval_shape(step, end, learned)[1])
+        zeros = dict.fromkeys(MEASURED if brain.ppo_eps else MEASURED[:-1], jnp.zeros(()))
         (params, targets, opt_state), sums = jax.lax.fori_loop(first, end, add, (learned, zeros))
         state = state._replace(params=params, target_params=targets, opt_state=opt_state)
         return state, {f"brain{brain.index}/{name}": x for name, x in sums.items()}

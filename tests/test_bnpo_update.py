@@ -94,27 +94,29 @@ def inputs_of(state, obs):
 
 def networks(config):
     critic = bnpo.Critic(config, 2)
-    silence = tuple(jnp.zeros(x) for x in ((4, 8), (8, 1)))
-    policy = lambda params, x, noise=silence: bnpo.Actor(config, 1).apply(params, x, noise)
+    silence = jnp.zeros((4, 8)), jnp.zeros((8, 2))
+    policy = lambda params, x, noise=silence: bnpo.Actor(config, 2).apply(params, x, noise)
     told = lambda policy: jnp.concatenate([policy.mean, jnp.exp(policy.log_std)], -1)
     return policy, lambda params, x, policy: critic.apply(params, x, told(policy))
 
 
 def window_of(state, rows, b):
-    """Observations [H + 1, 4] and rewards [H, 2] of a row, with its goals."""
+    """Observations [H + 1, 4], rewards [H, 2] and ends [H] of a row, with its goals."""
     e, i, t = (int(x[b]) for x in (rows.slot, rows.env, rows.t))
     obs = np.array(state.replay.obs[e, i, t : t + H + 1])
     reward = np.array(state.replay.reward[e, i, t : t + H])
+    terminated = np.array(state.replay.terminated[e, i, t : t + H])
     if rows.relabel[b]:
         obs[:, 3:] = state.replay.obs[e, i, int(rows.h[b]) :][: H + 1, 3:]
-        reward = np.array(GOALS.compute_reward(obs[1:, 1:2], obs[1:, 3:], "proxy"))
-    return obs, reward
+        new = GOALS.compute_reward(obs[1:, 1:2], obs[1:, 3:], "proxy")
+        reward = np.where(terminated[:, None], reward, new)
+    return obs, reward, terminated
 
 
 def target_of(config, state, new, target_params, which, rows, b):
     """Target [2] of a row, and its first inputs, action and policy that acted."""
     policy_of, q_of = networks(config)
-    obs, reward = window_of(state, rows, b)
+    obs, reward, terminated = window_of(state, rows, b)
     inputs = inputs_of(new, obs)
     at = rows.slot[b], rows.env[b], rows.t[b] + np.arange(H)
     acted = jax.tree.map(lambda x: x[at], state.replay.policy)
@@ -125,7 +127,9 @@ def target_of(config, state, new, target_params, which, rows, b):
     y, weight = value[0], 1.0
     for j in range(n):
         after = bootstrap if j + 1 == n else value[j + 1]
-        y = y + weight * (reward[j] + config.gamma * after - value[j])
+        y = y + weight * (reward[j] + config.gamma * after * ~terminated[j] - value[j])
+        if terminated[j]:
+            break
         weight *= config.gamma * config.gae_lambda
     first = jax.tree.map(lambda x: x[0], acted)
     return y, (inputs[0], state.replay.action[at][0], first)
@@ -149,7 +153,7 @@ def losses(config, brain, state, new, rows, target, batch):
 
     def actor_loss(params):
         policy = policy_of(params, inputs, new.noise)
-        log_ratio = policy.log_prob(action) - old
+        log_ratio = (policy.log_prob(action) - old) / 2  # the mean over both actions
         if brain == 1:  # DDPG, which leaves the deviation alone
             held = policy._replace(log_std=jax.lax.stop_gradient(policy.log_std))
             q = q_of(state.params["critic"], inputs, held)
@@ -250,14 +254,16 @@ def test_likely_actions_are_preferred():
 def test_an_episode_is_stored_whole():
     """It begins anew; its rewards are those of the successors; the ring keeps the others."""
     _, found = frozen(is_denominator="behaviour")
+    assert found[-1][1].replay.terminated.any()
     for state, new, _, _ in found:
         slot = int(state.update) % W
         episode = jax.tree.map(lambda x: x[slot], new.replay)  # noqa: B023
         assert (np.abs(episode.obs[:, 0]) <= 0.05).all()
         after = episode.obs[:, 1:]
         reward = GOALS.compute_reward(after[..., 1:2], after[..., 3:], "proxy")
-        assert_allclose(episode.reward, reward)
-        assert not episode.terminated.any()
+        goes_on = ~episode.terminated
+        assert_allclose(episode.reward[goes_on], reward[goes_on])
+        assert (np.abs(after[:, :-1, 1]) <= 0.5).all()  # what follows an end is a start
         z = (episode.action - episode.policy.mean) / jnp.exp(episode.policy.log_std)
         assert len(np.unique(np.round(z, 4))) == z.size  # its own noise for every action
         others = np.arange(W) != slot
@@ -317,7 +323,7 @@ def test_the_exported_policy_is_a_target_actor_without_noise():
     expected = policy_of(state.target_params["actor"][0], inputs_of(state, obs))
     act = partial(algo.act, algo.policy_of(state), obs, jax.random.key(0))
     assert_allclose(act(True), expected.mean)
-    noise = jax.random.normal(jax.random.key(0), (3, 1))
+    noise = jax.random.normal(jax.random.key(0), (3, 2))
     assert_allclose(act(False), expected.mean + jnp.exp(expected.log_std) * noise)
 
 

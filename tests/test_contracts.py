@@ -526,6 +526,8 @@ def value_at(name, config, state, obs):
 
 # Programs of 20 seconds that the default suite leaves out: the other kind of actions is trained.
 SLOW_PROBES = {("bpo", "continuous")}
+# BNPO's actor has no biases: where one observation is all there is, it is 0, and so is the action.
+IMPOSSIBLE = {("bnpo", "action-continuous")}
 each_probe = [
     pytest.param(
         name,
@@ -535,6 +537,7 @@ each_probe = [
     for name in ALGOS
     for kind in KINDS[name]
     for probe in PROBES_OF[kind]
+    if (name, probe) not in IMPOSSIBLE
 ]
 
 
