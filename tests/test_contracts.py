@@ -488,13 +488,14 @@ LEARNING_OF = {
     "bnpo": {
         "reward_kind": "env",
         "her_strategy": "none",
-        "memory_size": (512, 2048),
-        "batch_size": (128, 64),
+        "memory_size": (1024, 2048),
+        "batch_size": (256, 128),
         "optim_batch_size": (1, 1),
         "learning_delay": (16, 8),
         "learning_repeat": (8.0, 4.0),
-        "lr_actor": (3e-3, 1e-3),
+        "lr_actor": (2e-3, 1e-3),
         "lr_critic": 3e-3,
+        "tau_actor": (0.02, 0.02),
     },
 }
 
