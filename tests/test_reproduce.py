@@ -11,10 +11,15 @@ from test_experiments import write_run
 
 import envs
 from algos import cli, datasets, rundir
-from experiments import reproduce, reproduce_brac, reproduce_p3o, reproduce_reppo
+from experiments import reproduce, reproduce_bnpo, reproduce_brac, reproduce_p3o, reproduce_reppo
 from experiments.reproduce import Job, command
 
-MODULES = {"reppo": reproduce_reppo, "p3o": reproduce_p3o, "brac": reproduce_brac}
+MODULES = {
+    "reppo": reproduce_reppo,
+    "p3o": reproduce_p3o,
+    "bnpo": reproduce_bnpo,
+    "brac": reproduce_brac,
+}
 JOBS = [
     (name, group, job)
     for name, module in MODULES.items()
@@ -42,7 +47,7 @@ def test_jobs_do_not_share_a_directory():
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("name", ["reppo", "p3o"])
+@pytest.mark.parametrize("name", ["reppo", "p3o", "bnpo"])
 def test_ablations_change_one_thing_each(name):
     configs = {job.name: vars(config_of(job)) for job in MODULES[name].GROUPS["ablations"]}
     default = configs.pop("default")
@@ -52,7 +57,7 @@ def test_ablations_change_one_thing_each(name):
         assert 1 <= len(changed) <= 1 + ("adaptive_kl" in changed), ablation
 
 
-@pytest.mark.parametrize("name", ["reppo", "p3o"])
+@pytest.mark.parametrize("name", ["reppo", "p3o", "bnpo"])
 def test_runs_of_a_task_have_equal_steps(name):
     jobs = MODULES[name].GROUPS["tasks"]
     for task in {job.task for job in jobs}:
@@ -130,6 +135,19 @@ def test_both_policies_are_in_the_table(tmp_path):
     assert f"| pendulum | bc | {greedy:.1f} [" in text
     assert "|  | 17.5 |" in text
     assert f"| {greedy + 1000:.1f} [" in text
+
+
+def test_episodes_to_a_return_are_counted(tmp_path, capsys, monkeypatch):
+    """Over seeds 18.5, 19.5 and 20.5 after 0, 100 and 200 steps, 32 in an episode of all."""
+    monkeypatch.setattr(reproduce, "run", lambda argv: None)
+    write_run(tmp_path / "solve" / reproduce_bnpo.TASK / "a1", offset=3.5)
+    write_run(tmp_path / "solve" / reproduce_bnpo.TASK / "ppo")
+    reproduce_bnpo.main(["solve", "--out", str(tmp_path)])
+    text = (tmp_path / "solve" / "table.md").read_text()
+    assert text == capsys.readouterr().out
+    assert text.endswith(
+        "| setting | here | published |\n|---|---|---|\n| a1 | 0, 7, - | 259, 279, 319 |\n"
+    )
 
 
 def test_a_failed_launch_stops_the_program():
