@@ -142,7 +142,8 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
         check_resumable(launch, arguments.launch)
     for field, (least, most) in BOUNDS.items():
         value = getattr(arguments.config, field, least)
-        if not least <= value <= most:
+        entries = value if isinstance(value, tuple) else (value,)
+        if not all(least <= x <= most for x in entries):
             wanted = f"at least {least}" if most == math.inf else f"{least} to {most}"
             raise ValueError(f"{field}={value}: {wanted} is needed")
     return arguments
