@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import difflib
-import itertools
 import math
 import re
 import sys
@@ -80,7 +79,11 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "sample_mult": (1, math.inf),
     **dict.fromkeys(("updates_per_step", "learning_starts"), (0, math.inf)),
     **dict.fromkeys(("batch_size", "buffer_size"), (1, math.inf)),
-    "polyak_tau": (0, 1),
+    **dict.fromkeys(("polyak_tau", "min_weight"), (0, 1)),
+    **dict.fromkeys(("critic_lr", "multiplier_lr", "temperature"), (0, math.inf)),
+    **dict.fromkeys(("value_penalty", "target_divergence"), (0, math.inf)),
+    "alpha": (0, 500),
+    **dict.fromkeys(("hidden", "critic_hidden"), (1, math.inf)),
 }
 
 
@@ -140,33 +143,44 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
     if chosen.resume:
         check_resumable(saved_config, arguments.config)
         check_resumable(launch, arguments.launch)
+    check_bounds(dataclasses.asdict(arguments.config))
+    return arguments
+
+
+def check_bounds(values: dict[str, Any]) -> None:
+    """ValueError if a field is outside its BOUNDS."""
     for field, (least, most) in BOUNDS.items():
-        value = getattr(arguments.config, field, least)
+        value = values.get(field, least)
         entries = value if isinstance(value, tuple) else (value,)
         if not all(least <= x <= most for x in entries):
             wanted = f"at least {least}" if most == math.inf else f"{least} to {most}"
             raise ValueError(f"{field}={value}: {wanted} is needed")
-    return arguments
 
 
 def with_sweeps(argv: list[str], config_type: type) -> list[str]:
     """`argv` with `--gamma 0.9 0.99`, several values of a number, as `--sweep gamma=0.9,0.99`."""
     numbers = {field.name for field in dataclasses.fields(config_type) if field.type is float}
-    rest: list[str] = []
-    items = []
-    while argv:
-        flag, *argv = argv
-        values = list(itertools.takewhile(is_number, argv))
-        field = flag.removeprefix("--").replace("-", "_")
-        if len(values) > 1 and field in numbers:
-            items.append(f"{field}={','.join(values)}")
-            argv = argv[len(values) :]
+    field_of = lambda flag: flag.partition("=")[0].removeprefix("--").replace("-", "_")
+    groups: list[list[str]] = [[]]  # a flag and its values each, but for what comes before any
+    for arg in argv:
+        if not arg.startswith("--"):
+            groups[-1].append(arg)
+        elif field_of(arg) in {"sweep", *numbers}:
+            groups.append(arg.split("=", 1))
         else:
-            rest.append(flag)
-    if items and "--sweep" not in rest:
-        rest.append("--sweep")
-    at = rest.index("--sweep") + 1 if items else 0
-    return [*rest[:at], *items, *rest[at:]]
+            groups.append([arg])
+    rest, items = groups[0], []
+    fields = [field_of(group[0]) for group in groups[1:]]
+    for field, (flag, *values) in zip(fields, groups[1:], strict=True):
+        if field == "sweep":
+            items += values
+        elif field in numbers and len(values) > 1 and all(map(is_number, values)):
+            if fields.count(field) > 1:
+                raise ValueError(f"{flag} is given twice: write all its values after one of them")
+            items.append(f"{field}={','.join(values)}")
+        else:
+            rest += [flag, *values]
+    return [*rest, "--sweep", *items] if items else rest
 
 
 def is_number(text: str) -> bool:

@@ -34,7 +34,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import envs
 from algos import common, logs, rundir
-from algos.cli import Launch, parse
+from algos.cli import Launch, check_bounds, parse
 
 # --- rows: every seed of every swept value ---
 
@@ -63,6 +63,7 @@ def make_rows(launch: Launch, config: Any, traceable: tuple[str, ...]) -> Rows:
             raise ValueError(f"--sweep {item!r} has a value that is not finite")
         grid[field] = numbers
         for value in numbers:
+            check_bounds({field: value})
             dataclasses.replace(config, **{field: value}).validate()
     if launch.num_seeds < 1 or launch.num_evals < 1 or launch.eval_episodes < 1:
         raise ValueError("--num-seeds, --num-evals and --eval-episodes must be at least 1")
@@ -125,6 +126,7 @@ class Program(NamedTuple):
     evaluate: Any  # state, key -> returns [R, K], lengths [R, K]; returns of further policies
     policies: Any  # state -> policies [R, ...]
     data: tuple  # what an offline algorithm learns from: shared arrays, then own ones [R, ...]
+    shared: int  # how many of `data` are shared
 
 
 def row_devices(num_rows: int) -> list[jax.Device]:
@@ -196,6 +198,7 @@ def make_program(config: Any, launch: Launch, build: Callable, rows: Rows) -> Pr
         evaluate=shard(jax.vmap(evaluate, (axes, None)), (specs, shared), (row, row, row)),
         policies=shard(jax.vmap(algo.policy_of, (axes,)), (specs,), row),
         data=data,
+        shared=data_axes.count(None),
     )
 
 
@@ -274,10 +277,11 @@ def replay_bytes(state: Any) -> int:
     return sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in replay)
 
 
-def data_bytes(data: tuple, state: Any) -> tuple[int, int]:
-    """Bytes of a dataset, which rows share, and of each row's own train state [R, ...]."""
-    own = sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in jax.tree.leaves(state))
-    return sum(x.nbytes for x in jax.tree.leaves(data)), own
+def data_bytes(program: Program, state: Any) -> tuple[int, int]:
+    """Bytes of the data that rows share, and of each row's own: its data and state [R, ...]."""
+    own = jax.tree.leaves((program.data[program.shared :], state))
+    shared = sum(x.nbytes for x in jax.tree.leaves(program.data[: program.shared]))
+    return shared, sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in own)
 
 
 # --- the run ---
@@ -325,7 +329,7 @@ class Session:
         self.update = 0
         self.seconds = {"compile": 0.0, "train": 0.0, "eval": 0.0}
         self.evals: dict[str, list] = {}  # as `rundir.write_evals` takes them
-        self.speed = 0.0  # environment steps per second of all rows, in the last interval
+        self.speed = 0.0  # steps per second of all rows, in the last interval
         self.dead = np.zeros(len(rows.seeds), bool)
         self.restored = None
         self.stop = False
@@ -340,7 +344,10 @@ class Session:
         if self.lead and launch.verbose:
             print(self.plan(), file=sys.stderr)
         self.program = make_program(config, launch, build, mine)
+        self.digests = [rundir.digest(x) for x in self.program.data]
         if launch.resume:
+            if self.lead:  # who wrote down what its rows learn from
+                rundir.check_data(self.run_dir, self.digests)
             self.restore()
         if self.lead:
             self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -368,15 +375,8 @@ class Session:
             "rows": {"seeds": self.rows.seeds.tolist(), "labels": self.rows.labels},
         }
         rundir.write_json(self.run_dir / "config.json", description)
-        meta = {
-            "command": " ".join(sys.argv),
-            "commit": logs.commit(),
-            "versions": logs.versions(),
-            "device": jax.devices()[0].device_kind,
-            "num_devices": len(self.devices) * jax.process_count(),
-            "cores": os.cpu_count(),
-            "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        }
+        meta = logs.surroundings() | {"data": self.digests}
+        meta["num_devices"] = len(self.devices) * jax.process_count()
         path = self.run_dir / "meta.json"
         if self.launch.resume and path.exists():
             first = json.loads(path.read_text())
@@ -395,8 +395,8 @@ class Session:
         replay = replay_bytes(traced.init.out_info) / 2**20
         kept = f", {replay:,.1f} MiB of replay for each row" if replay else ""
         if traced.data:
-            shared, own = (x / 2**20 for x in data_bytes(traced.data, traced.init.out_info))
-            kept = f", {shared:,.1f} MiB of it a dataset, {own:,.1f} MiB the state of each row"
+            shared, own = (x / 2**20 for x in data_bytes(traced, traced.init.out_info))
+            kept = f", {shared:,.1f} MiB of it a dataset, {own:,.1f} MiB what is each row's own"
         self.log.say(f"memory: at most about {mebibytes:,.0f} MiB on each device{kept}")
         with self.log.waiting("compiling"):
             self.program, state = compile_ahead(traced, rows)
@@ -487,17 +487,17 @@ class Session:
         clock = time.time()
         alive = lambda x: np.where(self.dead[:, None], np.nan, gather(np.asarray(x)))
         evaluated = jax.tree.map(alive, self.program.evaluate(state, evaluation_key()))
-        returns, lengths, further = evaluated
+        returns, lengths, others = evaluated
         self.seconds["eval"] += time.time() - clock
         step = self.update * self.config.steps_per_update
         entry = {"steps": step, "seconds": self.seconds["train"]}
         entry |= {"returns": returns, "lengths": lengths}
-        entry |= {f"{name}_returns": x for name, x in further.items()}
+        entry |= {f"{name}_returns": x for name, x in others.items()}
         for key, value in entry.items():
             self.evals.setdefault(key, []).append(value)
         self.write(
             {"eval/episodic_return": returns.mean(1), "eval/episodic_length": lengths.mean(1)}
-            | {f"eval/{name}_return": x.mean(1) for name, x in further.items()}
+            | {f"eval/{name}_return": x.mean(1) for name, x in others.items()}
         )
         if self.lead:
             rundir.write_evals(self.run_dir, self.evals)
@@ -575,6 +575,7 @@ class Session:
         for i in rows if self.lead else []:
             row = {k: v[i] for k, v in policies.items()}
             meta = {"seed": int(self.rows.seeds[i]), "label": self.rows.labels[i], "step": step}
+            meta["return"] = logs.jsonable(self.evals["returns"][-1][i].mean())
             rundir.save_arrays(self.run_dir / f"{prefix}_s{i:03d}.npz", row, meta)
             if prefix == "partial":
                 self.log.say(f"seed {self.rows.seeds[i]} reached the return: {prefix}_s{i:03d}.npz")
@@ -596,14 +597,15 @@ class Session:
             "results": [],
         }
         for label, index in rundir.groups(run):
-            final = run.returns[index, -1].mean(-1)
-            lo, hi = rundir.iqm_interval(final)
-            numbers = {"iqm": rundir.iqm(final), "interval": [lo, hi], "per_seed": final}
-            numbers = {name: logs.jsonable(value) for name, value in numbers.items()}
-            done["results"].append({"label": label, "n": len(index), **numbers})
+            numbers = rundir.final(run.returns[index])
+            others = {name: rundir.final(x[index]) for name, x in run.further.items()}
+            result = numbers | ({"further": others} if others else {})
+            result = {"label": label, "n": len(index)} | jax.tree.map(logs.jsonable, result)
+            done["results"].append(result)
+            lo, hi = numbers["interval"]
             self.log.say(
-                f"{label or 'final greedy return'}: IQM {rundir.iqm(final):.1f} "
-                f"[{lo:.1f}, {hi:.1f}], n={np.isfinite(final).sum()}/{len(index)}"
+                f"{label or 'final greedy return'}: IQM {numbers['iqm']:.1f} [{lo:.1f}, {hi:.1f}], "
+                f"n={np.isfinite(numbers['per_seed']).sum()}/{len(index)}"
             )
         done["seconds"] = self.seconds | {"wall": time.time() - self.started}
         rundir.write_json(self.run_dir / "done.json", done)

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -70,7 +71,7 @@ class Log:
 
     @contextlib.contextmanager
     def progress(self, total: int, done: int):
-        """Progress bar over environment steps, with speed and time left; terminals only."""
+        """Progress bar over steps, with speed and time left; terminals only."""
         hidden = None if self.verbose >= 1 else True  # None: hidden if not a terminal
         self.bar = tqdm.tqdm(
             total=total, initial=done, unit=" steps", unit_scale=True, disable=hidden, leave=False
@@ -204,6 +205,18 @@ def jsonable(value: Any) -> Any:
 
 
 # --- what a run was made with ---
+
+
+def surroundings() -> dict[str, Any]:
+    """Command, commit, versions and machine of this process."""
+    return {
+        "command": " ".join(sys.argv),
+        "commit": commit(),
+        "versions": versions(),
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
 
 
 def versions() -> dict[str, str]:

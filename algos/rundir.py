@@ -1,12 +1,13 @@
 """The run directory: what a launch leaves on disk, and how it is read again.
 
-    config.json  meta.json  metrics.jsonl  eval.npz  policy_s000.npz  done.json
+    config.json  meta.json  metrics.jsonl  eval.npz  policy_s000.npz  partial_s000.npz  done.json
     checkpoints/  plots/  videos/
 
 All of it is JSON or numpy arrays without pickles. `algos/launch.py` writes, experiments read.
 """
 
 import dataclasses
+import hashlib
 import importlib
 import itertools
 import json
@@ -126,7 +127,7 @@ class Run(NamedTuple):
     launch: dict[str, Any]
     labels: list[str]  # one per row: the swept values, or ""
     seeds: np.ndarray  # [R]
-    steps: np.ndarray  # [E] environment steps of one seed
+    steps: np.ndarray  # [E] steps of one seed: of environments, offline of gradients
     seconds: np.ndarray  # [E] of training, without compilation and evaluation
     returns: np.ndarray  # [R, E, K] greedy evaluation; NaN where a seed is dead
     lengths: np.ndarray  # [R, E, K]
@@ -190,7 +191,7 @@ def from_json(config_type: type, values: dict[str, Any]) -> Any:
 def read_policy(path: Path) -> tuple[Any, Any]:
     """The Algo and the parameters of an exported policy; ValueError if there is none."""
     if not path.exists():
-        found = sorted(p.name for p in path.parent.glob("policy_*.npz"))
+        found = sorted(p.name for p in path.parent.glob("*_s*.npz"))
         raise ValueError(f"{path} does not exist; there: {', '.join(found) or 'no policies'}")
     saved = read_description(path.parent)
     _, algo = load_algo(saved["algo"], saved["config"])
@@ -241,6 +242,25 @@ def rewind(run_dir: Path, step: int, write: bool) -> dict[str, list]:
     }
 
 
+def digest(tree: Any) -> str:
+    """SHA-256 of the leaves of a tree, their names and types."""
+    sha = hashlib.sha256()
+    for name, x in flatten(tree).items():
+        sha.update(f"{name} {x.dtype} {x.shape}".encode())
+        sha.update(np.ascontiguousarray(x).data)
+    return sha.hexdigest()
+
+
+def check_data(run_dir: Path, digests: list[str]) -> None:
+    """ValueError if a run learned from other data than these."""
+    path = run_dir / "meta.json"
+    saved = json.loads(path.read_text()).get("data", digests) if path.exists() else digests
+    if saved != digests:
+        raise ValueError(
+            f"cannot resume {run_dir}: the dataset or the clones are not those it learned from"
+        )
+
+
 def groups(run: Run) -> list[tuple[str, np.ndarray]]:
     """Rows of each swept value, in order: (label, indices); one group without a sweep."""
     labels = np.array(run.labels)
@@ -265,6 +285,12 @@ def iqm_interval(x: np.ndarray, num_resamples: int = 2000) -> tuple[float, float
     resampled = rng.choice(x, (num_resamples, len(x)))
     lo, hi = np.percentile(stats.trim_mean(resampled, 0.25, axis=1), [2.5, 97.5])
     return float(lo), float(hi)
+
+
+def final(returns: np.ndarray) -> dict[str, Any]:
+    """IQM, its interval and the value of each seed in the last evaluation of returns [R, E, K]."""
+    last = returns[:, -1].mean(-1)
+    return {"iqm": iqm(last), "interval": [*iqm_interval(last)], "per_seed": last}
 
 
 # --- curves ---
@@ -314,7 +340,7 @@ def plot_curves(runs: list[tuple[str, Run, np.ndarray]], path: Path, title: str)
                 axis.plot(x, per_seed, color=color, alpha=0.2, linewidth=0.7)
             axis.fill_between(x, lo, hi, color=color, alpha=0.2, linewidth=0)
             axis.plot(x, middle, color=color, linewidth=2, label=text)
-    axes[0].set(xlabel="environment steps per seed", ylabel="greedy return", title=title)
+    axes[0].set(xlabel="steps per seed", ylabel="greedy return", title=title)
     axes[1].set(xlabel="training seconds, all seeds", title="IQM, 95 % interval over seeds")
     axes[0].legend(loc="best", frameon=False)
     for axis in axes:

@@ -149,10 +149,10 @@ def test_gradient_steps_by_hand(monkeypatch):
 def test_maximum_likelihood_alone():
     """Without the floor the weight is 0 and stays there, and noise does not matter."""
     config = config_of(entropy_floor=False)
-    states = [first_state(config)._replace(key=jax.random.key(i)) for i in (1, 1)]
-    assert states[0].params["entropy_weight"] == 0.0
-    after, metrics = update_of(config)(states[0], rows_of(1))
-    other, _ = update_of(config)(states[1]._replace(key=jax.random.key(7)), rows_of(1))
+    state = first_state(config)
+    assert state.params["entropy_weight"] == 0.0
+    after, metrics = update_of(config)(state, rows_of(1))
+    other, _ = update_of(config)(state._replace(key=jax.random.key(7)), rows_of(1))
     tiny.assert_same(after.params, other.params)
     assert after.params["entropy_weight"] == 0.0
     assert "losses/entropy_weight" not in metrics
@@ -170,7 +170,7 @@ def test_the_dataset_is_an_argument():
     traced = program.train.trace(state, hparams, jnp.int32(1), rows)
     assert max([x.size for x in traced.jaxpr.consts], default=0) < rows.action.size
     floats = 64 * (4 + 1)
-    shared, own = launch.data_bytes(program.data, state)
+    shared, own = launch.data_bytes(program, state)
     assert shared == 4 * floats
     # weights 4 x 8 + 8 + 8 x 2 + 2 and v, with two moments each; two counters, a key, a counter
     assert own == 4 * 3 * (58 + 1) + 2 * 4 + 8 + 4

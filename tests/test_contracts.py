@@ -365,16 +365,18 @@ def test_command_line_end_to_end(lab, trained, tmp_path, monkeypatch, signals):
     assert rundir.from_json(lab.module.Config, run.config) == lab.config
     assert run.steps.tolist() == [0, 96, 192]
     assert run.returns.shape == run.lengths.shape == (2, 3, 2)
-    returns, _, further = lab.program.evaluate(state, launch.evaluation_key())
+    returns, _, others = lab.program.evaluate(state, launch.evaluation_key())
     np.testing.assert_array_equal(run.returns[:, -1], returns)
-    assert run.further.keys() == further.keys()
-    for policy, played in further.items():
+    assert run.further.keys() == others.keys()
+    for policy, played in others.items():
         np.testing.assert_array_equal(run.further[policy][:, -1], played)
+        known = run.done["results"][0]["further"][policy]
+        np.testing.assert_allclose(known["per_seed"], played.mean(1))
     assert run.done["steps"] == 192
     with open(run_dir / "metrics.jsonl") as file:
         lines = [json.loads(line) for line in file]
     assert [line["global_step"] for line in lines] == [0, 96, 96, 192, 192]
-    assert all(f"eval/{policy}_return" in lines[-1] for policy in further)
+    assert all(f"eval/{policy}_return" in lines[-1] for policy in others)
     check_means(lines[1], arrays(lab.train(lab.start(), 3)[1]), 3)
 
     algo = lab.module.build(lab.config)

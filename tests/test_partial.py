@@ -25,7 +25,9 @@ def test_partial_policies(tmp_path):
     for i in range(2):
         with np.load(run_dir / f"partial_s00{i}.npz") as file:
             saved = {name: file[name] for name in file.files}
-        assert json.loads(str(saved.pop("__meta__"))) == {"seed": i, "label": "", "step": 96}
+        reached = float(rundir.read_run(run_dir).returns[i, 1].mean())
+        wanted = {"seed": i, "label": "", "step": 96, "return": reached}
+        assert json.loads(str(saved.pop("__meta__"))) == wanted
         assert any("kernel" in name for name in saved)
         for name, x in saved.items():
             whole_name = name.replace("['actor']", ".params['actor']").replace(

@@ -94,7 +94,8 @@ def test_a_run_is_rewound_with_its_further_policies(tmp_path):
     evals = rundir.rewind(run_dir, 200, write=False)
     evals["max_q_returns"] = [x + 7.0 for x in evals["returns"]]
     rundir.write_evals(run_dir, evals)
-    np.testing.assert_array_equal(rundir.read_run(run_dir).further["max_q"], run.returns + 7.0)
+    others = rundir.read_run(run_dir).further
+    np.testing.assert_array_equal(others["max_q"], run.returns + 7.0)
     evals = rundir.rewind(run_dir, 100, write=False)
     assert evals["steps"] == [0, 100]
     assert evals.keys() == {"steps", "seconds", "returns", "lengths", "max_q_returns"}
