@@ -136,22 +136,10 @@ SMALL = {
     "hidden": (64, 64), "critic_hidden": (64, 64),
 }
 PHYSICS = {"num_envs": 128, "updates_per_step": 0.25}
-BRAX = {  # everything a task's own preset may have changed, to Brax's values
-    "total_timesteps": 6_553_600, "num_envs": 128, "num_steps": 1, "updates_per_step": 0.5,
-    "batch_size": 512, "buffer_size": 2**20, "learning_starts": 8192, "learning_rate": 6e-4,
-    "gamma": 0.997, "target_entropy_mult": 0.5, "normalize_obs": True, "reward_scale": 30.0,
-    "hidden": (256, 256), "critic_hidden": (256, 256),
-}
 PRESETS: dict[str, dict[str, Any]] = {
     # tasks
     "pendulum": SMALL, "inverted_pendulum": SMALL, "reacher": SMALL,
     **dict.fromkeys(("hopper", "walker2d", "halfcheetah", "ant"), PHYSICS),
-    # published sizes
-    "brax_hopper": BRAX,
-    "brax_walker2d": {
-        **BRAX, "total_timesteps": 7_864_320, "updates_per_step": 0.25, "batch_size": 128,
-        "reward_scale": 5.0,
-    },
 }
 # fmt: on
 
@@ -213,6 +201,7 @@ class Transition(NamedTuple):
     reward: jax.Array
     terminated: jax.Array
     next_obs: jax.Array  # true successor, never a reset observation
+    valid: jax.Array  # the physics was finite
 
 
 class TrainState(NamedTuple):
@@ -241,19 +230,21 @@ def soft_target(reward, terminated, next_value, log_prob, temperature, gamma):
     return jax.lax.stop_gradient(reward + jnp.where(terminated, 0.0, gamma) * soft_value)
 
 
-def critic_loss(value, target):
+def critic_loss(value, target, valid):
     """Sum over critics of the mean squared error of values [2, B] to targets [B]."""
-    return ((value - target) ** 2).mean(-1).sum()
+    return jnp.where(valid, (value - target) ** 2, 0.0).mean(-1).sum()
 
 
-def policy_loss(value, log_prob, temperature):
+def policy_loss(value, log_prob, temperature, valid):
     """Mean over states of entropy's cost minus the smaller of the values [2, B]."""
-    return (jax.lax.stop_gradient(temperature) * log_prob - value.min(0)).mean()
+    loss = jax.lax.stop_gradient(temperature) * log_prob - value.min(0)
+    return jnp.where(valid, loss, 0.0).mean()
 
 
-def temperature_loss(temperature, log_prob, target_entropy):
+def temperature_loss(temperature, log_prob, target_entropy, valid):
     """Loss whose gradient raises the temperature while the entropy is below its target."""
-    return temperature * jax.lax.stop_gradient(-log_prob - target_entropy).mean()
+    surplus = jax.lax.stop_gradient(-log_prob - target_entropy)
+    return temperature * jnp.where(valid, surplus, 0.0).mean()
 
 
 # --- build ---
@@ -287,7 +278,7 @@ def build(config: Config) -> common.Algo:
             params=params,
             target_params=params["critic"],
             opt_state={name: optimizer.init(params[name]) for name in params},
-            replay=jax.tree.map(empty, Transition(obs, action, scalar, flag, obs)),
+            replay=jax.tree.map(empty, Transition(obs, action, scalar, flag, obs, flag)),
             obs_stats=common.Stats.empty((env.obs_size,)),
             obs=obs,
             env_state=env_state,
@@ -320,7 +311,8 @@ def build(config: Config) -> common.Algo:
             action = jnp.where(state.update < config.random_updates, uniform, learned)
             next_obs, env_state, reward, terminated, _, info = env.step(key, env_state, action)
             final_obs = info.pop("final_observation")
-            transition = Transition(obs, action, reward, terminated, final_obs)
+            valid = ~info["env_nan"]
+            transition = Transition(obs, action, reward, terminated, final_obs, valid)
             return (next_obs, env_state), (transition, info)
 
         xs = noise, uniform, jax.random.split(key_env, T)
@@ -336,7 +328,7 @@ def build(config: Config) -> common.Algo:
             jnp.exp(params["temperature"]), config.gamma,
         )  # fmt: skip
         value = critic.apply(critic_params, batch.obs, batch.action)
-        loss = critic_loss(value, target)
+        loss = critic_loss(value, target, batch.valid)
         return loss, {
             "losses/qf_loss": loss,
             "losses/q_data": value.mean(),
@@ -346,7 +338,7 @@ def build(config: Config) -> common.Algo:
     def policy_loss_fn(actor_params, params, batch, key):
         action, log_prob = draw(actor_params, batch.obs, key)
         value = critic.apply(params["critic"], batch.obs, action)
-        loss = policy_loss(value, log_prob, jnp.exp(params["temperature"]))
+        loss = policy_loss(value, log_prob, jnp.exp(params["temperature"]), batch.valid)
         return loss, {
             "losses/policy_loss": loss,
             "losses/q_policy": value.mean(),
@@ -356,8 +348,9 @@ def build(config: Config) -> common.Algo:
 
     def temperature_loss_fn(log_temperature, params, batch, key):
         _, log_prob = draw(params["actor"], batch.obs, key)
-        loss = temperature_loss(jnp.exp(log_temperature), log_prob, target_entropy)
-        return loss, {"losses/temperature": jnp.exp(log_temperature)}
+        temperature = jnp.exp(log_temperature)
+        loss = temperature_loss(temperature, log_prob, target_entropy, batch.valid)
+        return loss, {"losses/temperature": temperature}
 
     def descend(name, loss_fn, params, opt_state, *args):
         """One step of Adam on one of the three: params, opt_state, metrics."""

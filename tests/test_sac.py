@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from tiny import assert_allclose
 
+import envs
 from algos import common, launch, sac
 
 # In one worker, so that updates are compiled once.
@@ -44,26 +45,30 @@ def test_target_by_hand(temperature, terminated, expected):
 def test_losses_are_those_of_a_double_loop(seed, temperature, gamma):
     rng = np.random.default_rng(seed)
     reward, log_prob = rng.normal(size=(2, 5))
-    terminated = rng.random(5) < 0.3
+    terminated, valid = rng.random(5) < 0.3, rng.random(5) < 0.7
     value, next_value = rng.normal(size=(2, 2, 5))
-    target, q_loss, pi_loss = np.zeros(5), 0.0, 0.0
+    target, q_loss, pi_loss, alpha_loss = np.zeros(5), 0.0, 0.0, 0.0
     for b in range(5):
         soft_value = min(next_value[0, b], next_value[1, b]) - temperature * log_prob[b]
         target[b] = reward[b] + (0.0 if terminated[b] else gamma * soft_value)
+        if not valid[b]:  # weighs nothing, and the rest no more than before
+            continue
+        alpha_loss += temperature * (-log_prob[b] + 2.0) / 5
         for i in range(2):
             q_loss += (value[i, b] - target[b]) ** 2 / 5
         pi_loss += (temperature * log_prob[b] - min(value[0, b], value[1, b])) / 5
     actual = sac.soft_target(reward, terminated, next_value, log_prob, temperature, gamma)
     assert_allclose(actual, target)
-    assert_allclose(sac.critic_loss(value, target), q_loss)
-    assert_allclose(sac.policy_loss(value, log_prob, temperature), pi_loss)
+    assert_allclose(sac.critic_loss(value, target, valid), q_loss)
+    assert_allclose(sac.policy_loss(value, log_prob, temperature, valid), pi_loss)
+    assert_allclose(sac.temperature_loss(temperature, log_prob, -2.0, valid), alpha_loss)
 
 
 def test_no_gradient_passes_through_the_target():
     def loss(reward, next_value, log_prob, temperature):
         ended = jnp.zeros(3, bool)
         target = sac.soft_target(reward, ended, next_value, log_prob, temperature, 0.9)
-        return sac.critic_loss(jnp.ones((2, 3)), target)
+        return sac.critic_loss(jnp.ones((2, 3)), target, True)
 
     grads = jax.grad(loss, (0, 1, 2, 3))(jnp.ones(3), jnp.ones((2, 3)), jnp.ones(3), 0.5)
     assert all((x == 0).all() for x in jax.tree.leaves(grads))
@@ -72,7 +77,7 @@ def test_no_gradient_passes_through_the_target():
 def test_gradient_of_the_policy_loss():
     """Through the smaller value and the log-probability, and not into the temperature."""
     value, log_prob = jnp.array([[1.0, 5.0], [2.0, 3.0]]), jnp.array([0.3, -0.2])
-    grads = jax.grad(sac.policy_loss, (0, 1, 2))(value, log_prob, 0.4)
+    grads = jax.grad(sac.policy_loss, (0, 1, 2))(value, log_prob, 0.4, True)
     assert_allclose(grads[0], [[-0.5, 0.0], [0.0, -0.5]])
     assert_allclose(grads[1], [0.2, 0.2])
     assert grads[2] == 0.0
@@ -80,7 +85,7 @@ def test_gradient_of_the_policy_loss():
 
 @pytest.mark.parametrize(("entropy", "sign"), [(-1.5, -1), (-2.5, 1)])
 def test_temperature_falls_while_entropy_is_above_its_target(entropy, sign):
-    loss = lambda log, log_prob: sac.temperature_loss(jnp.exp(log), log_prob, -2.0)
+    loss = lambda log, log_prob: sac.temperature_loss(jnp.exp(log), log_prob, -2.0, True)
     grads = jax.grad(loss, (0, 1))(jnp.log(0.3), jnp.full(4, -entropy))
     assert_allclose(grads[0], 0.3 * (entropy + 2.0))
     assert np.sign(-grads[0]) == sign  # the step of descent
@@ -209,6 +214,26 @@ def test_what_is_not_written_yet_is_never_replayed():
     assert common.all_finite((states[4].params, metrics))
 
 
+def test_broken_physics_is_not_learned_from(monkeypatch):
+    """The replay knows which steps were broken; their losses are above."""
+    make = envs.make
+
+    def broken(*args, **kwargs):
+        env = make(*args, **kwargs)
+
+        def step(key, state, action):
+            *rest, info = env.step(key, state, action)
+            return *rest, info | {"env_nan": info["final_observation"][:, 0] == 2}
+
+        return env._replace(step=step)
+
+    monkeypatch.setattr(envs, "make", broken)
+    algo = sac.build(COUNTER)
+    replay = jax.jit(algo.update)(algo.init(jax.random.key(0)))[0].replay
+    np.testing.assert_array_equal(replay.valid[:32], replay.next_obs[:32, 0] != 2)
+    assert 0 < replay.valid[:32].sum() < 32
+
+
 def test_statistics_are_of_what_was_observed_and_replay_is_not_normalised():
     states, _ = states_of(COUNTER, 2)
     rows = states[2].replay.obs[:64]
@@ -318,11 +343,11 @@ def test_gradient_steps_by_hand(monkeypatch):
 
 
 def test_bytes_of_the_replay():
-    """128 transitions: two observations of 4 numbers, an action, a reward, an end."""
+    """128 transitions: two observations of 4 numbers, an action, a reward, two flags."""
     state = jax.eval_shape(
         jax.vmap(sac.build(config_of()).init), jax.random.split(jax.random.key(0))
     )
-    assert launch.replay_bytes(state) == 128 * (2 * 16 + 4 + 4 + 1)
+    assert launch.replay_bytes(state) == 128 * (2 * 16 + 4 + 4 + 1 + 1)
 
 
 @pytest.mark.parametrize(
