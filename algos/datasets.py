@@ -1,8 +1,9 @@
-"""Datasets of transitions: reading, checking and writing them, on the host.
+"""Datasets of transitions, and clones of who collected them: reading, checking, on the host.
 
     load("hopper-pure.npz", env)      # a file of experiments/collect_data.py
     load("foreign.hdf5", env)         # episodes as Minari stores them, or D4RL's flat arrays
     load("minari:NAME", env)          # a Minari dataset on this machine
+    load_clones("bc-hopper", env, hidden, seeds)    # policies of a run of bc.py
 
 Offline algorithms get the arrays as arguments of their compiled program. Rows are in the order in
 which they were collected; within an episode `next_obs` and `next_action` are the next row's `obs`
@@ -38,6 +39,8 @@ class Dataset(NamedTuple):
 
 # --- reading ---
 
+HDF5 = (".hdf5", ".h5")  # suffixes of what is read as HDF5
+
 
 def load(source: str, env: envs.Env) -> Dataset:
     """Read a dataset for `env`; ValueError in one line if there is none, or it does not fit."""
@@ -46,7 +49,7 @@ def load(source: str, env: envs.Env) -> Dataset:
     path = minari_path(source[7:]) if source.startswith("minari:") else Path(source)
     if not path.is_file():
         raise ValueError(f"dataset {source!r} does not exist, or is not a file")
-    if path.suffix in (".hdf5", ".h5"):
+    if path.suffix in HDF5:
         dataset = read_hdf5(path)
     else:
         dataset, meta = read(path)
@@ -65,6 +68,8 @@ def read(path: Path) -> tuple[Dataset, dict[str, Any]]:
                 raise ValueError(f"no {', '.join(sorted(missing))}")
             dataset = Dataset(*(file[name] for name in Dataset._fields))
             meta = json.loads(str(file["__meta__"]))
+            if not isinstance(meta, dict) or "env" not in meta:
+                raise ValueError("its metadata names no env")
     except (zipfile.BadZipFile, EOFError, OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged or no dataset: {error}") from None
     return dataset, meta
@@ -79,7 +84,12 @@ def check(dataset: Dataset, source: str, env: envs.Env) -> None:
     """Raise ValueError if the rows cannot be of `env`, or would poison what is learned."""
     if env.discrete:
         raise ValueError(f"{env.name} has discrete actions, and datasets have continuous ones")
-    n = len(dataset.obs)
+    for name, x in dataset._asdict().items():
+        kind = "b" if name in ("terminated", "truncated") else "f"
+        if x.dtype.kind != kind:
+            kinds = {"b": "bool", "f": "float"}
+            raise ValueError(f"{source}: {name} is {x.dtype}, and {kinds[kind]} is needed")
+    n = dataset.obs.shape[0] if dataset.obs.ndim else 1
     if not n:
         raise ValueError(f"{source} has no rows")
     wanted = {"obs": (env.obs_size,), "action": (env.action_size,)}
@@ -93,6 +103,12 @@ def check(dataset: Dataset, source: str, env: envs.Env) -> None:
         rows = np.flatnonzero(~np.isfinite(x).reshape(n, -1).all(1))
         if len(rows):
             raise ValueError(f"{source}: {name} is not finite in {len(rows)} rows, first {rows[0]}")
+    rows = np.flatnonzero(dataset.terminated & dataset.truncated)
+    if len(rows):
+        raise ValueError(
+            f"{source}: {len(rows)} rows, first {rows[0]}, are terminated and truncated: a step "
+            "that failed is not cut"
+        )
     for name in ("action", "next_action"):
         rows = np.flatnonzero((np.abs(getattr(dataset, name)) > 1.0 + 1e-5).any(1))
         if len(rows):
@@ -152,7 +168,7 @@ def read_hdf5(path: Path) -> Dataset:
         with h5py.File(path, "r") as file:
             flat = "observations" in file
             return from_episodes(flat_episodes(file) if flat else minari_episodes(file))
-    except (OSError, KeyError, AttributeError, TypeError, ValueError) as error:
+    except (OSError, LookupError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged or no dataset: {error}") from None
 
 
@@ -218,12 +234,21 @@ def load_clones(run_dir: str, env: envs.Env, hidden: tuple[int, ...], seeds: Ite
         raise ValueError(
             f"behavior={run_dir} has hidden={layers}, the policy {hidden}: make them equal"
         )
-    row_of = {seed: row for row, seed in reversed([*enumerate(saved["rows"]["seeds"])])}
+    row_of = {seed: row for row, seed in enumerate(saved["rows"]["seeds"])}
+    if len(row_of) < len(saved["rows"]["seeds"]):
+        raise ValueError(
+            f"behavior={run_dir} has several policies of each seed, for it is a sweep: give a run "
+            "of bc with one value"
+        )
     absent = sorted({int(seed) for seed in seeds} - row_of.keys())
     if absent:
         raise ValueError(
             f"behavior={run_dir} has no seed {absent[0]} but {sorted(row_of)}: clone the same seeds"
         )
-    files = (Path(run_dir) / f"policy_s{row_of[int(seed)]:03d}.npz" for seed in seeds)
-    trees = [rundir.read_policy(file)[1]["actor"] for file in files]
-    return jax.tree.map(lambda *x: np.stack(x), *trees)
+    trees = {}
+    for seed in sorted({int(seed) for seed in seeds}):  # rows of a sweep share their seed's
+        path = Path(run_dir) / f"policy_s{row_of[seed]:03d}.npz"
+        trees[seed] = rundir.read_policy(path)[1]["actor"]
+        if not all(np.isfinite(x).all() for x in jax.tree.leaves(trees[seed])):
+            raise ValueError(f"{path} is of a dead seed, it is not finite: leave seed {seed} out")
+    return jax.tree.map(lambda *x: np.stack(x), *(trees[int(seed)] for seed in seeds))

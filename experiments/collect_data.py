@@ -25,6 +25,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -141,6 +142,7 @@ def collect(env: envs.Env, act: Callable, count: int, key: jax.Array, advance: C
     """`count` steps, cut into streams of one environment each; the last row of each is an end.
 
     The action at the end of an episode is the policy's at the true successor, and is not taken.
+    Steps of broken physics are left out: the step before is an end that was cut.
     """
     length = -(-count // env.num_envs)
     key_reset, key_act, key = jax.random.split(key, 3)
@@ -157,7 +159,8 @@ def collect(env: envs.Env, act: Callable, count: int, key: jax.Array, advance: C
         next_action = act(next_obs, key_next)
         row = Dataset(obs, action, reward, next_obs, next_action, terminated, truncated)
         ended = (terminated | truncated)[:, None]
-        return (fresh, env_state, jnp.where(ended, act(fresh, key_fresh), next_action)), row
+        carry = fresh, env_state, jnp.where(ended, act(fresh, key_fresh), next_action)
+        return carry, (*row, info["env_nan"])
 
     chunk = jax.jit(functools.partial(jax.lax.scan, step))
     chunks = []
@@ -166,9 +169,12 @@ def collect(env: envs.Env, act: Callable, count: int, key: jax.Array, advance: C
         chunks.append(jax.device_get(rows))
         advance(min(CHUNK * env.num_envs, count - i * CHUNK * env.num_envs))
     streams = [np.swapaxes(np.concatenate(x)[:length], 0, 1) for x in zip(*chunks, strict=True)]
-    dataset = Dataset(*(x.reshape(-1, *x.shape[2:])[:count] for x in streams))
+    *columns, broken = (x.reshape(-1, *x.shape[2:])[:count] for x in streams)
+    dataset = Dataset(*columns)
     last = (np.arange(count) % length == length - 1) | (np.arange(count) == count - 1)
-    return dataset._replace(truncated=(dataset.truncated | last) & ~dataset.terminated)
+    cut = dataset.truncated | last | np.roll(broken, -1)
+    dataset = dataset._replace(truncated=cut & ~dataset.terminated)
+    return Dataset(*(x[~broken] for x in dataset))
 
 
 def collect_part(task: str, act: Callable, count: int, key: jax.Array, advance: Callable):
@@ -199,7 +205,7 @@ def finished(path: Path, description: dict[str, Any]) -> tuple[Dataset, dict] | 
     if not path.exists():
         return None
     dataset, meta = datasets.read(path)
-    if meta["of"] != description:
+    if meta.get("of") != description:
         raise ValueError(f"{path.parent} is of another command: delete it or choose another --out")
     return dataset, meta["returns"]
 
@@ -264,10 +270,14 @@ def run(args: argparse.Namespace) -> None:
     minari_dataset = args.format == "minari"
     out = datasets.minari_root() / args.out if minari_dataset else Path(args.out)
     if minari_dataset:
+        if not re.search(r"-v\d+$", args.out):
+            raise ValueError(f"--out {args.out}: Minari's names end with a version: {args.out}-v0")
         try:
             import minari  # noqa: F401  # here, not after hours of collection
         except ImportError:
             raise ImportError('--format minari: pip install -e ".[minari]"') from None
+    elif out.suffix in datasets.HDF5:
+        raise ValueError(f"--out {out}: it would be read as HDF5: {out.with_suffix('.npz')}")
     if out.exists():
         raise ValueError(f"{out} exists already: choose another --out")
     counts = counts_of(args.steps, parts)
@@ -296,8 +306,8 @@ def run(args: argparse.Namespace) -> None:
             done.append(part)
     dataset = Dataset(*map(np.concatenate, zip(*(part for part, _ in done), strict=True)))
     datasets.check(dataset, str(out), env)
-    for about, (_, returns) in zip(description["parts"], done, strict=True):
-        about["returns"] = returns
+    for about, (part, returns) in zip(description["parts"], done, strict=True):
+        about |= {"returns": returns, "broken": about["count"] - len(part.obs)}
     meta = description | {"commit": logs.commit(), "versions": logs.versions()}
     if minari_dataset:
         write_minari(args.out, dataset, meta)
@@ -310,6 +320,7 @@ def run(args: argparse.Namespace) -> None:
         print(
             f"  {about['count']:>9,}  {name} eps={about['eps']:g} std={about['std']:g}: "
             f"return {returns['mean']:.1f} +- {returns['std']:.1f}"
+            + (f", without {about['broken']:,} of broken physics" if about["broken"] else "")
         )
 
 

@@ -168,6 +168,30 @@ def test_rows_of_a_collection(task, size, terminates, monkeypatch):
     np.testing.assert_array_equal(time(dataset.obs)[[0, 84, 168]], 0)
 
 
+def test_broken_physics_is_left_out(monkeypatch):
+    """Every fifth step of each stream breaks: it is dropped, and the step before it is cut."""
+    make = envs.make("tiny:counter", 2, stagger=False)
+
+    def step(key, state, action):
+        state, time = state
+        obs, state, reward, _, _, info = make.step(key, state, action)
+        broken = jnp.full(2, time % 5 == 4)
+        ended = info["returned"] | broken
+        return obs, (state, time + 1), reward, broken, ended & ~broken, info | {"env_nan": broken}
+
+    def reset(key):
+        obs, state = make.reset(key)
+        return obs, (state, jnp.int32(0))
+
+    env = make._replace(reset=reset, step=step)
+    dataset = collect_data.collect(env, uniform(2), 40, jax.random.key(0), lambda n: None)
+    assert len(dataset.obs) == 32
+    assert not dataset.terminated.any()
+    row = np.arange(32)
+    wanted = row % 4 == 3  # before the broken one, where the episode of four ends too
+    np.testing.assert_array_equal(dataset.truncated[wanted], True)
+
+
 # --- the program ---
 
 
@@ -238,17 +262,26 @@ def test_interrupted_and_run_again_is_the_same_dataset(mixture, tmp_path, monkey
         (["sac/policy_s007.npz"], "does not exist; there: policy_s000.npz"),
         (["sac/policy_s000.npz", "--env", "pendulum"], "are of gymnax/Pendulum-v1, tiny:balance"),
         (["sac/policy_s000.npz", "--type", "eps1", "--steps", "2"], "are too few"),
+        (["sac/policy_s000.npz", "--out", "data.hdf5"], "would be read as HDF5: data.npz"),
+        (["p.npz", "--format", "minari", "--out", "tiny/balance"], "version: tiny/balance-v0"),
     ],
 )
 def test_bad_input_is_one_line(mixture, tmp_path, monkeypatch, capsys, argv, message):
     monkeypatch.chdir(mixture.parent)
     with pytest.raises(SystemExit) as status:
-        run(*argv, "--out", tmp_path / "data.npz")
+        run("--out", tmp_path / "data.npz", *argv)
     assert status.value.code == 2
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_part_that_is_none_is_refused(tmp_path):
+    datasets.write(tmp_path / "0.npz", tiny.transitions(4), {"env": "tiny:balance"})
+    with pytest.raises(ValueError, match="is of another command"):
+        collect_data.finished(tmp_path / "0.npz", {"env": "tiny:balance"})
+    assert collect_data.finished(tmp_path / "1.npz", {}) is None
 
 
 def test_uniform_actions_need_a_task(tmp_path, capsys):

@@ -59,6 +59,10 @@ def with_value(name, row, value):
             r"outside \[-1, 1\] in 1 rows, first 5, .* 1.7:",
         ),
         (changed(**with_value("next_action", 5, 1.01)), r"next_action is outside"),
+        (changed(obs=np.float32(1.0)), r"has obs \[\], action"),
+        (changed(reward=np.array(["1"] * 20)), r"reward is <U1, and float is needed"),
+        (changed(terminated=np.zeros(20, np.float32)), r"terminated is float32, and bool is"),
+        (changed(**with_value("truncated", 4, True)), r"1 rows, first 4, are terminated and trunc"),
     ],
 )
 def test_rows_that_do_not_fit_are_refused(tmp_path, dataset, message):
@@ -88,6 +92,8 @@ def harmed(path, harm):
     elif harm == "a folder":
         path.unlink()
         path.mkdir()
+    elif harm.startswith("{") or harm.startswith("["):
+        np.savez(path, **tiny.transitions(20)._asdict(), __meta__=harm)
     elif harm == "another task":
         write(path, tiny.transitions(20), env="brax/hopper")
     return str(path)
@@ -100,6 +106,8 @@ def harmed(path, harm):
         ("foreign", "damaged or no dataset"),
         ("other arrays", "no __meta__|no action, next_action"),
         ("pickled", "damaged or no dataset"),
+        ('{"of": 1}', "its metadata names no env"),
+        ('["env"]', "its metadata names no env"),
         ("missing", "does not exist, or is not a file"),
         ("a folder", "does not exist, or is not a file"),
         (
@@ -241,10 +249,13 @@ def test_bad_hdf5_is_refused(tmp_path, monkeypatch):
     h5py = pytest.importorskip("h5py")
     with pytest.raises(ValueError, match="damaged or no dataset"):
         datasets.load(str(path), ENV)
-    with h5py.File(path, "w") as file:
-        file["observations"] = np.zeros((3, 4))
-    with pytest.raises(ValueError, match="damaged or no dataset"):
-        datasets.load(str(path), ENV)
+    for rows in (3, 0):  # with nothing beside them, and an empty file
+        with h5py.File(path, "w") as file:
+            file["observations"] = np.zeros((rows, 4))
+            for name in ("actions", "rewards", "terminals", "timeouts") if not rows else ():
+                file[name] = np.zeros((0, 1) if name == "actions" else 0)
+        with pytest.raises(ValueError, match="damaged or no dataset"):
+            datasets.load(str(path), ENV)
 
 
 def test_metadata_is_json(tmp_path):
