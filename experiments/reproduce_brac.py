@@ -11,6 +11,8 @@ groups:
 The tables have both policies of BRAC, and the mean return of the policies that collected.
 """
 
+import json
+import os
 import sys
 from pathlib import Path
 
@@ -29,7 +31,8 @@ POLICIES = {
 ROWS = {"pendulum": 100_000, "hopper": 200_000}
 SMALL = "--dataset {here}/data.npz --total-timesteps 30000 --num-evals 6 --batch-size 128"
 SMALL += " --hidden 64 64"
-ACTOR_CRITIC = f"{SMALL} --critic-hidden 64 64 --warm-start 2000 --learning-rate 3e-4"
+CRITIC = f"{SMALL} --critic-hidden 64 64"
+ACTOR_CRITIC = f"{CRITIC} --warm-start 2000 --learning-rate 3e-4"
 CLONED = f"{ACTOR_CRITIC} --behavior {{here}}/bc"
 LEARNERS = {
     "bc": ("bc", SMALL),
@@ -38,7 +41,7 @@ LEARNERS = {
     "brac_mmd_vp": ("brac", f"{CLONED} --alpha 1 10 100 --preset mmd"),
     "brac_dual_kl_pr": ("brac", f"{ACTOR_CRITIC} --alpha 0.1 1 10 --preset dual"),
     "brac_wasserstein_vp": ("brac", f"{ACTOR_CRITIC} --alpha 0.1 1 10 --preset wasserstein"),
-    "offline_sac": ("brac", f"{ACTOR_CRITIC} --preset sac --warm-start -1"),
+    "offline_sac": ("brac", f"{CRITIC} --preset sac"),
 }
 GROUPS: dict[str, list[Job]] = {
     "policy": [Job(task, "sac", "sac", flags) for task, flags in POLICIES.items()],
@@ -54,15 +57,27 @@ GROUPS: dict[str, list[Job]] = {
 
 
 def collect(job: Job, run_dir: Path) -> None:
-    """Collect the dataset that a job learns from, if it learns from one and it is not there."""
+    """Collect the dataset that a job learns from, if it learns from one and it is not there.
+
+    What it says of itself is written beside it as JSON, for the table: the dataset is too large to
+    be kept with the results.
+    """
     path = run_dir.parent / "data.npz"
-    if job.algo == "sac" or path.exists():
+    if job.algo == "sac":
         return
+    if not path.exists():
+        collect_dataset(job, run_dir, path)
+    rundir.write_json(path.with_suffix(".json"), datasets.read(path)[1])
+
+
+def collect_dataset(job: Job, run_dir: Path, path: Path) -> None:
+    """Collect with the first seed that has a partly trained policy."""
     kind, out = run_dir.parents[1].name, run_dir.parents[2]
     found = sorted((out / "policy" / job.task / "sac").glob("partial_s*.npz"))
     if not found:
         raise SystemExit(f"no partly trained policy of {job.task} in {out}: run the group policy")
-    program = [sys.executable, "experiments/collect_data.py", str(found[0])]
+    script = os.path.relpath(reproduce.ROOT / "experiments" / "collect_data.py")
+    program = [sys.executable, script, str(found[0])]
     flags = ["--type", kind, "--steps", str(ROWS[job.task]), "--out", str(path)]
     reproduce.run([*program, *flags])
 
@@ -71,7 +86,7 @@ def both_policies(done: Report) -> str:
     """Table of the returns of both policies of every run, beside those who collected."""
     lines = ["", "| task | learner | greedy | max_q | who collected |", "|---|---|---|---|---|"]
     for task in dict.fromkeys(job.task for job in done.jobs):
-        parts = datasets.read(done.folder / task / "data.npz")[1]["parts"]
+        parts = json.loads((done.folder / task / "data.json").read_text())["parts"]
         shares = [part["count"] for part in parts]
         behaviour = np.average([part["returns"]["mean"] for part in parts], weights=shares)
         for job in (job for job in done.jobs if job.task == task):
@@ -86,9 +101,9 @@ def both_policies(done: Report) -> str:
 
 def cell(returns: np.ndarray) -> str:
     """IQM and interval of the last evaluation of returns [R, E, K]."""
-    final = returns[:, -1].mean(-1)
-    lo, hi = rundir.iqm_interval(final)
-    return f"{rundir.iqm(final):.1f} [{lo:.1f}, {hi:.1f}]"
+    final = rundir.final(returns)
+    lo, hi = final["interval"]
+    return f"{final['iqm']:.1f} [{lo:.1f}, {hi:.1f}]"
 
 
 def main(argv: list[str] | None = None) -> None:

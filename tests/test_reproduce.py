@@ -1,6 +1,8 @@
 """Reproductions: which runs are started, resumed or left alone, and the table of them."""
 
 import importlib
+import json
+import os
 import shlex
 import sys
 
@@ -10,7 +12,7 @@ import tiny
 from test_experiments import write_run
 
 import envs
-from algos import cli, datasets, rundir
+from algos import brac, cli, datasets, rundir
 from experiments import reproduce, reproduce_bnpo, reproduce_brac, reproduce_p3o, reproduce_reppo
 from experiments.reproduce import Job, command
 
@@ -96,7 +98,12 @@ def test_nothing_is_run_again_and_the_table_is_written(tmp_path, capsys, monkeyp
 
 def test_a_dataset_is_collected_before_what_learns_from_it(tmp_path, monkeypatch):
     ran = []
-    monkeypatch.setattr(reproduce, "run", lambda argv: ran.append(argv[1:]))
+
+    def run(argv):
+        ran.append(argv[1:])
+        datasets.write(data, tiny.transitions(4), {"env": "pendulum"})
+
+    monkeypatch.setattr(reproduce, "run", run)
     argv = ["eps1", "--tasks", "pendulum", "--num-seeds", "2", "--out", str(tmp_path)]
     with pytest.raises(SystemExit, match=r"no partly trained policy of pendulum .* group policy"):
         reproduce_brac.main(argv)
@@ -105,15 +112,22 @@ def test_a_dataset_is_collected_before_what_learns_from_it(tmp_path, monkeypatch
     policy.touch()
     here = tmp_path / "eps1" / "pendulum"
     bc, dual = (Job("pendulum", x, *reproduce_brac.LEARNERS[x]) for x in ("bc", "brac_dual_kl_pr"))
-    reproduce_brac.collect(bc, here / "bc")
     data = here / "data.npz"
-    sizes = ["--type", "eps1", "--steps", "100000", "--out", str(data)]
-    assert ran == [["experiments/collect_data.py", str(policy), *sizes]]
     data.parent.mkdir(parents=True)
-    data.touch()
+    reproduce_brac.collect(bc, here / "bc")
+    sizes = ["--type", "eps1", "--steps", "100000", "--out", str(data)]
+    script = os.path.relpath(reproduce.ROOT / "experiments" / "collect_data.py")
+    assert ran == [[script, str(policy), *sizes]]
+    assert json.loads((here / "data.json").read_text()) == {"env": "pendulum"}
     reproduce_brac.collect(dual, here / "brac_dual_kl_pr")
     assert len(ran) == 1
     assert str(data) in command(dual, here / "brac_dual_kl_pr", 2)
+
+
+def test_soft_actor_critic_offline_is_its_preset():
+    jobs = [job for job in reproduce_brac.GROUPS["pure"] if job.name == "offline_sac"]
+    preset = brac.PRESETS["sac"].items()
+    assert all(vars(config_of(job)).items() >= preset for job in jobs)
 
 
 def test_both_policies_are_in_the_table(tmp_path):
@@ -122,7 +136,7 @@ def test_both_policies_are_in_the_table(tmp_path):
     for name in ("bc", "brac_kl_vp"):
         write_run(here / name, env="pendulum", offset=100.0)
     parts = [{"count": n, "returns": {"mean": mean}} for n, mean in ((1, 10.0), (3, 20.0))]
-    datasets.write(here / "data.npz", tiny.transitions(4), {"env": "pendulum", "parts": parts})
+    rundir.write_json(here / "data.json", {"env": "pendulum", "parts": parts})
     jobs = [Job("pendulum", name, *reproduce_brac.LEARNERS[name]) for name in ("bc", "brac_kl_vp")]
     run = rundir.read_run(here / "brac_kl_vp")
     evals = {"steps": run.steps, "seconds": run.seconds}
