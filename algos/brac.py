@@ -21,7 +21,7 @@ the dimension of actions. D is estimated from
     wasserstein  no clone but a critic g: g(s, x) - g(s, a)
 
 with x of pi and a of the dataset. g ascends E[D] with a penalty on action gradients longer than 1,
-`divergence_steps` times for each step of the policy. `none` is soft actor-critic on the dataset.
+`divergence_steps` times for each step of the policy. With `none` there is no divergence.
 
 Differences from ppo.py:
 
@@ -73,7 +73,7 @@ class Config:
 
     # divergence from the behaviour policy
     alpha: float = 0.1  # weight of the divergence
-    # kl and mmd need a clone, dual_kl and wasserstein have a critic; none: soft actor-critic
+    # kl and mmd need a clone, dual_kl and wasserstein have a critic; none: SAC is --preset sac
     divergence: Literal["kl", "mmd", "dual_kl", "wasserstein", "none"] = "kl"
     value_penalty: float = 1.0  # factor on that weight in the targets; 0: policy regularisation
     train_alpha: bool = False  # let the weight follow the divergence
@@ -126,6 +126,8 @@ class Config:
             raise ValueError(
                 f"behavior={self.behavior}: leave it out, {self.divergence} uses no clone"
             )
+        if self.train_alpha and self.divergence == "none":
+            raise ValueError("divergence=none: leave --train-alpha out, there is nothing to weigh")
         if self.train_alpha and not self.target_divergence > 0:
             raise ValueError(
                 f"target_divergence={self.target_divergence:g}: with --train-alpha it has to be "
@@ -142,7 +144,6 @@ TRACEABLE += ("gamma", "min_weight", "temperature", "target_entropy_mult")
 # Origins are in docs/presets.md.
 PRESETS: dict[str, dict[str, Any]] = {
     # to follow a task
-    "primal": {"divergence": "kl", "alpha": 0.1, "value_penalty": 1.0, "learning_rate": 3e-4},
     "mmd": {"divergence": "mmd", "alpha": 1.0},
     "dual": {"divergence": "dual_kl", "alpha": 10.0, "value_penalty": 0.0, "learning_rate": 3e-6},
     "wasserstein": {"divergence": "wasserstein", "alpha": 10.0},
@@ -289,6 +290,12 @@ def slope_penalty(critic, own, given, weight):
     return SLOPE_WEIGHT * (jnp.maximum(slope - 1.0, 0.0) ** 2).mean()
 
 
+def divergence_loss(kind, critic, own, given, weight):
+    """Loss whose descent raises the bound that `critic` gives, and the penalty on slopes in it."""
+    penalty = slope_penalty(critic, own, given, weight)
+    return penalty - dual_divergence(kind, critic(own), critic(given)).mean(), penalty
+
+
 def mix(value, min_weight):
     """Weighted smallest and largest of the critics' values [2, B]."""
     return min_weight * value.min(0) + (1.0 - min_weight) * value.max(0)
@@ -354,7 +361,7 @@ def build(config: Config) -> common.Algo:
     if env.privileged_size:
         raise ValueError(f"{env.name}: the actor would see what only a critic may: no privileged=1")
     actor, critic = Actor(config, env.action_size), Critic(config, 2)
-    judge = Critic(config, 1)  # of a dual divergence
+    divergence_critic = Critic(config, 1)
     optimizer = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-7)
     target_entropy = -config.target_entropy_mult * env.action_size
     learning_rate = {"critic": config.critic_lr, "actor": config.learning_rate}
@@ -373,7 +380,7 @@ def build(config: Config) -> common.Algo:
         return (rows,), (datasets.load_clones(config.behavior, env, config.hidden, seeds),)
 
     def init(key) -> TrainState:
-        key_actor, key_critic, key_judge, key_target, key = jax.random.split(key, 5)
+        key_actor, key_critic, key_divergence, key_target, key = jax.random.split(key, 5)
         sample, action = jnp.zeros((1, env.obs_size)), jnp.zeros((1, env.action_size))
         params = {
             "actor": actor.init(key_actor, sample),
@@ -382,9 +389,10 @@ def build(config: Config) -> common.Algo:
             "temperature": jnp.float32(config.temperature),
         }
         if config.dual:
-            params["divergence"] = judge.init(key_judge, sample, action)
-        start = critic.init(key_target, sample, action)
-        target_params = start if config.random_targets else params["critic"]
+            params["divergence"] = divergence_critic.init(key_divergence, sample, action)
+        target_params = params["critic"]
+        if config.random_targets:
+            target_params = critic.init(key_target, sample, action)
         opt_state = {name: optimizer.init(params[name]) for name in learning_rate}
         return TrainState(params, target_params, opt_state, key, jnp.zeros((), jnp.int32))
 
@@ -394,13 +402,13 @@ def build(config: Config) -> common.Algo:
         u = policy.sample(jax.random.normal(key, policy.mean.shape))
         return policy, u, policy.log_prob(u)
 
-    def divergence(params, clone, policy, u, obs, action, key):
+    def divergence_of(params, clone, policy, u, obs, action, key):
         """D [B] of the policy at `obs`; `u` is its draw, `action` the dataset's."""
         if config.divergence == "none":
             return jnp.zeros(u.shape[:-1])
         if config.dual:
-            judged = lambda action: judge.apply(params["divergence"], obs, action)[0]
-            return dual_divergence(config.divergence, judged(jnp.tanh(u)), judged(action))
+            g = lambda action: divergence_critic.apply(params["divergence"], obs, action)[0]
+            return dual_divergence(config.divergence, g(jnp.tanh(u)), g(action))
         key_own, key_clone = jax.random.split(key)
         noise = lambda key: jax.random.normal(key, (NUM_DRAWS, *u.shape))
         own, behavior = policy.sample(noise(key_own)), actor.apply(clone, obs)
@@ -412,11 +420,14 @@ def build(config: Config) -> common.Algo:
         key_draw, key_divergence = jax.random.split(key)
         policy, u, log_prob = draw(params["actor"], batch.next_obs, key_draw)
         next_value = critic.apply(target_params, batch.next_obs, jnp.tanh(u))
+        divergence = divergence_of(
+            params, clone, policy, u, batch.next_obs, batch.next_action, key_divergence
+        )
         target = penalised_target(
             batch,
             mix(next_value, config.min_weight),
             log_prob,
-            divergence(params, clone, policy, u, batch.next_obs, batch.next_action, key_divergence),
+            divergence,
             config.gamma,
             clamp(params["temperature"], jnp.inf),
             config.value_penalty * clamp(params["alpha"], MAX_ALPHA),
@@ -425,7 +436,7 @@ def build(config: Config) -> common.Algo:
         loss = critic_loss(value, target)
         return loss, {
             "losses/qf_loss": loss,
-            "losses/q_data": value.mean(),
+            "losses/q_data": mix(value, config.min_weight).mean(),
             "losses/target": target.mean(),
         }
 
@@ -433,35 +444,36 @@ def build(config: Config) -> common.Algo:
         key_draw, key_divergence = jax.random.split(key)
         policy, u, log_prob = draw(actor_params, batch.obs, key_draw)
         value = mix(critic.apply(params["critic"], batch.obs, jnp.tanh(u)), config.min_weight)
-        apart = divergence(params, clone, policy, u, batch.obs, batch.action, key_divergence)
+        divergence = divergence_of(
+            params, clone, policy, u, batch.obs, batch.action, key_divergence
+        )
         temperature = clamp(params["temperature"], jnp.inf)
         alpha = clamp(params["alpha"], MAX_ALPHA)
-        loss = policy_loss(value, log_prob, apart, temperature, alpha, warm)
+        loss = policy_loss(value, log_prob, divergence, temperature, alpha, warm)
         return loss, {
             "losses/policy_loss": loss,
             "losses/q_policy": value.mean(),
             "losses/entropy": -log_prob.mean(),
-            "losses/divergence": apart.mean(),
-            "losses/divergence_std": apart.std(),
+            "losses/divergence": divergence.mean(),
+            "losses/divergence_std": divergence.std(),
             "losses/saturated_fraction": (jnp.abs(jnp.tanh(u)) > 0.99).mean(),
         }
 
-    def divergence_loss_fn(judge_params, params, clone, batch, key):
+    def divergence_loss_fn(critic_params, params, batch, key):
         key_draw, key_between = jax.random.split(key)
-        policy, u, _ = draw(params["actor"], batch.obs, key_draw)
-        own = jnp.tanh(u)
-        judged = {"divergence": judge_params}
-        apart = divergence(judged, clone, policy, u, batch.obs, batch.action, None).mean()
-        weight = jax.random.uniform(key_between, (*own.shape[:-1], 1))
-        critic = lambda action: judge.apply(judge_params, batch.obs, action)[0]
-        penalty = slope_penalty(critic, own, batch.action, weight)
-        return penalty - apart, {"losses/slope_penalty": penalty}
+        own = jnp.tanh(draw(params["actor"], batch.obs, key_draw)[1])
+        weight = jax.random.uniform(key_between, (len(own), 1))
+        g = lambda action: divergence_critic.apply(critic_params, batch.obs, action)[0]
+        loss, penalty = divergence_loss(config.divergence, g, own, batch.action, weight)
+        return loss, {"losses/divergence_critic": loss, "losses/slope_penalty": penalty}
 
     def alpha_loss_fn(alpha, params, clone, batch, key):
         key_draw, key_divergence = jax.random.split(key)
         policy, u, _ = draw(params["actor"], batch.obs, key_draw)
-        apart = divergence(params, clone, policy, u, batch.obs, batch.action, key_divergence)
-        return alpha_loss(alpha, apart, config.target_divergence), {}
+        divergence = divergence_of(
+            params, clone, policy, u, batch.obs, batch.action, key_divergence
+        )
+        return alpha_loss(alpha, divergence, config.target_divergence), {}
 
     def temperature_loss_fn(temperature, params, batch, key):
         log_prob = draw(params["actor"], batch.obs, key)[2]
@@ -492,15 +504,15 @@ def build(config: Config) -> common.Algo:
         take("critic", critic_loss_fn, target_params, clone, batch, keys[0])
         take("actor", policy_loss_fn, t <= config.warm_start, clone, batch, keys[1])
         if config.dual:
-            take("divergence", divergence_loss_fn, clone, batch, keys[2])
+            take("divergence", divergence_loss_fn, batch, keys[2])
         if config.train_alpha:
             take("alpha", alpha_loss_fn, clone, batch, keys[3])
         if config.train_temperature:
             take("temperature", temperature_loss_fn, batch, keys[4])
         if config.dual:  # its critic goes on alone, on minibatches of its own
             for i, key in enumerate(jax.random.split(keys[5], config.divergence_steps - 1), 1):
-                further = jax.tree.map(lambda x, i=i: x[i], batches)
-                take("divergence", divergence_loss_fn, clone, further, key)
+                batch = jax.tree.map(lambda x, i=i: x[i], batches)
+                take("divergence", divergence_loss_fn, batch, key)
         params, opt_state = learned
         state = state._replace(params=params, target_params=target_params, opt_state=opt_state)
         return state, metrics
@@ -544,7 +556,7 @@ def build(config: Config) -> common.Algo:
     def policy_of(state):
         return {"actor": state.params["actor"], "critic": state.params["critic"]}
 
-    return common.Algo(init, update, act, policy_of, data, {"max_q": act_max_q})
+    return common.Algo(init, update, act, policy_of, data, further={"max_q": act_max_q})
 
 
 def make_train(config: Config):

@@ -1,6 +1,5 @@
 """Behaviour regularised actor-critic: divergences, targets, multipliers, clones, updates."""
 
-import dataclasses
 import json
 import math
 from functools import cache, partial
@@ -13,7 +12,7 @@ import tiny
 from scipy import stats
 
 import envs
-from algos import bc, brac, cli, common, datasets, launch, rundir
+from algos import brac, cli, common, datasets, launch, rundir
 
 # In one worker, so that updates are compiled once.
 pytestmark = pytest.mark.xdist_group("test_brac")
@@ -87,6 +86,7 @@ def test_saturated_draws_look_further_away():
 def test_density_on_the_bounds_is_finite(action):
     policy = gaussian(0.3, 0.5)
     inside = brac.given_log_prob(policy, jnp.full((1, 1), 0.999 * action))
+    assert np.isfinite(inside).all()
     assert_close(brac.given_log_prob(policy, jnp.full((1, 1), action)), inside, rtol=1e-4)
 
 
@@ -184,8 +184,8 @@ def test_critics_share_one_loss():
 
 
 def test_policy_loss_by_hand():
-    value, log_prob, apart = jnp.array([1.0, 3.0]), jnp.array([0.5, -0.5]), jnp.array([0.2, 0.4])
-    loss = partial(brac.policy_loss, value, log_prob, apart)
+    value, log_prob = jnp.array([1.0, 3.0]), jnp.array([0.5, -0.5])
+    loss = partial(brac.policy_loss, value, log_prob, jnp.array([0.2, 0.4]))
     assert_close(loss(0.1, 2.0, False), 2.0 * 0.3 - 2.0)
     assert_close(loss(0.1, 2.0, True), 2.0 * 0.3)
     assert_close(jax.grad(lambda t, a: loss(t, a, False), (0, 1))(0.1, 2.0), 0.0)
@@ -194,17 +194,13 @@ def test_policy_loss_by_hand():
 # --- multipliers ---
 
 
-def moved(loss, start):
-    """`start` after one step of Adam at 1e-3, the first of which has no other length."""
-    gradient = jax.grad(loss)(jnp.float32(start))
-    return start - 1e-3 * np.sign(gradient)
-
-
-def test_multipliers_follow_what_they_hold():
-    apart = lambda gap: lambda alpha: brac.alpha_loss(alpha, jnp.full(3, 0.2 + gap), 0.2)
-    assert_close([moved(apart(0.5), 1.0), moved(apart(-0.5), 1.0)], [1.001, 0.999])
-    entropy = lambda value: lambda t: brac.temperature_loss(t, jnp.full(3, -value), -1.0)
-    assert_close([moved(entropy(0.0), 1.0), moved(entropy(-2.0), 1.0)], [0.999, 1.001])
+@pytest.mark.parametrize("surplus", [0.5, -0.5])
+def test_multipliers_follow_what_they_hold(surplus):
+    """Descent raises alpha with the divergence, and lowers the temperature with the entropy."""
+    alpha = lambda alpha: brac.alpha_loss(alpha, jnp.full(3, 0.2 + surplus), 0.2)
+    temperature = lambda t: brac.temperature_loss(t, jnp.full(3, 1.0 - surplus), -1.0)
+    assert_close(jax.grad(alpha)(1.0), -surplus)
+    assert_close(jax.grad(temperature)(1.0), surplus)
 
 
 @pytest.mark.parametrize(
@@ -251,20 +247,21 @@ def shifted(params, by=1.0):
     return jax.tree.map(lambda x: x + by, params)
 
 
-def test_target_critics_move_before_the_critics():
-    """One gradient step: the targets take a step towards the critics from before it."""
-    config = config_of(gradient_steps=1, polyak_tau=0.25)
-    state = first_state(config)
-    tiny.assert_same(state.target_params, state.params["critic"])
-    state = state._replace(target_params=shifted(state.target_params))
-    after, _ = update_of(config)(state, rows_of())
-    expected = jax.tree.map(
-        lambda old, online: 0.75 * old + 0.25 * online, state.target_params, state.params["critic"]
-    )
-    tiny.assert_close(after.target_params, expected, rtol=1e-5, atol=1e-6)
+def test_what_is_trained():
+    """The rest has no optimiser: test_brac_update.py has steps of all."""
+    multipliers = {"train_alpha": True, "target_divergence": 0.1, "train_temperature": True}
+    own = {"dual_kl": {"divergence"}, "kl": set()}
+    for divergence, also in own.items():
+        clone = "clones" if divergence == "kl" else ""
+        config = partial(config_of, divergence=divergence, behavior=clone)
+        assert first_state(config()).opt_state.keys() == {"critic", "actor", *also}
+        trained = first_state(config(**multipliers)).opt_state.keys()
+        assert trained == {"critic", "actor", "alpha", "temperature", *also}
 
 
 def test_published_targets_start_elsewhere():
+    state = first_state(config_of())
+    tiny.assert_same(state.target_params, state.params["critic"])
     state = first_state(config_of(random_targets=True))
     kernels = lambda tree: jax.tree.leaves(tree)[1]
     assert np.abs(kernels(state.target_params) - kernels(state.params["critic"])).max() > 0.1
@@ -294,8 +291,11 @@ def test_the_clone_is_what_the_policy_is_drawn_to():
     for _ in range(10):
         state, metrics = update(state, rows_of(), clone)
     assert metrics["losses/divergence"] < 0.2 * first
-    copy = first_state(config)
-    copy = copy._replace(params=copy.params | {"actor": clone})
+    start = first_state(config)
+    without = start._replace(params=start.params | {"alpha": jnp.float32(0.0)})
+    after, _ = update(without, rows_of(), clone)
+    tiny.assert_same(after.params["actor"], start.params["actor"])
+    copy = start._replace(params=start.params | {"actor": clone})
     _, metrics = update(copy, rows_of(), clone)
     assert abs(metrics["losses/divergence"]) < 0.2 * first
 
@@ -324,27 +324,6 @@ def test_the_penalty_of_the_next_state(value_penalty):
     assert (targets[1] < targets[0] - 0.1) == bool(value_penalty)
 
 
-def test_a_dual_critic_takes_more_steps():
-    config = config_of(gradient_steps=1, divergence_steps=3)
-    state = first_state(config)
-    after, _ = update_of(config)(state, rows_of())
-    steps = {name: int(opt.count) for name, opt in after.opt_state.items()}
-    assert steps == {"critic": 1, "actor": 1, "divergence": 3}
-
-
-def test_multipliers_are_trained_if_asked():
-    config = config_of(
-        gradient_steps=1, train_alpha=True, target_divergence=10.0, train_temperature=True,
-        temperature=0.5, alpha=1.0, multiplier_lr=1e-3,
-    )  # fmt: skip
-    after, metrics = update_of(config)(first_state(config), rows_of())
-    assert_close(metrics["losses/alpha"], 0.999)  # the divergence is below its target
-    assert abs(float(metrics["losses/temperature"]) - 0.5) > 5e-4
-    assert_close(metrics["losses/alpha"], after.params["alpha"])
-    still = update_of(config_of(gradient_steps=1))(first_state(config_of()), rows_of())[0]
-    assert still.params["alpha"] == config_of().alpha
-
-
 def test_max_q_plays_the_preferred_draw():
     config = config_of()
     algo = brac.build(config)
@@ -366,16 +345,7 @@ def test_max_q_plays_the_preferred_draw():
 
 @pytest.fixture
 def clones(tmp_path):
-    """A run directory as bc.py leaves it, with seeds 3 and 4."""
-    config = tiny.config_of("bc")
-    description = {"algo": "bc", "config": dataclasses.asdict(config), "launch": {}}
-    description["rows"] = {"seeds": [3, 4], "labels": ["", ""]}
-    (tmp_path / "config.json").write_text(json.dumps(description))
-    for row, seed in enumerate((3, 4)):
-        params = bc.Actor(config, 1).init(jax.random.key(seed), jnp.zeros((1, 4)))
-        arrays = rundir.flatten({"actor": params})
-        rundir.save_arrays(tmp_path / f"policy_s{row:03d}.npz", arrays, {"seed": seed})
-    return tmp_path
+    return tiny.write_clones(tmp_path / "clones")
 
 
 def test_every_seed_takes_its_own_clone(clones):
@@ -389,12 +359,15 @@ def test_every_seed_takes_its_own_clone(clones):
 
 def test_rows_of_a_program_have_clones_and_share_a_dataset(clones):
     config = config_of(divergence="kl", behavior=str(clones))
-    program = launch.make_program(
-        config, tiny.LAUNCH, brac.build, launch.Rows(np.array([3, 4]), {}, ["", ""])
-    )
+    program, keys, hparams = tiny.program_of("brac", config, (3, 4))
     rows, clone = program.data
     assert rows.obs.sharding.is_fully_replicated
     assert {x.shape[0] for x in jax.tree.leaves(clone)} == {2}
+    state = jax.eval_shape(program.init, keys, hparams)
+    shared, own = launch.data_bytes(program, state)
+    assert shared == 64 * (4 * (4 + 1 + 1 + 4 + 1) + 1)  # float32, and a flag
+    without = launch.data_bytes(program._replace(data=(rows,)), state)
+    assert (shared, own - 4 * (4 * 8 + 8 + 8 * 2 + 2)) == without  # the weights of a clone
 
 
 @pytest.mark.parametrize(
@@ -414,6 +387,31 @@ def test_missing_and_foreign_clones_are_named(clones, changes, seeds, message):
         datasets.load_clones(config.behavior, env, config.hidden, seeds)
 
 
+def test_clones_of_a_sweep_or_of_dead_seeds_are_refused(clones):
+    load = partial(datasets.load_clones, str(clones), envs.make("tiny:balance", 1), (8,))
+    path = clones / "policy_s001.npz"
+    with np.load(path) as file:
+        dead = {k: np.full_like(x, np.nan) for k, x in file.items() if k != "__meta__"}
+    rundir.save_arrays(path, dead, {})
+    load([3])
+    with pytest.raises(ValueError, match=r"policy_s001\.npz is of a dead seed.* leave seed 4 out"):
+        load([3, 4])
+    path = clones / "config.json"
+    saved = json.loads(path.read_text())
+    saved["rows"]["seeds"] = [3, 3]
+    rundir.write_json(path, saved)
+    with pytest.raises(ValueError, match="has several policies of each seed, for it is a sweep"):
+        load([3])
+
+
+def test_the_clone_of_a_seed_is_read_once(clones, monkeypatch):
+    read, read_policy = [], rundir.read_policy
+    monkeypatch.setattr(rundir, "read_policy", lambda path: read.append(path) or read_policy(path))
+    env = envs.make("tiny:balance", 1)
+    datasets.load_clones(str(clones), env, (8,), np.array([3, 4, 3, 4]))
+    assert [path.name for path in read] == ["policy_s000.npz", "policy_s001.npz"]
+
+
 def test_a_clone_that_was_not_finished_is_named(clones):
     (clones / "policy_s001.npz").unlink()
     with pytest.raises(ValueError, match=r"policy_s001\.npz does not exist"):
@@ -430,6 +428,7 @@ def test_a_clone_that_was_not_finished_is_named(clones):
         ({"gradient_steps": 0}, "gradient_steps=0"),
         ({"behavior": "clones"}, "dual_kl uses no clone"),
         ({"train_alpha": True}, "target_divergence=0: with --train-alpha it has to be positive"),
+        ({"train_alpha": True, "divergence": "none"}, "divergence=none: leave --train-alpha out"),
         ({"env": "cartpole"}, "discrete actions"),
     ],
 )
@@ -444,10 +443,13 @@ def test_bad_input_is_one_error(changes, message):
         (["--alpha", "0.1", "1"], ("alpha=0.1,1",)),
         (["--alpha", "0.1"], ()),
         (
-            ["--alpha", "0", "-1", "--critic_lr", "1e-3", "1e-4"],
-            ("alpha=0,-1", "critic_lr=1e-3,1e-4"),
+            ["--alpha", "0", "1", "--critic_lr", "1e-3", "1e-4"],
+            ("alpha=0,1", "critic_lr=1e-3,1e-4"),
         ),
         (["--alpha", "1", "3", "--sweep", "gamma=0.9,0.99"], ("alpha=1,3", "gamma=0.9,0.99")),
+        (["--sweep=gamma=0.9,0.99", "--alpha", "1", "3"], ("gamma=0.9,0.99", "alpha=1,3")),
+        (["--sweep", "gamma=0.9,1", "--sweep=alpha=1,3"], ("gamma=0.9,1", "alpha=1,3")),
+        (["--alpha=0.1"], ()),
         (["--hidden", "16", "16", "--seed", "3"], ()),
     ],
 )
@@ -457,3 +459,32 @@ def test_several_values_of_a_number_are_a_sweep(argv, sweep):
     assert chosen.sweep == sweep
     if not sweep:
         assert (config.alpha, config.hidden) in ((0.1, (200, 200)), (10.0, (16, 16)))
+
+
+@pytest.mark.parametrize("again", [["--alpha", "5"], ["--alpha=5"], ["--alpha", "5", "7"]])
+def test_a_field_that_is_swept_is_given_once(again):
+    with pytest.raises(ValueError, match="--alpha is given twice"):
+        cli.parse("brac", brac.Config, brac.PRESETS, ["--alpha", "1", "3", *again])
+
+
+@pytest.mark.parametrize(
+    ("flag", "values"),
+    [
+        ("alpha", (-1, 1000)),
+        ("min_weight", (-0.1, 3)),
+        *[(field, (-1,)) for field in ("critic_lr", "multiplier_lr", "temperature")],
+        ("value_penalty", (-3,)),
+        ("target_divergence", (-1,)),
+        ("hidden", (0,)),
+        ("critic_hidden", (0,)),
+    ],
+)
+def test_values_out_of_bounds_are_refused(flag, values):
+    for value in values:
+        argv = ["--dataset", "any", f"--{flag}", str(value)]
+        with pytest.raises(ValueError, match=f"{flag}=.*{value}.* is needed"):
+            cli.parse("brac", brac.Config, brac.PRESETS, argv)
+        if flag in brac.TRACEABLE:
+            chosen = cli.Launch(sweep=(f"{flag}=0.5,{value}",))
+            with pytest.raises(ValueError, match=f"{flag}=.*{value}.* is needed"):
+                launch.make_rows(chosen, config_of(), brac.TRACEABLE)

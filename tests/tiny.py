@@ -178,6 +178,20 @@ def transitions(n, obs_size=4, action_size=1, seed=0):
     return datasets.Dataset(obs, action, reward, next_obs, next_action, step == 4, step == 9)
 
 
+def write_clones(run_dir):
+    """A run directory as bc.py leaves it, with seeds 3 and 4."""
+    config = config_of("bc")
+    description = {"algo": "bc", "config": dataclasses.asdict(config), "launch": {}}
+    description["rows"] = {"seeds": [3, 4], "labels": ["", ""]}
+    run_dir.mkdir()
+    rundir.write_json(run_dir / "config.json", description)
+    for row, seed in enumerate((3, 4)):
+        params = module_of("bc").Actor(config, 1).init(jax.random.key(seed), jnp.zeros((1, 4)))
+        arrays = rundir.flatten({"actor": params})
+        rundir.save_arrays(run_dir / f"policy_s{row:03d}.npz", arrays, {"seed": seed})
+    return run_dir
+
+
 datasets.write(DATASET, transitions(64), {"env": "tiny:balance"})
 
 
