@@ -1,14 +1,17 @@
 """Device-side helpers that hold no algorithmic idea and must be identical in every file.
 
-Pure functions of arrays: distributions, running statistics, greedy evaluation, episode metrics.
+Pure functions of arrays: distributions, natural gradient steps, running statistics, greedy
+evaluation, episode metrics.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 import envs
 
@@ -112,6 +115,50 @@ class TanhGaussian(NamedTuple):
         log_normal = -0.5 * z**2 - jnp.log(self.std) - 0.5 * math.log(2 * math.pi)
         log_slope = 2.0 * (math.log(2) - u - jax.nn.softplus(-2.0 * u))
         return (log_normal - log_slope).sum(-1)
+
+
+# --- natural gradient ---
+
+
+def gaussian_kl(p: Gaussian, q: Gaussian):
+    """KL(p || q) [...] of two Gaussians."""
+    moments = jnp.exp(2.0 * p.log_std) + (p.mean - q.mean) ** 2
+    return (q.log_std - p.log_std + 0.5 * moments * jnp.exp(-2.0 * q.log_std) - 0.5).sum(-1)
+
+
+def fisher_product(policy_of, params, vector, damping):
+    """(F + damping I) v of the Gaussians [B, A] that `policy_of(params)` gives, exactly.
+
+    F is the mean over states of J' M J, J the derivative of mean and log deviation, and M their
+    Fisher matrix: 1 / variance, and 2. It is the Hessian of the mean KL where both are equal.
+    """
+    policy, change = jax.jvp(policy_of, (params,), (vector,))
+    mean, log_std = jnp.exp(-2.0 * policy.log_std) * change.mean, 2.0 * change.log_std
+    (product,) = jax.vjp(policy_of, params)[1](Gaussian(mean, log_std))
+    return jax.tree.map(lambda p, v: p / len(mean) + damping * v, product, vector)
+
+
+def natural_step(loss_of, policy_of, params, grads, delta=1e-3, damping=1e-3, iterations=10):
+    """Parameters after a natural gradient step to a mean KL of `delta`, halved until it helps.
+
+    Schulman et al. 2015, appendix C. Of 10 halvings the first is taken whose loss falls by a
+    thousandth of what the gradient promises and whose KL is at most 1.5 delta; else none.
+    """
+    product = partial(fisher_product, policy_of, params, damping=damping)
+    downhill = jax.tree.map(jnp.negative, grads)
+    direction, _ = jax.scipy.sparse.linalg.cg(product, downhill, maxiter=iterations)
+    size = jnp.sqrt(2.0 * delta / (optax.tree.vdot(direction, product(direction)) + 1e-12))
+    slope = size * jnp.abs(optax.tree.vdot(grads, direction))
+    moved = lambda scale: jax.tree.map(lambda p, d: p + scale * size * d, params, direction)
+
+    def accepted(scale):
+        new = moved(scale)
+        near = gaussian_kl(policy_of(params), policy_of(new)).mean() <= 1.5 * delta
+        return (loss_of(new) < loss_of(params) - 1e-3 * scale * slope) & near
+
+    scales = 0.5 ** jnp.arange(10.0)
+    good = jax.lax.map(accepted, scales)
+    return moved(jnp.where(good.any(), scales[jnp.argmax(good)], 0.0))
 
 
 # --- running statistics ---

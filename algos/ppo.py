@@ -149,7 +149,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "inverted_double_pendulum": {**FAST, "total_timesteps": 300_000},
     **dict.fromkeys(("CartpoleBalance", "CartpoleSwingup", "ReacherEasy", "CheetahRun"), FAST),
     **dict.fromkeys(("hopper", "walker2d", "halfcheetah"), PHYSICS),
-    "reacher": {**PHYSICS, "gamma": 0.95},
+    "reacher": {**PHYSICS, "gamma": 0.95}, "arm": FAST,
     "ant": MANY_ENVS,
     **dict.fromkeys(("breakout", "asterix", "freeway", "space_invaders"), MINATAR),
     # the PPO baselines of Goodall et al. 2026 (BPO), their published values

@@ -12,9 +12,9 @@ from typing import Any
 
 import jax
 
-from envs.wrappers import RESET_MODES, Env, RawEnv, wrap
+from envs.wrappers import RESET_MODES, Env, Goals, RawEnv, wrap
 
-__all__ = ["ALIASES", "Env", "RawEnv", "canonical", "make"]
+__all__ = ["ALIASES", "Env", "Goals", "RawEnv", "canonical", "make"]
 
 BRAX_BACKENDS = ("mjx", "generalized", "spring", "positional")
 
@@ -105,6 +105,7 @@ TASKS: dict[str, tuple[str, ...]] = {
         "SimpleBandit-bsuite",
         "UmbrellaChain-bsuite",
     ),
+    "arm": ("reacher-moving", "reacher-static"),
     "atari": tuple(ATARI.split()),
     "probe": (
         "value",
@@ -127,6 +128,7 @@ MODULES = {
     "brax": "envs.brax",
     "playground": "envs.playground",
     "gymnax": "envs.gymnax",
+    "arm": "envs.arm",
     "atari": "envs.atari",
     "probe": "envs.probes",
 }
@@ -136,6 +138,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "brax": {"backend": BRAX_BACKENDS, "iterations": int, "ls_iterations": int},
     "playground": {"iterations": int, "ls_iterations": int, "privileged": ("0", "1")},
     "gymnax": {},
+    "arm": {},
     "atari": {},
     "probe": {},
 }

@@ -19,6 +19,17 @@ from flax import struct
 RESET_MODES = ("fresh", "cached", "refreshed")
 
 
+class Goals(NamedTuple):
+    """What an observation says of goals, and what it would have paid under another goal."""
+
+    achieved_goal: Callable  # obs [..., obs_size] -> [..., A], of which the first G are a goal
+    desired_goal: Callable  # obs [..., obs_size] -> [..., G]
+    with_goal: Callable  # obs, goal -> obs
+    compute_reward: Callable  # achieved, goal, kind -> [..., m]
+    kinds: tuple[str, ...]  # of rewards
+    moving: bool  # the goal changes within an episode
+
+
 class RawEnv(NamedTuple):
     """One environment without reset, time limit or vmap: what an adapter returns."""
 
@@ -34,6 +45,7 @@ class RawEnv(NamedTuple):
     privileged_size: int = 0  # trailing entries of obs that only a critic may see
     frame: Callable | None = None  # state -> small pytree, all that drawing it needs
     render: Callable | None = None  # frames (leaves [T, ...], numpy), path without suffix -> path
+    goals: Goals | None = None
 
 
 class Env(NamedTuple):
@@ -59,6 +71,7 @@ class Env(NamedTuple):
     privileged_size: int = 0
     frame: Callable | None = None  # raw state of one environment -> small pytree
     render: Callable | None = None
+    goals: Goals | None = None
     stateful: bool = False  # part of its state is outside the program: one row, no exact resume
 
 
@@ -122,6 +135,7 @@ def wrap(raw: RawEnv, num_envs: int, stagger: bool) -> Env:
         privileged_size=raw.privileged_size,
         frame=raw.frame,
         render=raw.render,
+        goals=raw.goals,
     )
 
 

@@ -18,6 +18,7 @@ import pytest
 from tiny import (
     ALGOS,
     ASYMMETRIC,
+    GOALS,
     KINDS,
     LAUNCH,
     TASKS,
@@ -161,10 +162,15 @@ def test_evaluation_changes_nothing(lab, trained):
 def test_metrics_are_finite_and_named(lab, trained):
     _, sums = trained
     names = {name[2:-2] for name in sums}
-    wanted = {"episodes/count", "episodes/return", "episodes/length", "charts/learning_rate"}
-    assert names >= wanted | {"health/finite", "health/env_nan", "losses/policy_loss"}
+    wanted = {"episodes/count", "episodes/return", "episodes/length"}
+    assert names >= wanted | {"health/finite", "health/env_nan"}
+    if lab.name == "bnpo":  # each brain has its own losses, and no schedule
+        assert names >= {"brain0/policy_loss", "brain1/policy_loss"}
+    else:
+        assert names >= {"losses/policy_loss", "charts/learning_rate"}
     groups = {name.split("/")[0] for name in names}
-    assert groups <= {"charts", "episodes", "health", "losses", "ratios", "replay"}
+    known = {"charts", "episodes", "health", "losses", "ratios", "replay", "brain0", "brain1"}
+    assert groups <= known
     assert all(np.isfinite(x).all() for x in sums.values())
     assert (sums["['health/finite']"] == 6).all()
 
@@ -184,13 +190,20 @@ def test_metrics_are_scalars_whatever_the_batch(lab):
 
 def test_reward_scaling_leaves_logged_returns_alone(lab, trained):
     _, sums = trained
-    assert getattr(lab.config, "normalize_reward", False) or lab.config.reward_scale != 1
+    settings = vars(lab.config)
+    assert (
+        settings.get("normalize_reward")
+        or settings.get("reward_scale", 1) != 1
+        or settings.get("reward_kind", "env") != "env"
+    )
     assert (sums["['episodes/count']"] > 0).all()
     # Cartpole pays 1 for each step.
     np.testing.assert_array_equal(sums["['episodes/return']"], sums["['episodes/length']"])
 
 
 def test_schedule_ends_where_the_run_ends(lab, trained):
+    if not hasattr(lab.config, "anneal_lr"):
+        pytest.skip("no schedule")
     done = np.arange(1, 7) / 7 if lab.name == "p3o" else np.arange(6) / 6
     rates = lab.config.learning_rate * (1 - done)
     np.testing.assert_allclose(trained[1]["['charts/learning_rate']"], rates.sum(), rtol=1e-5)
@@ -203,7 +216,7 @@ def test_schedule_ends_where_the_run_ends(lab, trained):
 def test_no_key_is_used_twice(lab, kind):
     if kind not in KINDS[lab.name]:
         pytest.skip(f"no {kind} actions")
-    env = TASKS[kind]
+    env = lab.config.env if lab.name in GOALS else TASKS[kind]
     config = dataclasses.replace(lab.config, env=env)
     algo = lab.module.build(config)
     eval_env = envs.make(env, 2, stagger=False, reset_mode="cached")
@@ -302,7 +315,7 @@ def check_means(line, sums, num_updates):
     sums = {name[2:-2]: x for name, x in sums.items()}
     for name, total in sums.items():
         group = name.split("/")[0]
-        if group in ("episodes", "replay"):
+        if f"{group}/count" in sums:
             total = total / np.where(sums[f"{group}/count"] > 0, sums[f"{group}/count"], np.nan)
         elif name != "health/env_nan" and not name.endswith("/max"):
             total = total / num_updates
@@ -456,7 +469,7 @@ def learn(name, kind):
     known = {field.name for field in dataclasses.fields(module.Config)}
     learning = {k: v for k, v in LEARNING.items() if k in known}
     env = {"env": f"test_contracts:{kind}_{name}"}
-    config = module.Config(**(ALGOS[name] | learning | env))
+    config = module.Config(**(ALGOS[name] | learning | LEARNING_OF.get(name, {}) | env))
 
     def train(number):
         global which
@@ -470,6 +483,23 @@ def learn(name, kind):
         globals()["which"] = 0
 
 
+# Settings of one algorithm alone.
+LEARNING_OF = {
+    "bnpo": {
+        "reward_kind": "env",
+        "her_strategy": "none",
+        "memory_size": (1024, 2048),
+        "batch_size": (256, 128),
+        "optim_batch_size": (1, 1),
+        "learning_delay": (16, 8),
+        "learning_repeat": (8.0, 4.0),
+        "lr_actor": (2e-3, 1e-3),
+        "lr_critic": 3e-3,
+        "tau_actor": (0.02, 0.02),
+    },
+}
+
+
 def value_at(name, config, state, obs):
     """V, or Q of the greedy action, whichever the algorithm learns."""
     module = module_of(name)
@@ -478,6 +508,14 @@ def value_at(name, config, state, obs):
         network = module.ActorCritic(config, (SIZE,), 2 if discrete else 1, discrete)
         return network.apply(state.params, obs)[1]
     params = state.params["critic"]
+    if name == "bnpo":
+        inputs = jnp.clip(
+            (obs - state.obs_stats.mean) / jnp.sqrt(state.obs_stats.var + 1e-4), -10, 10
+        )
+        noise = jax.tree.map(jnp.zeros_like, state.noise)
+        policy = module.Actor(config, 1).apply(state.params["actor"], inputs, noise)
+        told = jnp.concatenate([policy.mean, jnp.exp(policy.log_std)], -1)
+        return module.Critic(config, 1).apply(params, inputs, told)[:, 0]
     if name == "reppo":
         algo = module.build(config)
         action = algo.act(algo.policy_of(state), obs, jax.random.key(0), True)
@@ -489,6 +527,8 @@ def value_at(name, config, state, obs):
 
 # Programs of 20 seconds that the default suite leaves out: the other kind of actions is trained.
 SLOW_PROBES = {("bpo", "continuous")}
+# BNPO's actor has no biases: where one observation is all there is, it is 0, and so is the action.
+IMPOSSIBLE = {("bnpo", "action-continuous")}
 each_probe = [
     pytest.param(
         name,
@@ -498,6 +538,7 @@ each_probe = [
     for name in ALGOS
     for kind in KINDS[name]
     for probe in PROBES_OF[kind]
+    if (name, probe) not in IMPOSSIBLE
 ]
 
 
@@ -515,7 +556,8 @@ def test_probe_is_learned(name, probe):
     if action is not None:
         algo = module.build(config)
         chosen = algo.act(algo.policy_of(state), obs, jax.random.key(0), True)
-        np.testing.assert_allclose(chosen, action, atol=0.1)
+        # BNPO's deviation is at least 1 / e: as actions are clipped, its best mean is 0.6 to 0.8.
+        np.testing.assert_allclose(chosen, action, atol=0.3 if name == "bnpo" else 0.1)
 
 
 def test_every_probe_is_here():

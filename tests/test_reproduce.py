@@ -9,10 +9,10 @@ from test_experiments import write_run
 
 import envs
 from algos import cli
-from experiments import reproduce, reproduce_p3o, reproduce_reppo
+from experiments import reproduce, reproduce_bnpo, reproduce_p3o, reproduce_reppo
 from experiments.reproduce import Job, command
 
-MODULES = {"reppo": reproduce_reppo, "p3o": reproduce_p3o}
+MODULES = {"reppo": reproduce_reppo, "p3o": reproduce_p3o, "bnpo": reproduce_bnpo}
 JOBS = [
     (name, group, job)
     for name, module in MODULES.items()
@@ -85,6 +85,19 @@ def test_nothing_is_run_again_and_the_table_is_written(tmp_path, capsys, monkeyp
     assert (tmp_path / "published" / f"{task}.png").exists()
     reproduce_reppo.main(["tasks", "--tasks", "CheetahRun", "--out", str(tmp_path)])
     assert [argv[2:4] for argv in ran] == [["--env", "CheetahRun"]] * 2
+
+
+def test_episodes_to_a_return_are_counted(tmp_path, capsys, monkeypatch):
+    """Over seeds 18.5, 19.5 and 20.5 after 0, 100 and 200 steps, 32 in an episode of all."""
+    monkeypatch.setattr(reproduce, "run", lambda argv: None)
+    write_run(tmp_path / "solve" / reproduce_bnpo.TASK / "a1", offset=3.5)
+    write_run(tmp_path / "solve" / reproduce_bnpo.TASK / "ppo")
+    reproduce_bnpo.main(["solve", "--out", str(tmp_path)])
+    text = (tmp_path / "solve" / "table.md").read_text()
+    assert text == capsys.readouterr().out
+    assert text.endswith(
+        "| setting | here | published |\n|---|---|---|\n| a1 | 0, 7, - | 259, 279, 319 |\n"
+    )
 
 
 def test_a_failed_launch_stops_the_program():

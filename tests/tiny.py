@@ -11,7 +11,7 @@ import numpy as np
 
 from algos import launch, rundir
 from envs import gymnax
-from envs.wrappers import RawEnv
+from envs.wrappers import Goals, RawEnv
 
 # A new algorithm is one more name, with what its smallest run needs beside SHARED.
 ALGOS = {
@@ -41,6 +41,17 @@ ALGOS = {
         "vmax": 12.0,
     },
     "p3o": {"replay_fraction": 0.5, "sample_mult": 2, "log_std_init": -1.0},
+    "bnpo": {
+        "env": "tiny:seek",
+        "memory_size": (64, 128),
+        "batch_size": (16, 8),
+        "optim_batch_size": (20, 60),
+        "learning_delay": (8, 4),
+        "learning_repeat": (2.0, 1.5),
+        "her_ratio": (0.0, 0.5),
+        "max_nstep": 3,
+        "noise_period": 8,
+    },
 }
 
 # Tasks of both kinds of actions, for the algorithms that know that kind.
@@ -48,7 +59,9 @@ TASKS = {"discrete": "cartpole", "continuous": "pendulum"}
 KINDS = dict.fromkeys(ALGOS, tuple(TASKS)) | {
     "reppo": ("continuous",),
     "reppo_discrete": ("discrete",),
+    "bnpo": ("continuous",),
 }
+GOALS = {"bnpo"}  # the tiny task has goals, which those above have not
 ASYMMETRIC = {"reppo"}  # the critic may see what the actor does not
 
 SHARED = {
@@ -72,6 +85,33 @@ def balance():
     raw = gymnax.make("CartPole-v1")
     step = lambda key, state, action: raw.step(key, state, jnp.int32(action[0] > 0))
     return raw._replace(name="balance", step=step, action_size=1, discrete=False)
+
+
+def seek():
+    """`balance` with goals: a speed of the angle. It ends when the cart is fast, and pays 1 anyway.
+
+    A second action does nothing.
+    """
+    raw = balance()
+
+    def step(key, state, action):
+        obs, state, reward, terminated, info = raw.step(key, state, action)
+        return obs, state, reward, terminated | (jnp.abs(obs[1]) > 0.5), info
+
+    def compute_reward(achieved, goal, kind):
+        if kind == "env":
+            return jnp.ones_like(goal)
+        return jnp.concatenate([0.1 * (jnp.abs(achieved - goal) < 0.3), -0.1 * jnp.abs(goal)], -1)
+
+    goals = Goals(
+        achieved_goal=lambda obs: obs[..., 1:2],
+        desired_goal=lambda obs: obs[..., 3:],
+        with_goal=lambda obs, goal: jnp.concatenate([obs[..., :3], goal], -1),
+        compute_reward=compute_reward,
+        kinds=("env", "proxy"),
+        moving=True,
+    )
+    return raw._replace(name="seek", step=step, action_size=2, goals=goals)
 
 
 def counter(discrete=False):

@@ -1,0 +1,84 @@
+"""BNPO: the author's comparison beside PPO, and what it leaves open; runs, tables, and curves.
+
+    python experiments/reproduce_bnpo.py tasks ablations --num-seeds 10 --out results/bnpo
+
+groups:
+  solve      a1 and PPO for the 320 short episodes after which a1 is said to have solved the task
+  tasks      the author's settings a1 to a9 and PPO at equal steps, with the episodes that each
+             needs to reach returns of 10, 20 and 30, beside the author's single runs
+  ablations  a1 with one part changed
+  hindsight  the same target for ever: shifted goals and both denominators beside achieved goals
+"""
+
+import math
+
+from algos import rundir
+from experiments import reproduce
+from experiments.reproduce import Job, Report
+
+TASK, STATIC = "arm/reacher-moving", "arm/reacher-static"
+LONG = "--total-timesteps 1500000 --num-evals 60"
+AUTHOR = ["a1", "a2", "a2b", "a3", "a4", "a5", "a6", "a7", "a7b", "a7c", "a8", "a9", "a9_inverted"]
+PARTS = ["b1", "b2", "b3_none", "b3_half", "b3_nstep", "b4_mean", "b4_separate", "b4_one_target"]
+PARTS += ["b5_sum", "b5_fixed", "b6_dpg", "b6_ppo", "b7", "b8"]
+FLAGS = {
+    "default": "",
+    **{name: f"--preset {name}" for name in PARTS},
+    "her_0.05": "--her-ratio 0 0.05",
+    "her_0.8": "--her-ratio 0 0.8",
+    "lambda_0.9": "--gae-lambda 0.9",
+    "lambda_1": "--gae-lambda 1",
+}
+GROUPS: dict[str, list[Job]] = {
+    "solve": [
+        Job(TASK, name, name.replace("a1", "bnpo"), "--total-timesteps 384000 --num-evals 32")
+        for name in ("a1", "ppo")
+    ],
+    "tasks": [
+        *(Job(TASK, name, "bnpo", f"--preset {name} {LONG}") for name in AUTHOR),
+        Job(TASK, "ppo", "ppo", LONG),
+    ],
+    "ablations": [Job(TASK, name, "bnpo", f"{flags} {LONG}") for name, flags in FLAGS.items()],
+    "hindsight": [
+        Job(STATIC, name, "bnpo", f"--preset {name} {LONG}")
+        for name in ("b3_none", "b2", "b2_relabelled", "b2_future")
+    ],
+}
+THRESHOLDS = 10.0, 20.0, 30.0
+# Short episodes of the author's single runs until an evaluation of the better target actor.
+PUBLISHED = {
+    "a1": (259, 279, 319), "a2b": (239, 319, 339), "a5": (None, None, 180),
+    "a6": (199, 239, 539), "a7": (119, 199, 899), "a8": (419, 759, 1219),
+}  # fmt: skip
+
+
+def episodes_to(run: rundir.Run, threshold: float) -> int | None:
+    """Short episodes until the IQM over seeds of an evaluation reaches the threshold."""
+    steps_per_episode = run.config["num_envs"] * run.config["num_steps"]
+    for step, returns in zip(run.steps, run.returns.mean(-1).T, strict=True):
+        if rundir.iqm(returns) >= threshold:
+            return math.ceil(step / steps_per_episode)
+    return None
+
+
+def milestones(done: Report) -> str:
+    """Table of the episodes that each setting needed, and the author's."""
+    lines = ["", "Short episodes to a return of 10, 20 and 30 (IQM), and the author's:", ""]
+    lines += ["| setting | here | published |", "|---|---|---|"]
+    shown = lambda numbers: ", ".join("-" if x is None else str(x) for x in numbers)
+    for job in done.jobs:
+        if job.algo == "bnpo":
+            run = rundir.read_run(done.folder / job.task / job.name)
+            here = shown(episodes_to(run, threshold) for threshold in THRESHOLDS)
+            lines.append(f"| {job.name} | {here} | {shown(PUBLISHED.get(job.name, ()))} |")
+    return "\n".join([*lines, ""])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Reproduce from the command line."""
+    further = dict.fromkeys(GROUPS, milestones)
+    reproduce.main(__doc__ or "", GROUPS, "results/bnpo", further, argv)
+
+
+if __name__ == "__main__":
+    main()
