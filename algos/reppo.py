@@ -166,14 +166,18 @@ CPU = {
     "learning_rate": 1e-3, "anneal_lr": True, "kl_bound": 0.2, "target_entropy_mult": 0.0,
 }
 CPU_DMC = {**CPU, **UNIT, "total_timesteps": 1_000_000}
+MANY_GOALS = {  # an episode has one goal: more environments, and smaller steps of the policy
+    **CPU_DMC, "num_envs": 64, "num_minibatches": 8, "anneal_lr": False, "kl_bound": 0.1,
+    "target_entropy_mult": 0.5,
+}
 PRESETS: dict[str, dict[str, Any]] = {
     # tasks
     "pendulum": {
         **CPU, "reward_scale": 0.1, "reward_range": (-16.28, 0.0), "vmin": -168.0, "vmax": 12.0,
     },
     "inverted_pendulum": {**CPU, **UNIT},
-    "CartpoleBalance": CPU_DMC, "CartpoleSwingup": CPU_DMC, "ReacherEasy": CPU_DMC,
-    "CheetahRun": CPU_DMC,
+    "CartpoleBalance": CPU_DMC, "CartpoleSwingup": CPU_DMC, "CheetahRun": CPU_DMC,
+    "ReacherEasy": MANY_GOALS,
     # rewards and support of Brax's tasks
     "ant": BRAX, "halfcheetah": BRAX, "hopper": BRAX, "walker2d": BRAX, "humanoid": HUMANOID_BRAX,
     "brax": BRAX, "humanoid_brax": HUMANOID_BRAX,
