@@ -70,6 +70,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("total_timesteps", "num_envs", "num_steps"), (1, math.inf)),
     **dict.fromkeys(("num_epochs", "num_minibatches"), (1, math.inf)),
     **dict.fromkeys(("learning_rate", "clip_eps", "max_grad_norm"), (0, math.inf)),
+    **dict.fromkeys(("critic_lr", "vae_lr"), (0, math.inf)),
     **dict.fromkeys(("gamma", "gae_lambda", "td_lambda", "trace_min"), (0, 1)),
     **dict.fromkeys(("value_samples", "kl_samples", "encoder_layers"), (1, math.inf)),
     **dict.fromkeys(("noise_min", "noise_max", "reward_scale"), (0, math.inf)),
@@ -80,7 +81,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "sample_mult": (1, math.inf),
     **dict.fromkeys(("updates_per_step", "learning_starts"), (0, math.inf)),
     **dict.fromkeys(("batch_size", "buffer_size"), (1, math.inf)),
-    "polyak_tau": (0, 1),
+    **dict.fromkeys(("polyak_tau", "min_weight"), (0, 1)),
+    "max_perturbation": (0, 2),
 }
 
 
