@@ -4,7 +4,7 @@ Fujimoto et al. 2019, https://arxiv.org/abs/1812.02900, in the form that Wu et a
 (https://arxiv.org/abs/1911.11361) compare with. A variational autoencoder (e, g) learns which
 actions a state shows, and a small perturbation x of them learns to please a critic:
 
-    G(s):     g(s, clip(z, -1/2, 1/2)),  z ~ N(0, I)
+    c ~ G(s): c = g(s, clip(z, -1/2, 1/2)),  z ~ N(0, I)
     x(s, c) = clip(c + P tanh(f(s, c)), -1, 1)
 
 A gradient step takes a minibatch drawn uniformly with replacement and goes, in this order,
@@ -263,15 +263,15 @@ def build(config: Config) -> common.Algo:
         key_start, key_targets, key_encoder, key_decoder, key = jax.random.split(key, 5)
         obs, action, latent = (jnp.zeros((1, size)) for size in (env.obs_size, A, 2 * A))
 
-        def judges(key):
+        def with_targets(key):
             key_critic, key_perturbation = jax.random.split(key)
             return {
                 "critic": critic.init(key_critic, obs, action),
                 "perturbation": perturbation.init(key_perturbation, obs, action),
             }
 
-        params = judges(key_start)
-        target_params = judges(key_targets) if official else params
+        params = with_targets(key_start)
+        target_params = with_targets(key_targets) if official else params
         vae = {
             "encoder": encoder.init(key_encoder, obs, action),
             "decoder": decoder.init(key_decoder, obs, latent),
@@ -379,8 +379,8 @@ def build(config: Config) -> common.Algo:
         return jnp.take_along_axis(action, best, 0)[0]
 
     def policy_of(state):
-        judges = {name: state.params[name] for name in ("critic", "perturbation")}
-        return judges | {"decoder": state.params["vae"]["decoder"]}
+        trained = {name: state.params[name] for name in ("critic", "perturbation")}
+        return trained | {"decoder": state.params["vae"]["decoder"]}
 
     return common.Algo(init, update, act, policy_of, data)
 

@@ -289,8 +289,8 @@ def test_gradient_steps_by_hand(fidelity, monkeypatch):
 
 def test_targets_start_as_copies():
     state = first_state(config_of())
-    judges = {name: state.params[name] for name in ("critic", "perturbation")}
-    tiny.assert_same(state.target_params, judges)
+    copies = {name: state.params[name] for name in ("critic", "perturbation")}
+    tiny.assert_same(state.target_params, copies)
 
 
 @pytest.mark.slow
