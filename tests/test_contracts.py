@@ -22,6 +22,7 @@ from tiny import (
     KINDS,
     LAUNCH,
     OFFLINE,
+    RANDOM,
     TASKS,
     arrays,
     assert_close,
@@ -388,7 +389,8 @@ def test_command_line_end_to_end(lab, trained, tmp_path, monkeypatch, signals):
         same(act(obs), algo.act(policy, obs, jax.random.key(0), True))
         key = jax.random.key(7)
         same(act(obs, key), algo.act(policy, obs, key, False))
-        same(act(obs[0]), act(obs)[0])
+        if lab.name not in RANDOM:  # else draws depend on how many there are
+            same(act(obs[0]), act(obs)[0])
 
 
 # --- probes ---

@@ -79,6 +79,14 @@ ALGOS = {
         "batch_size": 16,
         "critic_hidden": (8,),
     },
+    "bcq": {
+        "env": "tiny:balance",
+        "dataset": str(DATASET),
+        "gradient_steps": 32,
+        "batch_size": 16,
+        "critic_hidden": (8,),
+        "vae_hidden": (8,),
+    },
 }
 
 # Tasks of both kinds of actions, for the algorithms that know that kind.
@@ -90,9 +98,11 @@ KINDS = dict.fromkeys(ALGOS, tuple(TASKS)) | {
     "sac": ("continuous",),
     "bc": ("continuous",),
     "brac": ("continuous",),
+    "bcq": ("continuous",),
 }
 GOALS = {"bnpo"}  # the tiny task has goals, which those above have not
-OFFLINE = {"bc", "brac"}  # they learn from DATASET
+OFFLINE = {"bc", "brac", "bcq"}  # they learn from DATASET
+RANDOM = {"bcq"}  # they draw also when they act greedily
 ASYMMETRIC = {"reppo"}  # the critic may see what the actor does not
 
 SHARED = {
