@@ -81,7 +81,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("updates_per_step", "learning_starts"), (0, math.inf)),
     **dict.fromkeys(("batch_size", "buffer_size"), (1, math.inf)),
     **dict.fromkeys(("polyak_tau", "min_weight"), (0, 1)),
-    **dict.fromkeys(("critic_lr", "multiplier_lr", "temperature"), (0, math.inf)),
+    **dict.fromkeys(("multiplier_lr", "temperature"), (0, math.inf)),
     **dict.fromkeys(("value_penalty", "target_divergence"), (0, math.inf)),
     "alpha": (0, 500),
     **dict.fromkeys(("hidden", "critic_hidden"), (1, math.inf)),
