@@ -380,6 +380,19 @@ def test_presets_have_room_for_their_rewards(recwarn):
     assert not recwarn.list
 
 
+def test_published_sizes_keep_nothing_of_a_task_but_its_rewards():
+    rewards = {"vmin", "vmax", "reward_scale", "reward_range", "gamma"}
+    merged = lambda presets: {k: v for x in presets for k, v in reppo.PRESETS[x].items()}
+    settings = lambda *presets: {
+        name: value
+        for name, value in vars(dataclasses.replace(reppo.Config(), **merged(presets))).items()
+        if name not in rewards
+    }
+    for task in ("pendulum", "inverted_pendulum", "CartpoleSwingup", "ReacherEasy", "CheetahRun"):
+        for published in ("default", "dmc_small", "tiny", "humanoid_small", "single_file"):
+            assert settings(task, published) == settings(published), (task, published)
+
+
 # --- learning ---
 
 
