@@ -37,8 +37,8 @@ GROUPS: dict[str, list[Job]] = {
     "tasks": [
         Job("pendulum", "reppo", "reppo"),
         Job("cartpole", "reppo_discrete", "reppo_discrete"),
-        Job("inverted_pendulum", "reppo", "reppo"),
-        Job("CartpoleBalance", "reppo", "reppo", "--total-timesteps 500000"),
+        Job("inverted_pendulum", "reppo", "reppo", "--total-timesteps 100000"),
+        Job("CartpoleBalance", "reppo", "reppo", "--total-timesteps 300000"),
         *(
             Job(task, algo, algo, f"--total-timesteps {budget}")
             for task, budget in (
