@@ -51,7 +51,9 @@ def test_jobs_do_not_share_a_directory():
 
 @pytest.mark.parametrize("name", ["reppo", "p3o", "bnpo"])
 def test_ablations_change_one_thing_each(name):
-    configs = {job.name: vars(config_of(job)) for job in MODULES[name].GROUPS["ablations"]}
+    groups = MODULES[name].GROUPS
+    jobs = [*groups["ablations"], *groups.get("details", [])]
+    configs = {job.name: vars(config_of(job)) for job in jobs}
     default = configs.pop("default")
     for ablation, config in configs.items():
         changed = {field for field in default if config[field] != default[field]}
