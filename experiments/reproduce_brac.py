@@ -36,6 +36,7 @@ ACTOR_CRITIC = f"{CRITIC} --warm-start 2000 --learning-rate 3e-4"
 CLONED = f"{ACTOR_CRITIC} --behavior {{here}}/bc"
 LEARNERS = {
     "bc": ("bc", SMALL),
+    "bcq": ("bcq", f"{CRITIC} --vae-hidden 128 128"),
     "brac_kl_vp": ("brac", f"{CLONED} --alpha 0.1 1 10"),
     "brac_kl_pr": ("brac", f"{CLONED} --alpha 0.1 1 10 --preset policy_regularisation"),
     "brac_mmd_vp": ("brac", f"{CLONED} --alpha 1 10 100 --preset mmd"),
