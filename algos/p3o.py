@@ -148,7 +148,7 @@ PHYSICS = {
 }
 PRESETS: dict[str, dict[str, Any]] = {
     # tasks
-    "cartpole": {},
+    "cartpole": {"normalize_reward": True},
     "atari": {
         "total_timesteps": 28_000_000, "torso": "atari", "hidden": (512,), "activation": "relu",
     },

@@ -37,7 +37,10 @@ GROUPS: dict[str, list[Job]] = {
         for task, budget in BUDGETS.items()
         for name, (algo, flags) in ALGOS.items()
     ],
-    "ablations": [Job("cartpole", name, "p3o", flags) for name, flags in ABLATIONS.items()],
+    "ablations": [
+        Job("cartpole", name, "p3o", f"--total-timesteps 100000 {flags}".strip())
+        for name, flags in ABLATIONS.items()
+    ],
 }
 SHOWN = {"replay/ess": "ESS", "replay/kl": "KL", "replay/clip_fraction": "clipped ratios"}
 

@@ -244,6 +244,7 @@ def test_weights_compare_the_policy_with_what_acted(monkeypatch):
         ("kl_bound", 1.0, "kl_coef", False),
         ("target_entropy_mult", -10.0, "temperature", True),
         ("target_entropy_mult", 10.0, "temperature", False),
+        ("target_entropy_mult", 0.0, "temperature", False),  # the entropy itself is positive
     ],
 )
 def test_an_update_moves_the_multipliers_to_their_constraints(field, value, name, rises):
