@@ -40,6 +40,7 @@ class Dataset(NamedTuple):
 # --- reading ---
 
 HDF5 = (".hdf5", ".h5")  # suffixes of what is read as HDF5
+UNREADABLE = (OSError, RuntimeError, TypeError, ValueError)  # what a damaged file may raise
 
 
 def load(source: str, env: envs.Env) -> Dataset:
@@ -70,7 +71,7 @@ def read(path: Path) -> tuple[Dataset, dict[str, Any]]:
             meta = json.loads(str(file["__meta__"]))
             if not isinstance(meta, dict) or "env" not in meta:
                 raise ValueError("its metadata names no env")
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError, TypeError) as error:
+    except (*UNREADABLE, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"{path} is damaged or no dataset: {error}") from None
     return dataset, meta
 
@@ -168,7 +169,7 @@ def read_hdf5(path: Path) -> Dataset:
         with h5py.File(path, "r") as file:
             flat = "observations" in file
             return from_episodes(flat_episodes(file) if flat else minari_episodes(file))
-    except (OSError, LookupError, AttributeError, TypeError, ValueError) as error:
+    except (*UNREADABLE, AttributeError, LookupError) as error:
         raise ValueError(f"{path} is damaged or no dataset: {error}") from None
 
 

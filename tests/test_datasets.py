@@ -6,6 +6,9 @@ import sys
 import numpy as np
 import pytest
 import tiny
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as st_np
 
 import envs
 from algos import datasets
@@ -121,6 +124,49 @@ def test_bad_files_are_refused(tmp_path, harm, message):
     with pytest.raises(ValueError, match=message) as error:
         datasets.load(source, ENV)
     assert "\n" not in str(error.value)
+
+
+def loads_or_says_why(path):
+    """A dataset, or one line that names the file; no other error."""
+    said = ""
+    try:
+        datasets.load(str(path), ENV)
+    except ValueError as error:
+        said = str(error)
+    return not said or (str(path) in said and "\n" not in said)
+
+
+fuzz = settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+harms = st.lists(st.tuples(st.floats(0.0, 1.0, exclude_max=True), st.integers(0, 255)), max_size=9)
+
+
+@pytest.mark.parametrize("layout", ["ours", "flat", "minari"])
+@fuzz
+@given(harms=harms, kept=st.floats(0.0, 1.0))
+def test_any_damage_loads_or_is_refused_in_one_line(tmp_path, layout, harms, kept):
+    path = tmp_path / ("data.npz" if layout == "ours" else "data.hdf5")
+    if layout == "ours":
+        write(path, tiny.transitions(20))
+    else:
+        {"flat": flat_file, "minari": minari_file}[layout](path)
+    content = bytearray(path.read_bytes())
+    for where, byte in harms:
+        content[int(where * len(content))] = byte
+    path.write_bytes(content if kept > 0.5 else content[: int(kept * len(content))])
+    assert loads_or_says_why(path)
+
+
+@fuzz
+@given(
+    name=st.sampled_from(Dataset._fields),
+    array=st_np.arrays(
+        dtype=st.one_of(st_np.floating_dtypes(), st_np.integer_dtypes(), st_np.boolean_dtypes()),
+        shape=st_np.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=20),
+    ),
+)
+def test_any_array_loads_or_is_refused_in_one_line(tmp_path, name, array):
+    write(tmp_path / "data.npz", changed(**{name: array}))
+    assert loads_or_says_why(tmp_path / "data.npz")
 
 
 def test_no_dataset_and_discrete_actions_are_refused(tmp_path):
