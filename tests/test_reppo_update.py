@@ -155,6 +155,12 @@ def test_the_actor_climbs_the_critic_that_was_just_updated():
     assert abs(moving["losses/policy_loss"] - still["losses/policy_loss"]) > 1e-3
 
 
+def test_the_actor_climbs_through_its_own_action():
+    """Without weight on entropy and KL, nothing but Q moves the policy."""
+    alone = {"temperature_init": 1e-20, "tune_temperature": False, "tune_kl_coef": False}
+    assert run_update(**ONE, **alone)[2]["losses/actor_grad_norm"] > 1e-3
+
+
 @pytest.mark.parametrize("noise", [1.0, 2.0])
 def test_first_step_of_an_update_has_no_kl(noise):
     metrics = run_update(**ONE, noise_min=noise, noise_max=noise)[2]
