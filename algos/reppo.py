@@ -167,7 +167,7 @@ CPU = {
 }
 CPU_DMC = {**CPU, **UNIT, "total_timesteps": 1_000_000}
 MANY_GOALS = {  # an episode has one goal: more environments, and smaller steps of the policy
-    **CPU_DMC, "num_envs": 64, "num_minibatches": 8, "anneal_lr": False, "kl_bound": 0.1,
+    **CPU_DMC, "num_envs": 512, "num_steps": 16, "num_minibatches": 32, "kl_bound": 0.1,
     "target_entropy_mult": 0.5,
 }
 PRESETS: dict[str, dict[str, Any]] = {
