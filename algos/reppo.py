@@ -153,6 +153,7 @@ RECIPE = {  # everything a task's own preset may have changed, rewards and suppo
     "total_timesteps": 50_000_000, "num_envs": 1024, "num_steps": 128, "num_epochs": 4,
     "num_minibatches": 128, "hidden": (512, 512), "critic_width": 512, "dual_lr_mult": 1.0,
     "learning_rate": 3e-4, "anneal_lr": False, "kl_bound": 0.1, "target_entropy_mult": 0.5,
+    "critic_loss": "hl_gauss",
 }
 UNIT = {"vmin": 0.0, "vmax": 150.0, "reward_scale": 1.0, "reward_range": (0.0, 1.0), "gamma": 0.99}
 DMC = {**RECIPE, **UNIT, "num_epochs": 8}
@@ -168,7 +169,7 @@ CPU = {
 CPU_DMC = {**CPU, **UNIT, "total_timesteps": 1_000_000}
 MANY_GOALS = {  # an episode has one goal: more environments, and smaller steps of the policy
     **CPU_DMC, "num_envs": 512, "num_steps": 16, "num_minibatches": 32, "kl_bound": 0.1,
-    "target_entropy_mult": 0.5,
+    "target_entropy_mult": 0.5, "critic_loss": "mse",
 }
 PRESETS: dict[str, dict[str, Any]] = {
     # tasks
