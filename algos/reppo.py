@@ -176,9 +176,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "pendulum": {
         **CPU, "reward_scale": 0.1, "reward_range": (-16.28, 0.0), "vmin": -168.0, "vmax": 12.0,
     },
-    "inverted_pendulum": {**CPU, **UNIT},
+    "inverted_pendulum": {**CPU, **UNIT}, "ReacherEasy": MANY_GOALS,
     "CartpoleBalance": CPU_DMC, "CartpoleSwingup": CPU_DMC, "CheetahRun": CPU_DMC,
-    "ReacherEasy": MANY_GOALS,
     # rewards and support of Brax's tasks
     "ant": BRAX, "halfcheetah": BRAX, "hopper": BRAX, "walker2d": BRAX, "humanoid": HUMANOID_BRAX,
     "brax": BRAX, "humanoid_brax": HUMANOID_BRAX,
