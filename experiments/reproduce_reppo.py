@@ -49,14 +49,13 @@ GROUPS: dict[str, list[Job]] = {
             for algo in ("reppo", "ppo")
         ),
     ],
-    "ablations": [
-        Job("CartpoleSwingup", name, "reppo", f"--total-timesteps 200000 {flags}".strip())
-        for name, flags in ABLATIONS.items()
-    ],
-    "details": [
-        Job("CartpoleSwingup", name, "reppo", f"--total-timesteps 200000 {flags}".strip())
-        for name, flags in DETAILS.items()
-    ],
+    **{
+        group: [
+            Job("CartpoleSwingup", name, "reppo", f"--total-timesteps 200000 {flags}".strip())
+            for name, flags in changes.items()
+        ]
+        for group, changes in (("ablations", ABLATIONS), ("details", DETAILS))
+    },
     "published": [
         Job(task, "reppo", "reppo", "--preset dmc_small --total-timesteps 10000000")
         for task in (

@@ -299,5 +299,9 @@ def test_no_key_is_used_twice_with_clones(divergence):
     config = config_of(divergence=divergence, behavior="clones", train_alpha=True,
                        target_divergence=0.1)  # fmt: skip
     train = jax.jit(brac.make_train(config))
+    twice = lambda key: jax.random.normal(key) + jax.random.normal(key)
     with jax.debug_key_reuse(True):
-        train.trace(jax.random.key(0), None, rows_of(), actor_of(config, 7))
+        with pytest.raises(jax.errors.KeyReuseError):  # the checker sees what it should
+            jax.jit(twice).trace(jax.random.key(0))
+        traced = train.trace(jax.random.key(0), None, rows_of(), actor_of(config, 7))
+    assert traced.out_info["state"].params  # the whole run was traced, with clones
