@@ -607,15 +607,23 @@ def test_image_network():
 
 
 def test_first_convolution_sees_shares_of_255():
-    config = config_of(torso="atari", hidden=(4,), activation="relu")
-    network = p3o.ActorCritic(config, (84, 84, 4), 4, True)
+    network = p3o.ActorCritic(config_of(torso="atari", hidden=(4,)), (84, 84, 4), 4, True)
     obs = jax.random.randint(jax.random.key(1), (84 * 84 * 4,), 0, 256).astype(jnp.uint8)
     params = network.init(jax.random.key(0), obs)
     _, state = network.apply(params, obs, capture_intermediates=True)
-    out = state["intermediates"]["torso"]["Conv_0"]["__call__"][0]
-    kernel = params["params"]["torso"]["Conv_0"]["kernel"]
+    out = state["intermediates"]["torso"]["Dense_0"]["__call__"][0]
+    kernel = params["params"]["torso"]["Dense_0"]["kernel"].reshape(8, 8, 4, 32)
     patch = obs.reshape(84, 84, 4)[4:12, 8:16] / 255.0
     assert_allclose(out[0, 1, 2], jnp.einsum("hwc,hwcf->f", patch, kernel), atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (4, 2), (8, 4)])
+def test_patches_times_a_matrix_are_a_convolution(size, stride):
+    x = jax.random.normal(jax.random.key(0), (2, 13, 11, 3))
+    kernel = jax.random.normal(jax.random.key(1), (size, size, 3, 5))
+    layout = jax.lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+    out = jax.lax.conv_general_dilated(x, kernel, (stride, stride), "VALID", None, None, layout)
+    assert_allclose(p3o.patches(x, size, stride) @ kernel.reshape(-1, 5), out, atol=1e-4)
 
 
 @pytest.mark.parametrize("torso", ["mlp", "minatar"])
@@ -632,8 +640,7 @@ def test_initial_weights(torso):
     assert set(layers) == {*gains, *torsos}
     for name in torsos:
         for layer in layers[name].values():
-            kernel = layer["kernel"].reshape(-1, layer["kernel"].shape[-1])
-            assert_allclose(jnp.linalg.svd(kernel)[1], math.sqrt(2), atol=1e-4)
+            assert_allclose(jnp.linalg.svd(layer["kernel"])[1], math.sqrt(2), atol=1e-4)
 
 
 @pytest.mark.parametrize("preset", ["a2c", "fixed_clip", "no_kl"])
