@@ -139,12 +139,11 @@ TRACEABLE += ("kl_coef", "max_ratio")
 # fmt: off
 # Origins are in docs/presets.md.
 MINATAR = {
-    "total_timesteps": 10_000_000, "num_envs": 64, "torso": "minatar", "hidden": (128,),
-    "activation": "relu",
+    "total_timesteps": 1_000_000, "torso": "minatar", "hidden": (128,), "activation": "relu",
 }
 PHYSICS = {
-    "total_timesteps": 3_000_000, "num_envs": 64, "learning_rate": 3e-4, "ent_coef": 0.0,
-    "normalize_obs": True, "normalize_reward": True, "hidden": (256, 256),
+    "total_timesteps": 1_000_000, "ent_coef": 0.0, "normalize_obs": True, "normalize_reward": True,
+    "hidden": (256, 256),
 }
 PRESETS: dict[str, dict[str, Any]] = {
     # tasks

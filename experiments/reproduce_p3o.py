@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from experiments import reproduce
 from experiments.reproduce import Job, Report
 
-BUDGETS = {"cartpole": 500_000, "breakout": 1_000_000, "asterix": 1_000_000, "hopper": 300_000}
+BUDGETS = {"cartpole": 500_000, "breakout": 300_000, "asterix": 300_000, "hopper": 300_000}
 ALGOS = {"p3o": ("p3o", ""), "a2c": ("p3o", "--preset a2c"), "ppo": ("ppo", "")}
 ABLATIONS = {
     "default": "",
@@ -57,7 +57,8 @@ def replay_curves(done: Report) -> str:
         for axis, (metric, label) in zip(axes, SHOWN.items(), strict=True):
             found = [(r["global_step"], np.array(r[metric], float)) for r in records if metric in r]
             found = [(step, np.nanmean(x)) for step, x in found if np.isfinite(x).any()]
-            axis.plot(*zip(*found, strict=True) if found else ([], []), label=job.name)
+            if found:
+                axis.plot(*zip(*found, strict=True), label=job.name)
             axis.set(xlabel="environment steps", ylabel=label)
     axes[0].legend(fontsize="x-small")
     out = done.folder / f"{done.jobs[0].task}-replay.png"
