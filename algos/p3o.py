@@ -142,8 +142,8 @@ MINATAR = {
     "total_timesteps": 1_000_000, "torso": "minatar", "hidden": (128,), "activation": "relu",
 }
 PHYSICS = {
-    "total_timesteps": 1_000_000, "ent_coef": 0.0, "normalize_obs": True, "normalize_reward": True,
-    "hidden": (256, 256),
+    "total_timesteps": 1_000_000, "learning_rate": 3e-4, "ent_coef": 0.0, "normalize_obs": True,
+    "normalize_reward": True, "hidden": (256, 256),
 }
 PRESETS: dict[str, dict[str, Any]] = {
     # tasks
