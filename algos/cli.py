@@ -154,7 +154,7 @@ def check_bounds(values: dict[str, Any]) -> None:
     for field, (least, most) in BOUNDS.items():
         value = values.get(field, least)
         entries = value if isinstance(value, tuple) else (value,)
-        if not all(least <= x <= most for x in entries):
+        if not all(x is None or least <= x <= most for x in entries):
             wanted = f"at least {least}" if most == math.inf else f"{least} to {most}"
             raise ValueError(f"{field}={value}: {wanted} is needed")
 

@@ -21,6 +21,8 @@ Differences from ppo.py:
 3. Gradients of actor and critic are clipped together; for images they share a torso.
 4. RMSprop as PyTorch has it; its step size ends a little above 0.
 5. Advantages are not normalised, exploration noise is drawn every step.
+6. Hidden layers start with gain sqrt(2), and observations that are not normalised keep their type.
+7. The exported policy holds the critic too.
 
     python algos/p3o.py --env cartpole --num-seeds 16
     python algos/p3o.py --env breakout --preset a2c --num-seeds 4
@@ -72,10 +74,8 @@ class Config:
     replay_fraction: float = 0.0286  # rollouts kept, of all rollouts of the run
     warmup_fraction: float = 0.3  # part of the replay that is filled before it is used
     sample_mult: int = 6  # segments of each environment in a replayed minibatch
-    ess_clip: bool = True  # clip ratios to the ESS
-    max_ratio: float = 1.0  # largest ratio without ess_clip
-    adaptive_kl: bool = True  # weight the KL by 1 - ESS
-    kl_coef: float = 0.1  # weight of the KL without adaptive_kl
+    max_ratio: float | None = None  # clip ratios to this; None: to the ESS
+    kl_coef: float | None = None  # weight of the KL; None: 1 - ESS
     kl_direction: Literal["pi_beta", "beta_pi"] = "pi_beta"  # beta_pi: KL(beta || pi)
     kl_reduction: Literal["mean", "sum"] = "mean"  # over discrete actions; sum: the plain KL
 
@@ -132,7 +132,6 @@ class Config:
 
 # Fields that may be arrays, so that a sweep is one more vmap.
 TRACEABLE = ("learning_rate", "max_grad_norm", "gamma", "gae_lambda", "vf_coef", "ent_coef")
-TRACEABLE += ("kl_coef", "max_ratio")
 
 # --- presets ---
 
@@ -155,8 +154,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("ant", "halfcheetah", "hopper", "walker2d", "humanoid"), PHYSICS),
     # ablations, to follow a task
     "a2c": {"replay_ratio": 0.0},
-    "fixed_clip": {"ess_clip": False},
-    "no_kl": {"adaptive_kl": False, "kl_coef": 0.0},
+    "fixed_clip": {"max_ratio": 1.0},
+    "no_kl": {"kl_coef": 0.0},
 }
 # fmt: on
 
@@ -336,10 +335,10 @@ def replay_loss(policy, value, segments, config):
     """Loss on replayed segments (eq. 14 without its first term, and V's), with its diagnostics."""
     policy, log_prob, value, target = estimates(policy, value, segments, config)
     log_weight = log_prob - segments.policy.log_prob(segments.action)
-    log_weight = jax.lax.stop_gradient(jnp.minimum(log_weight, 20.0))
-    weight, ess = jnp.exp(log_weight), effective_sample_size(log_weight)
-    max_ratio = ess if config.ess_clip else config.max_ratio
-    kl_coef = 1.0 - ess if config.adaptive_kl else config.kl_coef
+    log_weight = jax.lax.stop_gradient(log_weight)
+    weight, ess = jnp.exp(jnp.minimum(log_weight, 20.0)), effective_sample_size(log_weight)
+    max_ratio = ess if config.max_ratio is None else config.max_ratio
+    kl_coef = 1.0 - ess if config.kl_coef is None else config.kl_coef
     p, q = policy, segments.policy
     if config.kl_direction == "beta_pi":
         p, q = q, p
@@ -395,6 +394,11 @@ def build(config: Config) -> common.Algo:
         raise ValueError(
             f"torso={config.torso!r} needs images, and {env.name} observes {env.obs_shape}: "
             "take torso='mlp'"
+        )
+    if config.torso == "atari" and min(env.obs_shape[:2]) < 36:
+        raise ValueError(
+            f"torso='atari' needs images of 36 x 36 or more, and {env.name} observes "
+            f"{env.obs_shape}: take torso='minatar'"
         )
     network = ActorCritic(config, env.obs_shape, env.action_size, env.discrete)
     optimizer = optax.chain(
@@ -502,7 +506,8 @@ def build(config: Config) -> common.Algo:
         count = jnp.asarray(counts)[state.update]
         carry = state.params, state.opt_state, sums
         params, opt_state, sums = jax.lax.fori_loop(0, count, step, carry)
-        return params, opt_state, sums | {"replay/count": count, "charts/replay_steps": count}
+        counted = {"replay/count": count, "charts/replay_steps": count}
+        return params, opt_state, sums | counted | {"charts/replay_filled": filled}
 
     def update(state):
         key, key_collect, key_replay = jax.random.split(state.key, 3)

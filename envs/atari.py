@@ -77,8 +77,8 @@ def make(task: str, num_envs: int, purpose: str) -> Env:
         episode_return = state.episode_return + score
         episode_length = state.episode_length + 1
         info = {
-            # Of a game that is cut the last frame is lost: the one before is the nearest.
-            "final_observation": jnp.where(truncated[:, None], state.obs, obs),
+            # The last frame of a game is lost: the one before is the nearest.
+            "final_observation": jnp.where(returned[:, None], state.obs, obs),
             "returned": returned,
             "episode_return": episode_return,
             "episode_length": episode_length,

@@ -24,12 +24,16 @@ ABLATIONS = {
     "replay_ratio_0": "--replay-ratio 0",
     "replay_ratio_1": "--replay-ratio 1",
     "replay_ratio_4": "--replay-ratio 4",
-    "fixed_clip": "--no-ess-clip",
-    "no_kl": "--no-adaptive-kl --kl-coef 0",
-    "kl_0.1": "--no-adaptive-kl --kl-coef 0.1",
-    "kl_0.5": "--no-adaptive-kl --kl-coef 0.5",
+    "replay_half": "--replay-fraction 0.0143",
+    "replay_times_4": "--replay-fraction 0.1144",
+    "fixed_clip": "--max-ratio 1",
+    "no_kl": "--kl-coef 0",
+    "kl_0.1": "--kl-coef 0.1",
+    "kl_0.5": "--kl-coef 0.5",
     "kl_reduction_sum": "--kl-reduction sum",
     "kl_direction_beta_pi": "--kl-direction beta_pi",
+    "no_trace": "--gae-lambda 1",
+    "off_policy_entropy": "--off-policy-entropy",
 }
 GROUPS: dict[str, list[Job]] = {
     "tasks": [

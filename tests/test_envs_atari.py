@@ -42,8 +42,11 @@ def played():
 
 
 def test_observations_are_stacked_bytes(played):
-    (obs, _, new_obs, *_), _ = played
+    """What follows a step is the next observation, but at a game's end the last one seen."""
+    (obs, _, new_obs, *_, info), _ = played
     assert new_obs.dtype == np.uint8
+    final = np.where(info["returned"][..., None], obs, new_obs)
+    np.testing.assert_array_equal(info["final_observation"], final)
     frames, new_frames = (x.reshape(T, N, 84, 84, 4) for x in (obs, new_obs))
     assert (new_frames[:, :, ..., -1] > 0).any()
     ended = played[0][-1]["returned"]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from tiny import assert_allclose
 
-from algos import common, launch, p3o
+from algos import common, p3o
 from algos.common import Categorical, Gaussian
 
 # In one worker, so that updates are compiled once.
@@ -154,12 +154,13 @@ def rows(loss, logits, value, segments, config):
     return jax.value_and_grad(function, (0, 1))(logits, value)
 
 
-def test_replaying_the_present_policy_is_the_on_policy_step():
-    config = config_of(ent_coef=0.0)
+@pytest.mark.parametrize("kl_coef", [None, 0.7])
+def test_replaying_the_present_policy_is_the_on_policy_step(kl_coef):
+    config = config_of(ent_coef=0.0, kl_coef=kl_coef)
     logits, value, segments = random_batch()
     segments = on_policy(logits, segments)
     aux = p3o.replay_loss(Categorical(logits), value, segments, config)[1]
-    assert_allclose(aux["replay/kl_coef"], 0.0, atol=1e-6)
+    assert_allclose(aux["replay/kl_coef"], kl_coef or 0.0, atol=1e-6)
     assert_allclose(aux["replay/max_ratio"], 1.0, atol=1e-6)
     assert_allclose(aux["replay/kl"], 0.0, atol=1e-6)
     fresh, replayed = (
@@ -225,20 +226,20 @@ def test_two_actions_by_hand(direction, reduction):
     assert_allclose(loss, 0.4039257 + 0.2647059 * kl / scale, atol=1e-6)
 
 
-@pytest.mark.parametrize("ess_clip", [True, False])
-@pytest.mark.parametrize("adaptive_kl", [True, False])
-def test_gradient_of_the_replay_loss(ess_clip, adaptive_kl):
+@pytest.mark.parametrize("max_ratio", [None, 0.8])
+@pytest.mark.parametrize("kl_coef", [None, 0.7])
+def test_gradient_of_the_replay_loss(max_ratio, kl_coef):
     """-rho A (onehot - pi) / M + lambda / (M K) pi (log(pi / beta) - KL), and nothing else."""
-    config = config_of(ess_clip=ess_clip, adaptive_kl=adaptive_kl, max_ratio=0.8, kl_coef=0.7)
+    config = config_of(max_ratio=max_ratio, kl_coef=kl_coef)
     logits, value, segments = random_batch(1)
     _, (grad, value_grad) = rows(p3o.replay_loss, logits, value, segments, config)
     p, q = (np.asarray(jax.nn.softmax(x)) for x in (logits[:, :-1], segments.policy.logits))
     taken = np.eye(3)[segments.action]
     weight = (taken * p / q).sum(-1)
     ess = weight.sum() ** 2 / (weight**2).sum() / weight.size
-    rho = np.minimum(weight, ess if ess_clip else 0.8)
+    rho = np.minimum(weight, max_ratio or ess)
     assert (rho < weight).any()
-    kl_coef = 1 - ess if adaptive_kl else 0.7
+    kl_coef = kl_coef or 1 - ess
     target = p3o.lambda_return(
         segments.reward, value, segments.done, config.gamma, config.gae_lambda
     )
@@ -275,7 +276,7 @@ def test_only_the_penalty_depends_on_beta():
         replayed = segments._replace(policy=Categorical(beta))
         return p3o.replay_loss(Categorical(logits), value, replayed, config)[0]
 
-    config = config_of(adaptive_kl=False, kl_coef=0.0)
+    config = config_of(kl_coef=0.0)
     assert_allclose(jax.grad(loss)(segments.policy.logits), 0.0)
 
 
@@ -341,6 +342,12 @@ def test_huge_ratios_stay_finite():
     aux = p3o.replay_loss(Categorical(logits), value, segments, config_of())[1]
     assert common.all_finite((loss, grad, aux))
     assert_allclose(aux["replay/largest_ratio"], math.exp(20), rtol=1e-4)
+    # The ESS is that of the ratios before they are cut.
+    log_weight = np.asarray(Categorical(logits[:, :-1]).log_prob(segments.action)) + 200.0
+    weight = np.exp(log_weight - log_weight.max())
+    ess = weight.sum() ** 2 / (weight**2).sum() / weight.size
+    assert ess < 0.9
+    assert_allclose(aux["replay/ess"], ess, rtol=1e-3)
 
 
 def test_importance_weights_correct_the_policy_gradient():
@@ -357,344 +364,3 @@ def test_importance_weights_correct_the_policy_gradient():
     actions = jnp.arange(4)
     p, q = (jnp.exp(jax.vmap(policy.log_prob)(actions)) for policy in (pi, beta))
     assert_allclose(q @ gradient(actions, p / q), p @ gradient(actions, jnp.ones(4)), atol=1e-6)
-
-
-# --- replay ---
-
-
-@pytest.mark.parametrize("mean", [2.0, 0.5])
-def test_replay_counts_are_poisson_numbers(mean):
-    config = config_of(total_timesteps=10_029 * 32, replay_ratio=mean, replay_fraction=0.01)
-    assert (config.num_slots, config.warmup_slots) == (100, 30)
-    counts = p3o.replay_counts(config)
-    assert counts.shape == (10_029,)
-    assert not counts[:29].any()
-    counts = counts[29:]
-    error = 4 * math.sqrt(mean / len(counts))
-    assert abs(counts.mean() - mean) < error
-    assert abs(counts.var() - mean) < 3 * error
-    assert abs((counts == 0).mean() - math.exp(-mean)) < 4 * 0.005
-    assert (counts > 8).mean() < 1e-3
-
-
-def test_warm_up_waits_for_two_rollouts():
-    slots = {0.17: 1, 0.34: 2, 0.5: 2, 1.0: 2}
-    for fraction, warmup_slots in slots.items():
-        assert config_of(replay_fraction=fraction).warmup_slots == warmup_slots
-
-
-def test_sampled_segments():
-    """Row i is of environment i mod N; filled rollouts have equal chances, the others none."""
-    slots, num_envs, filled, mult = 5, 3, 4, 2
-    slot, column = jnp.divmod(jnp.arange(slots * num_envs), num_envs)
-    keys = jax.random.split(jax.random.key(0), 500)
-    sample = lambda key: p3o.sample_segments((slot, column), key, filled, num_envs, mult)
-    drawn, columns = jax.jit(jax.vmap(sample))(keys)
-    np.testing.assert_array_equal(columns, [list(range(num_envs)) * mult] * 500)
-    for i in range(mult * num_envs):
-        counts = np.bincount(drawn[:, i], minlength=slots)
-        assert counts[filled:].sum() == 0
-        assert stats.chisquare(counts[:filled]).pvalue > 1e-3
-    assert (drawn[:, 0] != drawn[:, num_envs]).any()
-
-
-def states_of(config, num_updates, change=lambda state: state):
-    """States after 0 to `num_updates` updates from seed 0, and the metrics of each update."""
-    algo = p3o.build(config)
-    state = change(jax.jit(algo.init)(jax.random.key(0)))
-    update = jax.jit(algo.update)
-    states, metrics = [state], []
-    for _ in range(num_updates):
-        state, measured = update(state)
-        states.append(state)
-        metrics.append(measured)
-    return states, metrics
-
-
-COUNTER = {"env": "tiny:counter_discrete", "normalize_obs": False, "normalize_reward": False}
-
-
-def test_replay_is_a_ring_of_rollouts():
-    config = config_of(**COUNTER, replay_fraction=0.5, sample_mult=2)
-    states, _ = states_of(config, 5)
-    N, T = config.num_envs, config.num_steps
-    assert config.num_slots == 3
-
-    def slot(update, i):
-        return jax.tree.map(lambda x: x[i * N : (i + 1) * N], states[update].replay)
-
-    rollouts = [slot(update + 1, update % 3) for update in range(5)]
-    for i, update in enumerate((3, 4, 2)):
-        tiny.assert_same(slot(5, i), rollouts[update])
-    assert not np.asarray(states[1].replay.obs[N:]).any()
-    for k, rollout in enumerate(rollouts):
-        obs, done = np.asarray(rollout.obs), np.asarray(rollout.done)
-        assert obs.shape == (N, T + 1, 2)
-        # time passes within a row, and a new episode begins after an end
-        np.testing.assert_array_equal(obs[:, 1:, 0], np.where(done, 0, obs[:, :-1, 0] + 1))
-        if k + 1 < len(rollouts):
-            np.testing.assert_array_equal(obs[:, -1], rollouts[k + 1].obs[:, 0])
-    np.testing.assert_array_equal(states[5].obs, rollouts[4].obs[:, -1])
-
-
-def test_segments_are_what_the_agent_saw():
-    """beta is the policy that acted, at what it saw; only a time limit is bootstrapped."""
-    config = config_of(**COUNTER, gamma=0.9)
-    (before, after), _ = states_of(config, 1)
-    N = config.num_envs
-    segments = jax.tree.map(lambda x: x[:N], after.replay)
-    network = p3o.ActorCritic(config, (2,), 2, True)
-    policy, value = network.apply(before.params, segments.obs)
-    assert_allclose(segments.policy.logits, policy.logits[:, :-1])
-    true_successor = segments.obs[:, :-1] + jnp.array([1.0, -1.0])
-    _, value = network.apply(before.params, true_successor)
-    assert segments.done.any()
-    assert (abs(value) > 0.01).all()
-    assert_allclose(segments.reward, np.where(segments.done, 1 + 0.9 * value, 1.0))
-
-
-def test_a_failure_is_not_bootstrapped():
-    config = config_of(**COUNTER | {"env": "probe/value"})
-    after = states_of(config, 1)[0][1]
-    segments = jax.tree.map(lambda x: x[: config.num_envs], after.replay)
-    assert segments.done.all()
-    assert_allclose(segments.reward, np.ones_like(segments.reward))
-
-
-def test_normalised_segments():
-    """Observations and rewards are stored as the statistics of their time scale them."""
-    config = config_of(env="tiny:counter_discrete", replay_fraction=0.5)
-    plain = config_of(**COUNTER, replay_fraction=0.5)
-    N = config.num_envs
-    states, raw_states = (states_of(c, 2)[0] for c in (config, plain))
-    first, raw, seen = (
-        jax.tree.map(lambda x: x[i * N : (i + 1) * N], run[2].replay)  # noqa: B023
-        for i, run in ((0, raw_states), (1, raw_states), (1, states))
-    )
-    stats, scale = states[1].obs_stats, states[1].reward_scale
-    rows = first.obs[:, :-1].reshape(-1, 2)
-    assert_allclose(stats.mean, rows.mean(0))
-    assert_allclose(stats.var, rows.var(0))
-    assert_allclose(seen.obs, stats.normalize(raw.obs))
-    factor = scale.factor()
-    assert abs(factor - 1) > 0.05
-    network = p3o.ActorCritic(config, (2,), 2, True)
-    successor = stats.normalize(raw.obs[:, :-1] + jnp.array([1.0, -1.0]))
-    value = config.gamma * network.apply(states[1].params, successor)[1]
-    assert seen.done.any()
-    assert_allclose(seen.reward, factor + np.where(seen.done, value, 0.0))
-
-
-def test_what_is_not_written_yet_is_never_replayed():
-    """Of a replay full of NaN only rollouts that were written are used."""
-    spoil = lambda x: jnp.full_like(x, jnp.nan) if jnp.issubdtype(x.dtype, jnp.floating) else x
-    change = lambda state: state._replace(replay=jax.tree.map(spoil, state.replay))
-    config = config_of(
-        **COUNTER, replay_fraction=1.0, warmup_fraction=0.3, replay_ratio=20.0, anneal_lr=False
-    )
-    states, metrics = states_of(config, 4, change)
-    assert metrics[1]["replay/count"] > 5
-    assert common.all_finite((states[4].params, metrics))
-    assert_allclose([m["charts/learning_rate"] for m in metrics], [config.learning_rate] * 4)
-
-
-# --- updates ---
-
-
-def test_update_by_hand():
-    """One step on the rollout, then `count` steps on it again: the replay holds nothing else.
-
-    RMSprop as PyTorch has it: the mean square starts at 0 and epsilon is added to its root.
-    """
-    config = config_of(
-        **COUNTER, replay_fraction=1 / 6, sample_mult=1, replay_ratio=3.0, ent_coef=0.1
-    )
-    assert config.num_slots == config.warmup_slots == 1
-    (before, after), (metrics,) = states_of(config, 1)
-    network = p3o.ActorCritic(config, (2,), 2, True)
-    params, count = before.params, int(metrics["replay/count"])
-    assert count > 0
-    sums = {}
-    square = jax.tree.map(jnp.zeros_like, params)
-    rate = config.learning_rate * 6 / 7
-    for i in range(1 + count):
-        loss = p3o.replay_loss if i else p3o.fresh_loss
-        loss_fn = lambda p: loss(*network.apply(p, after.replay.obs), after.replay, config)  # noqa: B023
-        grads, aux = jax.jit(jax.grad(loss_fn, has_aux=True))(params)
-        norm = math.sqrt(sum((x**2).sum() for x in jax.tree.leaves(grads)))
-        grads = jax.tree.map(lambda g: g * min(1.0, 0.5 / norm), grads)  # noqa: B023
-        square = jax.tree.map(lambda v, g: 0.99 * v + 0.01 * g**2, square, grads)
-        params = jax.tree.map(
-            lambda p, v, g: p - rate * g / (jnp.sqrt(v) + 1e-5), params, square, grads
-        )
-        assert norm > 0.5 or i
-        aux["replay/grad_norm" if i else "losses/grad_norm"] = norm
-        sums |= {name: sums.get(name, 0.0) + x for name, x in aux.items()}
-    tiny.assert_close(after.params, params, rtol=1e-3, atol=1e-5)
-    for name, total in sums.items():
-        assert_allclose(metrics[name], total, rtol=1e-3, atol=1e-4)
-
-
-def test_first_step_of_the_optimiser():
-    """The mean square starts at 0, so the step is about ten times the step size, as in PyTorch."""
-    (before, after), (metrics,) = states_of(config_of(**COUNTER, replay_ratio=0.0), 1)
-    square = after.opt_state[1].nu
-    rate = float(metrics["charts/learning_rate"])
-    step = jax.tree.map(lambda x, y: abs(x - y), before.params, after.params)
-    wanted = jax.tree.map(lambda v: rate * 10 * jnp.sqrt(v) / (jnp.sqrt(v) + 1e-5), square)
-    tiny.assert_close(step, wanted, rtol=1e-2, atol=1e-6)
-    assert metrics["losses/grad_norm"] > 0.5
-    assert_allclose(100 * sum(x.sum() for x in jax.tree.leaves(square)), 0.25, atol=1e-5)
-
-
-def test_schedule_follows_updates():
-    config = config_of(learning_rate=1.0, total_timesteps=100 * 32)
-    algo = p3o.build(config)
-    update = jax.jit(algo.update)
-    state = jax.jit(algo.init)(jax.random.key(0))
-    rates = [
-        update(state._replace(update=jnp.int32(u)))[1]["charts/learning_rate"] for u in (0, 49, 99)
-    ]
-    assert_allclose(rates, [100 / 101, 51 / 101, 1 / 101])
-
-
-def test_nothing_is_replayed_before_the_warm_up_ends():
-    """Until then the run is that of A2C; afterwards it is not."""
-    config = config_of(replay_fraction=1.0, warmup_fraction=0.6, sample_mult=2)
-    assert (config.num_slots, config.warmup_slots) == (6, 4)
-    states, metrics = states_of(config, 6)
-    counts = np.array([m["replay/count"] for m in metrics])
-    np.testing.assert_array_equal(counts, p3o.replay_counts(config))
-    np.testing.assert_array_equal([m["charts/replay_steps"] for m in metrics], counts)
-    assert not counts[:3].any()
-    assert counts.any()
-    plain, measured = states_of(dataclasses.replace(config, replay_ratio=0.0), 6)
-    assert plain[0].replay is None
-    assert not any(name.startswith("replay/") for name in measured[0])
-    for update in range(4):
-        tiny.assert_close(states[update].params, plain[update].params)
-    kernels = [state[6].params["params"]["actor"]["kernel"] for state in (states, plain)]
-    assert (kernels[0] != kernels[1]).any()
-
-
-# --- networks and configuration ---
-
-
-def test_atari_network_has_the_published_size():
-    config = config_of(torso="atari", hidden=(512,), activation="relu")
-    network = p3o.ActorCritic(config, (84, 84, 4), 4, True)
-    obs = jnp.zeros((2, 84 * 84 * 4), jnp.uint8)
-    params = jax.eval_shape(network.init, jax.random.key(0), obs)
-    assert sum(x.size for x in jax.tree.leaves(params)) == 865_413
-
-
-@pytest.mark.slow
-def test_image_network():
-    """Any leading axes; one torso; the step on breakout changes every layer."""
-    config = config_of(env="breakout", torso="minatar", hidden=(8,), activation="relu")
-    (before, after), _ = states_of(dataclasses.replace(config, normalize_obs=False), 1)
-    assert after.replay.obs.dtype == bool
-    network = p3o.ActorCritic(config, (10, 10, 4), 3, True)
-    obs = after.replay.obs
-    policy, value = network.apply(after.params, obs)
-    assert policy.logits.shape == (*obs.shape[:2], 3)
-    assert value.shape == obs.shape[:2]
-    single = network.apply(after.params, obs[1, 2])
-    assert_allclose(single[1], value[1, 2])
-    assert_allclose(single[0].logits, policy.logits[1, 2])
-    changed = jax.tree.map(lambda x, y: bool((x != y).any()), before.params, after.params)
-    assert all(jax.tree.leaves(changed))
-
-
-def test_first_convolution_sees_shares_of_255():
-    network = p3o.ActorCritic(config_of(torso="atari", hidden=(4,)), (84, 84, 4), 4, True)
-    obs = jax.random.randint(jax.random.key(1), (84 * 84 * 4,), 0, 256).astype(jnp.uint8)
-    params = network.init(jax.random.key(0), obs)
-    _, state = network.apply(params, obs, capture_intermediates=True)
-    out = state["intermediates"]["torso"]["Dense_0"]["__call__"][0]
-    kernel = params["params"]["torso"]["Dense_0"]["kernel"].reshape(8, 8, 4, 32)
-    patch = obs.reshape(84, 84, 4)[4:12, 8:16] / 255.0
-    assert_allclose(out[0, 1, 2], jnp.einsum("hwc,hwcf->f", patch, kernel), atol=1e-5)
-
-
-@pytest.mark.parametrize(("size", "stride"), [(3, 1), (4, 2), (8, 4)])
-def test_patches_times_a_matrix_are_a_convolution(size, stride):
-    x = jax.random.normal(jax.random.key(0), (2, 13, 11, 3))
-    kernel = jax.random.normal(jax.random.key(1), (size, size, 3, 5))
-    layout = jax.lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
-    out = jax.lax.conv_general_dilated(x, kernel, (stride, stride), "VALID", None, None, layout)
-    assert_allclose(p3o.patches(x, size, stride) @ kernel.reshape(-1, 5), out, atol=1e-4)
-
-
-@pytest.mark.parametrize("torso", ["mlp", "minatar"])
-def test_initial_weights(torso):
-    """Orthogonal: all singular values of a layer are its gain."""
-    config = config_of(torso=torso, hidden=(8,))
-    network = p3o.ActorCritic(config, (4, 4, 2), 3, True)
-    layers = network.init(jax.random.key(0), jnp.zeros(32))["params"]
-    shared = torso == "minatar"
-    gains = {"actor": 0.01, "critic": 1.0 if shared else math.sqrt(2)}
-    for name, gain in gains.items():
-        assert_allclose(jnp.linalg.svd(layers[name]["kernel"])[1], gain)
-    torsos = ["torso"] if shared else ["actor_torso", "critic_torso"]
-    assert set(layers) == {*gains, *torsos}
-    for name in torsos:
-        for layer in layers[name].values():
-            assert_allclose(jnp.linalg.svd(layer["kernel"])[1], math.sqrt(2), atol=1e-4)
-
-
-@pytest.mark.parametrize("preset", ["a2c", "fixed_clip", "no_kl"])
-def test_ablations_run(preset):
-    algo = p3o.build(config_of(**p3o.PRESETS[preset]))
-    state = jax.eval_shape(algo.init, jax.random.key(0))
-    new_state, _ = jax.eval_shape(algo.update, state)
-    assert jax.tree.structure(new_state) == jax.tree.structure(state)
-
-
-def test_bytes_of_the_replay():
-    """3 rollouts of 4 environments: 9 observations, 8 actions, logits, rewards and ends."""
-    state = jax.eval_shape(
-        jax.vmap(p3o.build(config_of()).init), jax.random.split(jax.random.key(0))
-    )
-    assert launch.replay_bytes(state) == 3 * 4 * (9 * 4 * 4 + 8 * (4 + 2 * 4 + 4 + 1))
-    assert launch.replay_bytes(state._replace(replay=None)) == 0
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"replay_fraction": 0.01}, "replay_fraction=0.01 of 6 rollouts"),
-        (
-            {"replay_fraction": 1.0, "warmup_fraction": 1.0, "sample_mult": 1},
-            "first used with 6 rollouts",
-        ),
-        ({"sample_mult": 7}, "sample_mult=7 .* lower it to 3"),
-    ],
-)
-def test_impossible_replay_is_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        config_of(**changes).validate()
-    config_of(**changes, replay_ratio=0.0).validate()
-
-
-def test_convolutions_need_images():
-    with pytest.raises(ValueError, match=r"torso='minatar' needs images.*CartPole"):
-        p3o.build(config_of(torso="minatar"))
-
-
-# --- learning ---
-
-
-@pytest.mark.slow
-def test_replay_helps_on_cartpole():
-    """Greedy return of the same few steps, with replay and without."""
-    returns = {}
-    for ratio in (2.0, 0.0):
-        config = p3o.Config(total_timesteps=150_000, replay_ratio=ratio)
-        rows = launch.Rows(np.arange(4), {}, [""] * 4)
-        program = launch.make_program(config, tiny.LAUNCH, p3o.build, rows)
-        state = program.init(*launch.row_inputs(rows))
-        state, _ = program.train(state, {}, jnp.int32(config.num_updates))
-        returns[ratio] = np.median(program.evaluate(state, jax.random.key(0))[0])
-    assert returns[2.0] > 400
-    assert returns[2.0] > returns[0.0] - 20
