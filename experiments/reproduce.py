@@ -96,19 +96,23 @@ def main(
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("groups", nargs="+", choices=groups, metavar="GROUP")
     parser.add_argument("--tasks", nargs="+", help="only these tasks of the groups")
+    parser.add_argument("--jobs", nargs="+", help="only jobs of these names")
     parser.add_argument("--num-seeds", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path(out))
     args = parser.parse_args(argv)
-    known = {job.task for group in args.groups for job in groups[group]}
-    for task in args.tasks or []:
-        if task not in known:
-            parser.error(f"--tasks {task}: choose from {', '.join(sorted(known))}")
+    for flag, field in (("tasks", "task"), ("jobs", "name")):
+        known = {getattr(job, field) for group in args.groups for job in groups[group]}
+        for name in getattr(args, flag) or []:
+            if name not in known:
+                parser.error(f"--{flag} {name}: choose from {', '.join(sorted(known))}")
     if args.num_seeds < 1:
         parser.error(f"--num-seeds {args.num_seeds}: at least 1 is needed")
     for group in args.groups:
         folder = args.out / group
         for job in groups[group]:
             if args.tasks and job.task not in args.tasks:
+                continue
+            if args.jobs and job.name not in args.jobs:
                 continue
             run_dir = folder / job.task / job.name
             todo = command(job, run_dir, args.num_seeds)

@@ -95,6 +95,8 @@ def test_nothing_is_run_again_and_the_table_is_written(tmp_path, capsys, monkeyp
     assert (tmp_path / "published" / f"{task}.png").exists()
     reproduce_reppo.main(["tasks", "--tasks", "CheetahRun", "--out", str(tmp_path)])
     assert [argv[2:4] for argv in ran] == [["--env", "CheetahRun"]] * 2
+    reproduce_reppo.main(["tasks", "--jobs", "ppo", "--out", str(tmp_path)])
+    assert {argv[1].rpartition("/")[2] for argv in ran[2:]} == {"ppo.py"}
 
 
 def test_a_dataset_is_collected_before_what_learns_from_it(tmp_path, monkeypatch):
@@ -155,10 +157,10 @@ def test_both_policies_are_in_the_table(tmp_path):
 def test_episodes_to_a_return_are_counted(tmp_path, capsys, monkeypatch):
     """Over seeds 18.5, 19.5 and 20.5 after 0, 100 and 200 steps, 32 in an episode of all."""
     monkeypatch.setattr(reproduce, "run", lambda argv: None)
-    write_run(tmp_path / "solve" / reproduce_bnpo.TASK / "a1", offset=3.5)
-    write_run(tmp_path / "solve" / reproduce_bnpo.TASK / "ppo")
-    reproduce_bnpo.main(["solve", "--out", str(tmp_path)])
-    text = (tmp_path / "solve" / "table.md").read_text()
+    write_run(tmp_path / "tasks" / reproduce_bnpo.TASK / "a1", offset=3.5)
+    write_run(tmp_path / "tasks" / reproduce_bnpo.TASK / "ppo")
+    reproduce_bnpo.main(["tasks", "--out", str(tmp_path)])
+    text = (tmp_path / "tasks" / "table.md").read_text()
     assert text == capsys.readouterr().out
     assert text.endswith(
         "| setting | here | published |\n|---|---|---|\n| a1 | 0, 7, - | 259, 279, 319 |\n"
@@ -179,6 +181,7 @@ def test_a_failed_launch_stops_the_program():
     [
         (["nothing"], "invalid choice: 'nothing'"),
         (["tasks", "--tasks", "ant"], "--tasks ant: choose from CartpoleBalance, CartpoleSwingup"),
+        (["tasks", "--jobs", "sac"], "--jobs sac: choose from"),
         (["tasks", "--num-seeds", "0"], "--num-seeds 0"),
     ],
 )
