@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from experiments import reproduce
 from experiments.reproduce import Job, Report
 
-BUDGETS = {"cartpole": 500_000, "breakout": 300_000, "asterix": 200_000, "hopper": 300_000}
+BUDGETS = {"cartpole": 500_000, "breakout": 300_000, "asterix": 200_000}
+BUDGETS |= {"space_invaders": 200_000, "hopper": 300_000}
 ALGOS = {"p3o": ("p3o", ""), "a2c": ("p3o", "--preset a2c"), "ppo": ("ppo", "")}
 ABLATIONS = {
     "default": "",
