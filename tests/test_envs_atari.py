@@ -152,7 +152,6 @@ def test_what_a_launch_cannot_do_is_one_line(seeds, resume, message, tmp_path, m
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
 
 
-@pytest.mark.slow  # convolutions without optimisation
 def test_an_update_of_p3o_on_a_game():
     """Bytes in the replay, rewards clipped, one row under the vmap."""
     config = p3o.Config(

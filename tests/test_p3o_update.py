@@ -283,7 +283,6 @@ def test_atari_network_has_the_published_size():
     assert sum(x.size for x in jax.tree.leaves(params)) == 865_413
 
 
-@pytest.mark.slow
 def test_image_network():
     """Any leading axes; one torso; the step on breakout changes every layer."""
     config = config_of(env="breakout", torso="minatar", hidden=(8,), activation="relu")
