@@ -169,10 +169,11 @@ def test_what_is_not_written_yet_is_never_replayed():
 
 
 def test_the_newest_rollout_is_replayed_like_the_others():
-    """Of two rollouts, told apart by their rewards, each is half of what is replayed."""
+    """Of two rollouts that fill the replay, told apart by their rewards, each is half of it."""
     config = config_of(
-        **COUNTER, replay_fraction=0.5, sample_mult=2, replay_ratio=20.0, learning_rate=0.0
+        **COUNTER, replay_fraction=1 / 3, sample_mult=2, replay_ratio=20.0, learning_rate=0.0
     )
+    assert config.num_slots == 2
     N, algo = config.num_envs, p3o.build(config)
     update = jax.jit(algo.update)
     state, _ = update(jax.jit(algo.init)(jax.random.key(0)))
@@ -189,6 +190,22 @@ def test_the_newest_rollout_is_replayed_like_the_others():
     share = (mean - loss_of(1)) / (loss_of(0) - loss_of(1))
     assert abs(share - 0.5) < 0.2
     assert metrics["charts/replay_filled"] == 2
+
+
+def test_every_step_draws_anew(monkeypatch):
+    """No two steps of a run draw their segments with the same key."""
+    seen, sample = [], p3o.sample_segments
+
+    def watched(replay, key, *rest):
+        jax.debug.callback(lambda data: seen.append(data.tobytes()), jax.random.key_data(key))
+        return sample(replay, key, *rest)
+
+    monkeypatch.setattr(p3o, "sample_segments", watched)
+    _, metrics = states_of(config_of(**COUNTER, replay_ratio=5.0), 6)
+    jax.effects_barrier()
+    counts = [int(m["replay/count"]) for m in metrics]
+    assert sum(count > 1 for count in counts) > 1
+    assert len(set(seen)) == len(seen) == sum(counts)
 
 
 # --- updates ---
