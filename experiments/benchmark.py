@@ -5,7 +5,8 @@
     python experiments/benchmark.py --peer rejax --peer-python REJAX_PYTHON
 
 Each case is a process of its own, with a time limit and an empty compilation cache, and compiles
-and trains as the launcher does. Four variants of its update take turns on the same state:
+and trains as the launcher does, from the middle of a run on, so that warm-ups are over and what is
+replayed has its size. Four variants of its update take turns on the same state:
 
     environment    random actions in place of the policy
     acting         the rollout alone, with the policy
@@ -49,7 +50,6 @@ from algos import common, launch, logs, rundir
 
 ENVS = ("cartpole", "ant", "hopper", "halfcheetah", "CartpoleBalance")
 PARTS = ("environment", "acting", "gradient", "rest")
-ENDLESS = 10**9  # steps of a run whose schedules must not reach their end
 CALL_SECONDS = 1.0  # of one timed call, or one update where that takes longer
 ROUNDS = 5  # timed calls of each variant
 
@@ -166,7 +166,8 @@ class Case:
         flags = ["--env", env, "--num-seeds", str(num_seeds)]
         flags += ["--preset", *presets] if presets else []
         config, self.launch = launch.parse(algo, module.Config, module.PRESETS, flags)
-        self.config = replace(config, total_timesteps=ENDLESS, **changes)
+        self.config = replace(config, **changes)
+        self.middle = self.config.num_updates // 2
         self.build = module.build
         self.rows = launch.make_rows(self.launch, self.config, module.TRACEABLE)
         launch.setup_jax(num_seeds)
@@ -195,9 +196,11 @@ class Case:
         return lambda state, num_updates: compiled(state, hparams, jnp.int32(num_updates))
 
     def timed(self, train: Callable, num_updates: int) -> float:
-        """Seconds of one call of `train`."""
+        """Seconds of one call of `train` in the middle of the run, past every warm-up."""
+        state = self.state._replace(update=0 * self.state.update + self.middle)
+        jax.block_until_ready(state)
         start = time.perf_counter()
-        self.state, metrics = train(self.state, num_updates)
+        self.state, metrics = train(state, num_updates)
         jax.block_until_ready(metrics)
         return time.perf_counter() - start
 
@@ -218,16 +221,18 @@ def measure(algo: str, env: str, presets: list[str], num_seeds: int, budget: flo
             variants[f"no {name}"] = case.variant(case.build)
     samples: dict[str, list] = {name: [] for name in variants}
     lengths = dict.fromkeys(variants, 1)
+    longest = case.config.num_updates - case.middle
     start = time.perf_counter()
     while not all(samples.values()) or (
         len(samples["full"]) < ROUNDS and time.perf_counter() - start < budget
     ):
         for name, train in variants.items():
             seconds = case.timed(train, lengths[name])
-            if seconds > CALL_SECONDS / 4:
+            if seconds > CALL_SECONDS / 4 or lengths[name] == longest:
                 samples[name].append(seconds / lengths[name])
             else:  # too short to say anything
-                lengths[name] = int(lengths[name] * min(CALL_SECONDS / seconds, 100)) + 1
+                wanted = int(lengths[name] * min(CALL_SECONDS / seconds, 100)) + 1
+                lengths[name] = min(wanted, longest)
     start = time.perf_counter()
     _, eval_lengths, _ = jax.block_until_ready(case.program.evaluate(case.state, jax.random.key(0)))
     seconds = case.seconds | {"evaluation": time.perf_counter() - start}
