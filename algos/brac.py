@@ -83,7 +83,7 @@ class Config:
 
     # objective
     gamma: float = 0.99  # discount
-    min_weight: float = 1.0  # weight of the smaller critic, the other gets the rest
+    min_weight: float = 1.0  # weight of the smallest critic, the largest gets the rest
     temperature: float = 0.0  # weight of the entropy
     train_temperature: bool = False  # let it follow the entropy
     target_entropy_mult: float = 1.0  # mean entropy is then held at minus this for each action
@@ -91,6 +91,7 @@ class Config:
     # networks
     hidden: tuple[int, ...] = (200, 200)  # hidden layers of the policy, the same as the clone's
     critic_hidden: tuple[int, ...] = (300, 300)  # hidden layers of each critic
+    num_critics: int = 2  # their number
     random_targets: bool = False  # target critics start at weights of their own, as published
 
     @property
@@ -117,11 +118,9 @@ class Config:
         """Raise ValueError if there is nothing to learn from, or the settings contradict."""
         if not self.dataset:
             raise ValueError("dataset='': give --dataset PATH or --dataset minari:NAME")
-        if self.gradient_steps < 1 or self.divergence_steps < 1:
-            raise ValueError(
-                f"gradient_steps={self.gradient_steps}, divergence_steps={self.divergence_steps}: "
-                "at least 1 is needed"
-            )
+        for name in ("gradient_steps", "divergence_steps", "num_critics"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: at least 1 is needed")
         if self.behavior and not self.cloned:
             raise ValueError(
                 f"behavior={self.behavior}: leave it out, {self.divergence} uses no clone"
@@ -297,7 +296,7 @@ def divergence_loss(kind, critic, own, given, weight):
 
 
 def mix(value, min_weight):
-    """Weighted smallest and largest of the critics' values [2, B]."""
+    """Weighted smallest and largest of the critics' values [num_critics, B]."""
     return min_weight * value.min(0) + (1.0 - min_weight) * value.max(0)
 
 
@@ -360,7 +359,7 @@ def build(config: Config) -> common.Algo:
         raise ValueError(f"{env.name} has discrete actions, and BRAC needs continuous ones")
     if env.privileged_size:
         raise ValueError(f"{env.name}: the actor would see what only a critic may: no privileged=1")
-    actor, critic = Actor(config, env.action_size), Critic(config, 2)
+    actor, critic = Actor(config, env.action_size), Critic(config, config.num_critics)
     divergence_critic = Critic(config, 1)
     optimizer = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-7)
     target_entropy = -config.target_entropy_mult * env.action_size

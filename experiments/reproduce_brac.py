@@ -31,26 +31,30 @@ POLICIES = {
     "--buffer-size 600000",
 }
 ROWS = {"pendulum": 100_000, "hopper": 200_000}
-STEPS = {"pendulum": 10_000, "hopper": 30_000}  # gradient steps of every learner
-SMALL = "--dataset {here}/data.npz --num-evals 5 --batch-size 128 --hidden 64 64"
+BUDGETS = {  # gradient steps and evaluations of every learner
+    "pendulum": "--total-timesteps 10000 --num-evals 5",
+    "hopper": "--total-timesteps 30000 --num-evals 3 --eval-episodes 8",
+}
+SMALL = "--dataset {here}/data.npz --batch-size 128 --hidden 64 64"
 CRITIC = f"{SMALL} --critic-hidden 64 64"
 ACTOR_CRITIC = f"{CRITIC} --warm-start 2000 --learning-rate 3e-4"
 CLONED = f"{ACTOR_CRITIC} --behavior {{here}}/bc"
 LEARNERS = {
     "bc": ("bc", SMALL),
     "bcq": ("bcq", f"{CRITIC} --vae-hidden 128 128"),
-    "brac_kl_vp": ("brac", f"{CLONED} --alpha 0.1 1 10"),
-    "brac_kl_pr": ("brac", f"{CLONED} --alpha 0.1 1 10 --preset policy_regularisation"),
-    "brac_mmd_vp": ("brac", f"{CLONED} --alpha 1 10 100 --preset mmd"),
-    "brac_dual_kl_pr": ("brac", f"{ACTOR_CRITIC} --alpha 0.1 1 10 --preset dual"),
-    "brac_wasserstein_vp": ("brac", f"{ACTOR_CRITIC} --alpha 0.1 1 10 --preset wasserstein"),
+    "brac_kl_vp": ("brac", f"{CLONED} --alpha 0.1 1 10 100"),
+    "brac_kl_vp_1q": ("brac", f"{CLONED} --alpha 0.1 1 10 100 --num-critics 1"),
+    "brac_kl_pr": ("brac", f"{CLONED} --alpha 0.1 1 10 100 --preset policy_regularisation"),
+    "brac_mmd_vp": ("brac", f"{CLONED} --alpha 1 10 100 1000 --preset mmd"),
+    "brac_dual_kl_pr": ("brac", f"{ACTOR_CRITIC} --alpha 0.1 1 10 100 --preset dual"),
+    "brac_wasserstein_vp": ("brac", f"{ACTOR_CRITIC} --alpha 0.1 1 10 100 --preset wasserstein"),
     "offline_sac": ("brac", f"{CRITIC} --preset sac"),
 }
 GROUPS: dict[str, list[Job]] = {
     "policy": [Job(task, "sac", "sac", flags) for task, flags in POLICIES.items()],
     **{
         kind: [
-            Job(task, name, algo, f"{flags} --total-timesteps {STEPS[task]}")
+            Job(task, name, algo, f"{flags} {BUDGETS[task]}")
             for task in POLICIES
             for name, (algo, flags) in LEARNERS.items()
         ]

@@ -16,7 +16,11 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 FLAGS = "--xla_backend_optimization_level=0"
 if version("jaxlib").startswith("0.9."):  # the older emitters compile in half the time; gone later
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+
+
+def pytest_configure(config):
+    if config.option.markexpr != "slow":  # learning runs are long enough to be optimised
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 
 
 # Tracing makes objects by the million, and hardly any garbage: search for it less often.

@@ -426,6 +426,7 @@ def test_a_clone_that_was_not_finished_is_named(clones):
     [
         ({"dataset": ""}, r"dataset='': give --dataset PATH"),
         ({"gradient_steps": 0}, "gradient_steps=0"),
+        ({"num_critics": 0}, "num_critics=0"),
         ({"behavior": "clones"}, "dual_kl uses no clone"),
         ({"train_alpha": True}, "target_divergence=0: with --train-alpha it has to be positive"),
         ({"train_alpha": True, "divergence": "none"}, "divergence=none: leave --train-alpha out"),

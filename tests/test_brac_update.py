@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import re
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -97,9 +97,10 @@ def scaled(tree, by):
 
 def by_hand(config, state, rows, clone):
     """Parameters and target critics after an update, from the formulas of the docstring."""
-    actor, critic, dual = brac.Actor(config, 1), brac.Critic(config, 2), brac.Critic(config, 1)
+    actor, dual = brac.Actor(config, 1), brac.Critic(config, 1)
+    critic = brac.Critic(config, config.num_critics)
     adam = {name: optax.adam(RATES[name], eps=1e-7) for name in state.opt_state}
-    smaller = lambda q: 0.75 * jnp.minimum(q[0], q[1]) + 0.25 * jnp.maximum(q[0], q[1])
+    mixed = lambda q: 0.75 * reduce(jnp.minimum, q) + 0.25 * reduce(jnp.maximum, q)
 
     def density(policy, u):
         z = (u - policy.mean) / policy.std
@@ -124,17 +125,17 @@ def by_hand(config, state, rows, clone):
         key_draw, key = jax.random.split(key)
         policy, u, log_prob = drawn(params["actor"], batch.next_obs, key_draw)
         d = divergence(params, policy, u, batch.next_obs, batch.next_action, key)
-        v = smaller(critic.apply(target, batch.next_obs, jnp.tanh(u)))
+        v = mixed(critic.apply(target, batch.next_obs, jnp.tanh(u)))
         v += -params["temperature"] * log_prob - 0.6 * params["alpha"] * d
         y = batch.reward + jnp.where(batch.terminated, 0.0, 0.9 * v)
         q = critic.apply(p, batch.obs, batch.action)
-        return ((q[0] - y) ** 2).mean() + ((q[1] - y) ** 2).mean()
+        return sum(((q_i - y) ** 2).mean() for q_i in q)
 
     def policy_loss(p, params, target, batch, t, key):
         key_draw, key = jax.random.split(key)
         policy, u, log_prob = drawn(p, batch.obs, key_draw)
         d = divergence(params, policy, u, batch.obs, batch.action, key)
-        q = smaller(critic.apply(params["critic"], batch.obs, jnp.tanh(u)))
+        q = mixed(critic.apply(params["critic"], batch.obs, jnp.tanh(u)))
         seen = jnp.where(t > 0, q, 0.0)
         return (params["temperature"] * log_prob + params["alpha"] * d - seen).mean()
 
@@ -184,7 +185,7 @@ def by_hand(config, state, rows, clone):
     return params, target
 
 
-@pytest.mark.parametrize("changes", [{}, CLONED], ids=["dual_kl", "kl"])
+@pytest.mark.parametrize("changes", [{"num_critics": 3}, CLONED], ids=["dual_kl", "kl"])
 def test_gradient_steps_by_hand(changes):
     """Three steps, the first of them warm: every draw, minibatch, parameter in its turn."""
     config = dataclasses.replace(BY_HAND, **changes)
