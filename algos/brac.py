@@ -308,7 +308,7 @@ def penalised_target(batch, next_value, log_prob, divergence, gamma, temperature
 
 
 def critic_loss(value, target):
-    """Sum over critics of the mean squared error of values [2, B] to targets [B]."""
+    """Sum over critics of the mean squared error of values [num_critics, B] to targets [B]."""
     return ((value - target) ** 2).mean(-1).sum()
 
 

@@ -45,7 +45,7 @@ LEARNERS = {
     "brac_kl_vp": ("brac", f"{CLONED} --alpha 0.1 1 10 100"),
     "brac_kl_vp_1q": ("brac", f"{CLONED} --alpha 0.1 1 10 100 --num-critics 1"),
     "brac_kl_pr": ("brac", f"{CLONED} --alpha 0.1 1 10 100 --preset policy_regularisation"),
-    "brac_mmd_vp": ("brac", f"{CLONED} --alpha 1 10 100 1000 --preset mmd"),
+    "brac_mmd_vp": ("brac", f"{CLONED} --alpha 1 10 100 500 --preset mmd"),
     "brac_dual_kl_pr": ("brac", f"{ACTOR_CRITIC} --alpha 0.1 1 10 100 --preset dual"),
     "brac_wasserstein_vp": ("brac", f"{ACTOR_CRITIC} --alpha 0.1 1 10 100 --preset wasserstein"),
     "offline_sac": ("brac", f"{CRITIC} --preset sac"),
