@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from PIL import Image
 from scipy import stats
 
 import envs
-from algos import ppo, reppo, rundir
+from algos import launch, ppo, reppo, rundir
 from experiments import benchmark, compare, render
 
 EVALS = 3
@@ -253,6 +254,29 @@ def test_benchmark_refuses(flags, message, capsys):
         benchmark.parse(flags)
     assert error.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_benchmark_starts_in_the_middle_of_a_run(monkeypatch):
+    """Every timed call, however far the one before went: at the start there may be a warm-up."""
+
+    class State(NamedTuple):
+        update: jax.Array
+
+    seen = []
+
+    def train(state, num_updates):
+        seen.append(state.update.tolist())
+        return State(state.update + num_updates), {}
+
+    first = None, State(jnp.zeros(2, jnp.int32))
+    monkeypatch.setattr(launch, "setup_jax", lambda num_seeds: None)
+    monkeypatch.setattr(launch, "make_program", lambda *args: None)
+    monkeypatch.setattr(launch, "trace", lambda *args: None)
+    monkeypatch.setattr(launch, "compile_ahead", lambda *args: first)
+    case = benchmark.Case("ppo", "cartpole", [], 2)
+    for num_updates in (1, 5):
+        assert case.timed(train, num_updates) > 0
+    assert seen == [[case.config.num_updates // 2] * 2] * 2
 
 
 def test_benchmark_measures_every_case(monkeypatch, tmp_path, capsys):
