@@ -52,6 +52,16 @@ def test_actions_on_the_bounds_have_the_density_of_those_just_inside():
     assert jax.grad(density)(0.9) != 0.0
 
 
+def test_deviation_of_the_policy():
+    actor = bc.Actor(config_of(hidden=()), 1)
+    params = actor.init(jax.random.key(0), jnp.zeros((1, 3)))
+    for raw, std in ((0.0, 0.082085), (-20.0, 0.0067379), (20.0, 1.0)):
+        params["params"]["Dense_0"]["bias"] = jnp.array([0.7, raw])
+        policy = actor.apply(params, jnp.zeros((2, 3)))
+        assert_allclose(policy.std, np.full((2, 1), std), atol=1e-6)
+        assert_allclose(policy.mean, np.full((2, 1), 0.7))
+
+
 # --- losses ---
 
 
