@@ -32,10 +32,10 @@ POLICIES = {
 }
 ROWS = {"pendulum": 100_000, "hopper": 200_000}
 BUDGETS = {  # gradient steps and evaluations of every learner
-    "pendulum": "--total-timesteps 10000 --num-evals 5",
-    "hopper": "--total-timesteps 30000 --num-evals 3 --eval-episodes 8",
+    "pendulum": "--total-timesteps 10000 --batch-size 128 --num-evals 5",
+    "hopper": "--total-timesteps 20000 --batch-size 64 --num-evals 2 --eval-episodes 8",
 }
-SMALL = "--dataset {here}/data.npz --batch-size 128 --hidden 64 64"
+SMALL = "--dataset {here}/data.npz --hidden 64 64"
 CRITIC = f"{SMALL} --critic-hidden 64 64"
 ACTOR_CRITIC = f"{CRITIC} --warm-start 2000 --learning-rate 3e-4"
 CLONED = f"{ACTOR_CRITIC} --behavior {{here}}/bc"
