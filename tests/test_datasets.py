@@ -247,7 +247,8 @@ def flat_file(path, last_flagged=True):
         file["actions"] = np.concatenate([action for _, action, _ in parts])
         file["rewards"] = np.concatenate([reward for _, _, reward in parts])
         file["terminals"] = np.arange(10) == 2
-        file["timeouts"] = np.isin(np.arange(10), [6, 9] if last_flagged else [6])
+        # Step 2 is flagged as both: it failed.
+        file["timeouts"] = np.isin(np.arange(10), [2, 6, 9] if last_flagged else [2, 6])
     return str(path)
 
 

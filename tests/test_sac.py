@@ -214,6 +214,18 @@ def test_what_is_not_written_yet_is_never_replayed():
     assert common.all_finite((states[4].params, metrics))
 
 
+def test_a_full_ring_is_replayed_evenly():
+    """Without a discount the mean target is the mean reward, here the number of the row."""
+    config = dataclasses.replace(COUNTER, batch_size=4096, gamma=0.0, reward_scale=1.0)
+    algo = sac.build(config)
+    state = jax.jit(algo.init)(jax.random.key(0))
+    replay = state.replay._replace(reward=jnp.arange(128.0))
+    state, metrics = jax.jit(algo.update)(state._replace(replay=replay, update=jnp.int32(4)))
+    mean = metrics["losses/target"] / metrics["losses/count"]
+    assert (state.replay.reward[:32] == 1).all()  # the fifth rollout took the first one's place
+    assert_allclose(mean, state.replay.reward.mean(), rtol=0.02)
+
+
 def test_broken_physics_is_not_learned_from(monkeypatch):
     """The replay knows which steps were broken; their losses are above."""
     make = envs.make
