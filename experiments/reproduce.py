@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from algos import rundir
 from experiments import compare
 
@@ -67,16 +69,28 @@ def run(argv: list[str]) -> None:
         raise SystemExit(status)
 
 
+def last_return(value: tuple[str, rundir.Run, np.ndarray]) -> float:
+    """IQM of the last evaluation of a run's rows; nothing is worse than all of them dead."""
+    _, run, index = value
+    return np.nan_to_num(rundir.final(run.returns[index])["iqm"], nan=-np.inf)
+
+
 def report(jobs: list[Job], folder: Path) -> Report:
-    """Summaries of the runs that are complete; draws the curves of each task."""
+    """Summaries of the runs that are complete; draws the curves of each task.
+
+    A sweep has a summary for each value, and the curve of the best one, which names it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [job for job in jobs if (folder / job.task / job.name / "done.json").exists()]
     rows: list[dict[str, Any]] = []
     for task in dict.fromkeys(job.task for job in jobs):
-        runs = [rundir.read_run(folder / task / job.name) for job in jobs if job.task == task]
-        found = [(r.path.name, r, index) for r in runs for _, index in rundir.groups(r)]
-        rows += [compare.summary(*entry) for entry in found]
-        rundir.plot_curves(found, folder / f"{task}.png", task)
+        curves = []
+        for job in (job for job in jobs if job.task == task):
+            run = rundir.read_run(folder / task / job.name)
+            values = [(f"{job.name} {x}".strip(), run, index) for x, index in rundir.groups(run)]
+            rows += [compare.summary(*value) for value in values]
+            curves.append(max(values, key=last_return))
+        rundir.plot_curves(curves, folder / f"{task}.png", task)
     return Report(folder, jobs, rows, compare.markdown(rows))
 
 

@@ -8,7 +8,8 @@ groups:
   pure, eps1, eps3, gaussian1, gaussian3
              a dataset of this type, clones of it, and offline algorithms at a CPU's sizes
 
-The tables have both policies of BRAC, and the mean return of the policies that collected.
+The tables have both policies of BRAC, and the mean return of the policies that collected. Beside
+the curves, TASK_alpha.png has the last returns against alpha.
 """
 
 import json
@@ -89,13 +90,50 @@ def collect_dataset(job: Job, run_dir: Path, path: Path) -> None:
     reproduce.run([*program, *flags])
 
 
+def behaviour_return(folder: Path) -> float:
+    """Mean return of those who collected the dataset of a task, by their shares."""
+    parts = json.loads((folder / "data.json").read_text())["parts"]
+    shares = [part["count"] for part in parts]
+    return np.average([part["returns"]["mean"] for part in parts], weights=shares)
+
+
+def plot_alphas(done: Report) -> None:
+    """Draw the last greedy returns of every form of BRAC against alpha, to TASK_alpha.png.
+
+    Points: IQM and 95 % interval over seeds. Lines: the learners without alpha, and who collected.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    for task in dict.fromkeys(job.task for job in done.jobs):
+        figure = Figure(figsize=(9, 5), layout="constrained")
+        FigureCanvasAgg(figure)
+        axis = figure.subplots()
+        for i, job in enumerate(job for job in done.jobs if job.task == task):
+            run, color = rundir.read_run(done.folder / task / job.name), f"C{i}"
+            finals = {label: rundir.final(run.returns[x]) for label, x in rundir.groups(run)}
+            middle = np.array([final["iqm"] for final in finals.values()])
+            if "" in finals:
+                axis.axhline(middle[0], color=color, linestyle="--", label=job.name)
+                continue
+            interval = np.array([final["interval"] for final in finals.values()]).T
+            alpha = [float(label.removeprefix("alpha=")) for label in finals]
+            error = np.abs(interval - middle)
+            axis.errorbar(alpha, middle, error, color=color, marker="o", capsize=3, label=job.name)
+        behaviour = behaviour_return(done.folder / task)
+        axis.axhline(behaviour, color="black", linestyle=":", label="who collected")
+        axis.set(xscale="log", xlabel="alpha", ylabel="last greedy return", title=task)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside right center", frameon=False)
+        figure.savefig(done.folder / f"{task}_alpha.png", dpi=110)
+
+
 def both_policies(done: Report) -> str:
     """Table of the returns of both policies of every run, beside those who collected."""
     lines = ["", "| task | learner | greedy | max_q | who collected |", "|---|---|---|---|---|"]
     for task in dict.fromkeys(job.task for job in done.jobs):
-        parts = json.loads((done.folder / task / "data.json").read_text())["parts"]
-        shares = [part["count"] for part in parts]
-        behaviour = np.average([part["returns"]["mean"] for part in parts], weights=shares)
+        behaviour = behaviour_return(done.folder / task)
         for job in (job for job in done.jobs if job.task == task):
             run = rundir.read_run(done.folder / task / job.name)
             for label, index in rundir.groups(run):
@@ -113,10 +151,16 @@ def cell(returns: np.ndarray) -> str:
     return f"{final['iqm']:.1f} [{lo:.1f}, {hi:.1f}]"
 
 
+def further(done: Report) -> str:
+    """What the group of a type of data has beside the common table and curves."""
+    plot_alphas(done)
+    return both_policies(done)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Reproduce from the command line."""
-    further = dict.fromkeys(TYPES, both_policies)
-    reproduce.main(__doc__ or "", GROUPS, "results/brac", further, argv, before=collect)
+    tables = dict.fromkeys(TYPES, further)
+    reproduce.main(__doc__ or "", GROUPS, "results/brac", tables, argv, before=collect)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import tiny
+from matplotlib.axes import Axes
 from test_experiments import write_run
 
 import envs
@@ -147,11 +148,58 @@ def test_both_policies_are_in_the_table(tmp_path):
         evals[name] = list(np.swapaxes(x, 0, 1))
     evals["max_q_returns"] = [x + 1000.0 for x in evals["returns"]]
     rundir.write_evals(here / "brac_kl_vp", evals)
-    text = reproduce_brac.both_policies(reproduce.Report(folder, jobs, [], ""))
+    text = reproduce_brac.further(reproduce.Report(folder, jobs, [], ""))
     greedy = rundir.iqm(run.returns[:, -1].mean(-1))
     assert f"| pendulum | bc | {greedy:.1f} [" in text
     assert "|  | 17.5 |" in text
     assert f"| {greedy + 1000:.1f} [" in text
+
+
+def test_returns_are_drawn_against_alpha(tmp_path, monkeypatch):
+    """Two values of alpha, and a learner without."""
+    labels = ("alpha=0.1", "alpha=10.0")
+    write_run(tmp_path / "pendulum" / "brac_kl_vp", env="pendulum", labels=labels)
+    write_run(tmp_path / "pendulum" / "bc", env="pendulum", offset=100.0)
+    part = {"count": 1, "returns": {"mean": 5.0}}
+    rundir.write_json(tmp_path / "pendulum" / "data.json", {"parts": [part]})
+    drawn = {}
+
+    def spy(kind):
+        real = getattr(Axes, kind)
+
+        def draw(axis, *args, label, **options):
+            drawn[label] = kind, *args
+            return real(axis, *args, label=label, **options)
+
+        monkeypatch.setattr(Axes, kind, draw)
+
+    spy("errorbar")
+    spy("axhline")
+    jobs = [Job("pendulum", name, *reproduce_brac.LEARNERS[name]) for name in ("bc", "brac_kl_vp")]
+    reproduce_brac.plot_alphas(reproduce.Report(tmp_path, jobs, [], ""))
+    assert drawn["bc"] == ("axhline", 117.0)
+    kind, alpha, middle, error = drawn["brac_kl_vp"]
+    assert (kind, alpha, middle.tolist()) == ("errorbar", [0.1, 10.0], [17.0, 17.0])
+    assert (error > 0).all()
+    assert drawn["who collected"] == ("axhline", 5.0)
+    assert (tmp_path / "pendulum_alpha.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_of_a_sweep_the_best_value_is_drawn(tmp_path, monkeypatch):
+    labels = ("alpha=0.1", "alpha=1", "alpha=10")
+    folder = tmp_path / "pendulum" / "brac_kl_vp"
+    write_run(folder, env="pendulum", labels=labels)
+    run = rundir.read_run(folder)
+    better = run.returns + np.repeat([0.0, 50.0, np.nan], 4)[:, None, None]
+    evals = {"steps": run.steps, "seconds": run.seconds}
+    evals |= {"returns": [*better.swapaxes(0, 1)], "lengths": [*run.lengths.swapaxes(0, 1)]}
+    rundir.write_evals(folder, evals)
+    drawn = []
+    monkeypatch.setattr(rundir, "plot_curves", lambda runs, *_: drawn.extend(runs))
+    jobs = [Job("pendulum", "brac_kl_vp", *reproduce_brac.LEARNERS["brac_kl_vp"])]
+    done = reproduce.report(jobs, tmp_path)
+    assert [name for name, *_ in drawn] == ["brac_kl_vp alpha=1"]
+    assert [row["label"] for row in done.rows] == [f"brac_kl_vp {label}" for label in labels]
 
 
 def test_episodes_to_a_return_are_counted(tmp_path, capsys, monkeypatch):
