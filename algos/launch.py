@@ -21,7 +21,6 @@ import re
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -305,7 +304,7 @@ def main(
     With --verbose 2 an error keeps its traceback, for whoever is changing an algorithm.
     """
     launch = None
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # type: ignore
+    logs.tell_warnings_once()
     try:
         config, launch = parse(name, config_type, presets, argv)
         rows = make_rows(launch, config, traceable)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,21 @@ class Log:
         except Exception as error:
             self.say(f"W&B failed and is off from here on: {error}", 0)
             self.wandb_runs = []
+
+
+def tell_warnings_once() -> None:
+    """From here on a warning is one line on stderr, and is not told again.
+
+    Python's own memory of what it told is lost whenever a library changes its filters.
+    """
+    told: set[str] = set()
+
+    def tell(message, *_, **__):
+        if str(message) not in told:
+            told.add(str(message))
+            print(f"warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = tell
 
 
 def clock(seconds: float | None) -> str:

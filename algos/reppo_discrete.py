@@ -113,7 +113,7 @@ class Config:
             warnings.warn(
                 f"values can be {low:g} to {high:g} (reward_range={self.reward_range}, "
                 f"reward_scale={self.reward_scale:g}, gamma={self.gamma:g}): {support} clips them",
-                stacklevel=1,  # told once, however often a run is validated
+                stacklevel=2,
             )
 
 

@@ -3,6 +3,7 @@
 import struct
 import sys
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -165,3 +166,12 @@ def test_wandb_never_ends_a_run(tmp_path, monkeypatch, capsys, fails):
 
 def test_clock():
     assert [logs.clock(x) for x in (None, 59.9, 3661)] == ["-", "0:00:59", "1:01:01"]
+
+
+def test_a_warning_is_told_once_whatever_libraries_do_to_the_filters(monkeypatch, capsys):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # put back at the end
+    warnings.simplefilter("always")
+    logs.tell_warnings_once()
+    for text in ("one", "two", "one"):
+        warnings.warn(text, stacklevel=1)
+    assert capsys.readouterr().err == "warning: one\nwarning: two\n"
