@@ -118,73 +118,96 @@ def task_of(parts: list[Part], env: str) -> str:
 # --- collection ---
 
 
-def actor_of(part: Part, action_size: int) -> Callable:
-    """act(obs [N, obs_size], key) -> action [N, action_size] of a part, in [-1, 1]."""
-    policy = rundir.load_policy(part.policy) if part.policy else None
+def actor_of(parts: list[Part], action_size: int) -> Callable:
+    """act(obs [N, obs_size], key, part) -> action [N, action_size], in [-1, 1].
 
-    def act(obs, key):
+    Which of the parts acts is an argument, so that one compiled program serves all.
+    """
+
+    def uniform(obs, key):
+        return jax.random.uniform(key, (len(obs), action_size), minval=-1.0, maxval=1.0)
+
+    paths = list(dict.fromkeys(part.policy for part in parts))
+    policies = [rundir.load_policy(path) if path else uniform for path in paths]
+    policy_of = jnp.array([paths.index(part.policy) for part in parts])
+    eps, std = (jnp.array([getattr(part, x) for part in parts]) for x in ("eps", "std"))
+
+    def act(obs, key, part):
         key_policy, key_noise, key_uniform, key_replace = jax.random.split(key, 4)
-        shape = len(obs), action_size
-        uniform = jax.random.uniform(key_uniform, shape, minval=-1.0, maxval=1.0)
-        if policy is None:
-            return uniform
-        action = jnp.clip(policy(obs, key_policy), -1.0, 1.0)
-        if part.std:
-            action += part.std * jax.random.normal(key_noise, shape)
-            action = jnp.clip(action, -MAX_ACTION, MAX_ACTION)
-        replace = jax.random.bernoulli(key_replace, part.eps, (len(obs), 1))
-        return jnp.where(replace, uniform, action)
+        action = jax.lax.switch(policy_of[part], policies, obs, key_policy)
+        action = jnp.clip(action, -1.0, 1.0) + std[part] * jax.random.normal(
+            key_noise, (len(obs), action_size)
+        )
+        bound = jnp.where(std[part] > 0.0, MAX_ACTION, 1.0)
+        replace = jax.random.bernoulli(key_replace, eps[part], (len(obs), 1))
+        return jnp.where(replace, uniform(obs, key_uniform), jnp.clip(action, -bound, bound))
 
     return act
 
 
-def collect(env: envs.Env, act: Callable, count: int, key: jax.Array, advance: Callable) -> Dataset:
-    """`count` steps, cut into streams of one environment each; the last row of each is an end.
+def make_collect(env: envs.Env, act: Callable) -> Callable:
+    """collect(part, count, key, advance) -> Dataset of `count` steps of a part.
 
+    They are cut into streams of about STREAM steps, each of one environment and with an end as its
+    last row. A part that needs fewer streams than there are environments keeps the first of them.
     The action at the end of an episode is the policy's at the true successor, and is not taken.
     Steps of broken physics are left out: the step before is an end that was cut.
     """
-    length = -(-count // env.num_envs)
-    key_reset, key_act, key = jax.random.split(key, 3)
-    obs, env_state = env.reset(key_reset)
-    carry = obs, env_state, act(obs, key_act)
 
-    def step(carry, key):
-        obs, env_state, action = carry
-        key_step, key_next, key_fresh = jax.random.split(key, 3)
-        fresh, env_state, reward, terminated, truncated, info = env.step(
-            key_step, env_state, action
-        )
-        next_obs = info["final_observation"]
-        next_action = act(next_obs, key_next)
-        row = Dataset(obs, action, reward, next_obs, next_action, terminated, truncated)
-        ended = (terminated | truncated)[:, None]
-        carry = fresh, env_state, jnp.where(ended, act(fresh, key_fresh), next_action)
-        return carry, (*row, info["env_nan"])
+    @jax.jit
+    def start(part, key):
+        key_reset, key_act = jax.random.split(key)
+        obs, env_state = env.reset(key_reset)
+        return obs, env_state, act(obs, key_act, part)
 
-    chunk = jax.jit(functools.partial(jax.lax.scan, step))
-    chunks = []
-    for i in range(-(-length // CHUNK)):
-        carry, rows = chunk(carry, jax.random.split(jax.random.fold_in(key, i), CHUNK))
-        chunks.append(jax.device_get(rows))
-        advance(min(CHUNK * env.num_envs, count - i * CHUNK * env.num_envs))
-    streams = [np.swapaxes(np.concatenate(x)[:length], 0, 1) for x in zip(*chunks, strict=True)]
-    *columns, broken = (x.reshape(-1, *x.shape[2:])[:count] for x in streams)
-    dataset = Dataset(*columns)
-    last = (np.arange(count) % length == length - 1) | (np.arange(count) == count - 1)
-    cut = dataset.truncated | last | np.roll(broken, -1)
-    dataset = dataset._replace(truncated=cut & ~dataset.terminated)
-    return Dataset(*(x[~broken] for x in dataset))
+    @jax.jit
+    def chunk(part, carry, keys):
+        def step(carry, key):
+            obs, env_state, action = carry
+            key_step, key_next, key_fresh = jax.random.split(key, 3)
+            fresh, env_state, reward, terminated, truncated, info = env.step(
+                key_step, env_state, action
+            )
+            next_obs = info["final_observation"]
+            next_action = act(next_obs, key_next, part)
+            row = Dataset(obs, action, reward, next_obs, next_action, terminated, truncated)
+            ended = (terminated | truncated)[:, None]
+            carry = fresh, env_state, jnp.where(ended, act(fresh, key_fresh, part), next_action)
+            return carry, (*row, info["env_nan"])
+
+        return jax.lax.scan(step, carry, keys)
+
+    def collect(part, count, key, advance):
+        num_streams = min(env.num_envs, max(1, round(count / STREAM)))
+        length = -(-count // num_streams)
+        key_start, key = jax.random.split(key)
+        carry = start(part, key_start)
+        chunks = []
+        for i in range(-(-length // CHUNK)):
+            keys = jax.random.split(jax.random.fold_in(key, i), CHUNK)
+            carry, rows = chunk(part, carry, keys)
+            chunks.append([x[:, :num_streams] for x in jax.device_get(rows)])
+            advance(min(CHUNK * num_streams, count - i * CHUNK * num_streams))
+        streams = [np.swapaxes(np.concatenate(x)[:length], 0, 1) for x in zip(*chunks, strict=True)]
+        *columns, broken = (x.reshape(-1, *x.shape[2:])[:count] for x in streams)
+        dataset = Dataset(*columns)
+        last = (np.arange(count) % length == length - 1) | (np.arange(count) == count - 1)
+        cut = dataset.truncated | last | np.roll(broken, -1)
+        dataset = dataset._replace(truncated=cut & ~dataset.terminated)
+        return Dataset(*(x[~broken] for x in dataset))
+
+    return collect
 
 
-def collect_part(task: str, act: Callable, count: int, key: jax.Array, advance: Callable):
-    """A part's dataset, and the returns of some episodes that it played before."""
-    make = functools.partial(envs.make, task, stagger=False, reset_mode="fresh")
-    env, key_eval, key = make(EVAL_EPISODES), *jax.random.split(key)
-    sampled = lambda _, obs, key, __: act(obs, key)
-    returns, _ = jax.jit(lambda key: common.evaluate(sampled, None, env, key))(key_eval)
-    num_envs = max(1, round(count / STREAM))
-    return collect(make(num_envs), act, count, key, advance), np.asarray(returns)
+def make_evaluate(env: envs.Env, act: Callable) -> Callable:
+    """evaluate(part, key) -> returns [num_envs], of one episode of a part in each environment."""
+
+    @jax.jit
+    def evaluate(part, key):
+        sampled = lambda _, obs, key, __: act(obs, key, part)
+        return common.evaluate(sampled, None, env, key)[0]
+
+    return evaluate
 
 
 # --- files ---
@@ -286,19 +309,24 @@ def run(args: argparse.Namespace) -> None:
     env = envs.make(task, 1)
     if env.discrete:
         raise ValueError(f"{task} has discrete actions, and datasets have continuous ones")
-    actors = [actor_of(part, env.action_size) for part in parts]
+    act = actor_of(parts, env.action_size)
+    make = functools.partial(envs.make, task, stagger=False, reset_mode="fresh")
+    evaluate = make_evaluate(make(EVAL_EPISODES), act)
+    collect = make_collect(make(max(1, round(max(counts) / STREAM))), act)
     description = describe(task, parts, counts, args.seed)
     folder = out.with_name(f"{out.name}.parts")
     folder.mkdir(parents=True, exist_ok=True)
     done = []
     with tqdm.tqdm(total=args.steps, unit=" steps", unit_scale=True) as bar:
-        for i, (act, count) in enumerate(zip(actors, counts, strict=True)):
+        for i, count in enumerate(counts):
             path = folder / f"{i}.npz"
             part = finished(path, description)
             if part is None:
                 key = jax.random.fold_in(jax.random.key(args.seed), i)
-                dataset, returns = collect_part(task, act, count, key, bar.update)
+                key_eval, key = jax.random.split(key)
+                returns = evaluate(i, key_eval)
                 numbers = {"mean": float(returns.mean()), "std": float(returns.std())}
+                dataset = collect(i, count, key, bar.update)
                 part = dataset, numbers
                 datasets.write(path, dataset, {"env": task, "of": description, "returns": numbers})
             else:

@@ -92,8 +92,8 @@ def actions_of(monkeypatch, part):
     """Actions of a part whose policy always does (0.25, -2)."""
     constant = lambda obs, key: jnp.tile(jnp.array([0.25, -2.0]), (len(obs), 1))
     monkeypatch.setattr(rundir, "load_policy", lambda path: constant)
-    act = collect_data.actor_of(part, 2)
-    return np.asarray(act(jnp.zeros((N, 3)), jax.random.key(0)))
+    act = collect_data.actor_of([Part(1), Part(1, "p"), part], 2)
+    return np.asarray(act(jnp.zeros((N, 3)), jax.random.key(0), 2))
 
 
 def test_pure_actions_are_clipped_to_what_is_done(monkeypatch):
@@ -127,8 +127,12 @@ def test_noise_is_added_and_clipped(monkeypatch, std):
 # --- rows ---
 
 
-def uniform(size):
-    return lambda obs, key: jax.random.uniform(key, (len(obs), size), minval=-1.0, maxval=1.0)
+def collect(env, size, count):
+    """Rows of uniform actions, and by how much the progress bar moved."""
+    moved: list[int] = []
+    act = collect_data.actor_of([Part(1)], size)
+    rows = collect_data.make_collect(env, act)(0, count, jax.random.key(0), moved.append)
+    return rows, sum(moved)
 
 
 @pytest.mark.parametrize(
@@ -136,12 +140,12 @@ def uniform(size):
     [("tiny:counter", 2, False), ("probe/termination-continuous", 1, True)],
 )
 def test_rows_of_a_collection(task, size, terminates, monkeypatch):
-    """250 steps in 3 streams of 84: what follows a row, at its end and within an episode."""
+    """250 steps, 3 streams of 84 from 5 environments: what follows a row, at an end and before."""
     monkeypatch.setattr(collect_data, "CHUNK", 20)
-    env = envs.make(task, 3, stagger=False)
-    moved = []
-    dataset = collect_data.collect(env, uniform(size), 250, jax.random.key(0), moved.append)
-    assert sum(moved) == 250
+    monkeypatch.setattr(collect_data, "STREAM", 80)
+    env = envs.make(task, 5, stagger=False)
+    dataset, moved = collect(env, size, 250)
+    assert moved == 250
     datasets.check(dataset, "data", env)
     assert len(np.unique(dataset.action, axis=0)) == len(dataset.obs) == 250
     ends = dataset.terminated | dataset.truncated
@@ -184,7 +188,8 @@ def test_broken_physics_is_left_out(monkeypatch):
         return obs, (state, jnp.int32(0))
 
     env = make._replace(reset=reset, step=step)
-    dataset = collect_data.collect(env, uniform(2), 40, jax.random.key(0), lambda n: None)
+    monkeypatch.setattr(collect_data, "STREAM", 20)
+    dataset, _ = collect(env, 2, 40)
     assert len(dataset.obs) == 32
     assert not dataset.terminated.any()
     row = np.arange(32)
@@ -220,15 +225,15 @@ def test_interrupted_and_run_again_is_the_same_dataset(mixture, tmp_path, monkey
     argv = ["--mixture", mixture, "--steps", 500, "--seed", 3, "--out"]
     run(*argv, whole)
     assert "500 steps of tiny:balance" in capsys.readouterr().out
-    calls, collect_part = [], collect_data.collect_part
+    calls, write = [], datasets.write
 
     def interrupted(*args):
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return collect_part(*args)
+        return write(*args)
 
-    monkeypatch.setattr(collect_data, "collect_part", interrupted)
+    monkeypatch.setattr(datasets, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(*argv, out)
     assert not out.exists()
@@ -236,7 +241,7 @@ def test_interrupted_and_run_again_is_the_same_dataset(mixture, tmp_path, monkey
         run(*argv[:-3], "--seed", 4, "--out", out)
     assert "is of another command" in capsys.readouterr().err
     run(*argv, out)
-    assert len(calls) == 4  # the first part was there already
+    assert len(calls) == 5  # the first part was there already: two others and the whole
     (dataset, meta), (other, _) = datasets.read(out), datasets.read(whole)
     tiny.assert_same(dataset, other)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data.npz", "whole.npz"]
