@@ -57,6 +57,10 @@ def test_an_algorithm_is_documented(name):
     code = set(re.findall(r"`([^`\n]+)`", page.read_text()))
     fields = {field.name for field in dataclasses.fields(module.Config)}
     assert fields <= code, f"fields without a word in {page.name}: {sorted(fields - code)}"
+    table = page.read_text().split("\n## 5. Hyperparameters\n")[1].split("\n## ")[0]
+    cells = " ".join(re.findall(r"^\| (`[^|]*)\|", table, re.MULTILINE))
+    listed = set(re.findall(r"`(\w+)`", cells))
+    assert listed <= fields, f"no fields, but listed in {page.name}: {sorted(listed - fields)}"
     algo = module.build(tiny.config_of(name))
     state = jax.eval_shape(algo.init, jax.random.key(0))
     metrics = set(jax.eval_shape(algo.update, state, *algo.data([0])[0])[1])
