@@ -137,7 +137,8 @@ def free_gradients(only: str = ""):
             fill = lambda x: jnp.full(x.shape, little).astype(x.dtype)
             grads = jax.tree.map(fill, params)
             if has_aux:
-                return grads, jax.tree.map(fill, jax.eval_shape(function, params, *args)[1])
+                aux = jax.eval_shape(lambda params: function(params, *args)[1], params)
+                return grads, jax.tree.map(fill, aux)
             return grads
 
         return free
