@@ -253,9 +253,20 @@ def test_interrupted_and_run_again_is_the_same_dataset(mixture, tmp_path, monkey
     tiny.assert_same(datasets.load(str(out), envs.make("tiny:balance", 1)), dataset)
     assert (dataset.terminated | dataset.truncated)[[99, 299, 499]].all()
     assert stats.kstest(dataset.action[:100, 0], stats.uniform(-1, 2).cdf).pvalue > 1e-3
+    at_bound = np.abs(dataset.action[:, 0]) == np.float32(0.999)  # only PPO's, with its noise
+    assert not at_bound[:300].any()
+    assert at_bound[300:].mean() > 0.1
     with pytest.raises(SystemExit):
         run(*argv, out)
     assert "exists already" in capsys.readouterr().err
+
+
+def test_returns_are_those_of_each_part(mixture, tmp_path, monkeypatch):
+    evaluate = lambda part, key: np.full(20, float(part))
+    monkeypatch.setattr(collect_data, "make_evaluate", lambda env, act: evaluate)
+    run("--mixture", mixture, "--steps", 50, "--out", tmp_path / "data.npz")
+    parts = datasets.read(tmp_path / "data.npz")[1]["parts"]
+    assert [part["returns"]["mean"] for part in parts] == [0.0, 1.0, 2.0]
 
 
 @pytest.mark.parametrize(
