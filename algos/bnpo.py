@@ -315,6 +315,11 @@ def relabelled(goals, strategy, obs, rows, ahead):
     return goals.with_goal(own, jnp.where(rows.relabel[:, None, None], other, goal))
 
 
+def normalize(obs_stats, obs):
+    """Standardised observations, with their goals."""
+    return jnp.clip((obs - obs_stats.mean) / jnp.sqrt(obs_stats.var + 1e-4), -10.0, 10.0)
+
+
 def lookaheads(size, longest, floating):
     """Lookaheads [size] of the rows of a minibatch: 1 to `longest` in turn, or the longest."""
     return 1 + np.arange(size) % longest if floating else np.full(size, longest)
@@ -396,8 +401,7 @@ def build(config: Config) -> common.Algo:
     sample = jnp.zeros((1, env.obs_size))
     num_heads = 1 if kind == "env" else reward_at(sample).shape[-1]
     actor, critic = Actor(config, A), Critic(config, num_heads)
-    widths = env.obs_size, *config.hidden, A
-    silence = tuple(jnp.zeros(shape) for shape in itertools.pairwise(widths))
+    silence = tuple(map(jnp.zeros, itertools.pairwise((env.obs_size, *config.hidden, A))))
     optimizer = optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
@@ -418,9 +422,6 @@ def build(config: Config) -> common.Algo:
             params, several(params, K if config.detach_actors else 1), several(opt_state, K),
             silence, common.Stats.empty((env.obs_size,)), replay, obs, env_state, key, jnp.int32(0),
         )  # fmt: skip
-
-    def normalize(obs_stats, obs):
-        return jnp.clip((obs - obs_stats.mean) / jnp.sqrt(obs_stats.var + 1e-4), -10.0, 10.0)
 
     def seen(policy, action=None):
         """What the critic is told of a policy, and of the action that it took."""

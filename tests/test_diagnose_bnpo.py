@@ -1,0 +1,186 @@
+"""The diagnosis of a BNPO run, on states that are made by hand."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from test_experiments import write_run
+
+from algos import bnpo, rundir
+from experiments import diagnose_bnpo
+
+CONFIG = tiny.config_of("bnpo", hidden=(16,))
+NUM_ENVS, NUM_ROWS = 20, 60
+SILENCE = jnp.zeros((4, 16)), jnp.zeros((16, 2))
+
+
+@pytest.fixture(scope="module")
+def diagnose():
+    return jax.jit(diagnose_bnpo.make_diagnose(CONFIG, NUM_ENVS, NUM_ROWS))
+
+
+@pytest.fixture(scope="module")
+def state():
+    """Large weights, no noise of them, targets equal to what follows them, a filled replay."""
+    algo = bnpo.build(CONFIG)
+    fresh = jax.jit(algo.init)(jax.random.key(0))
+    params = jax.tree.map(lambda x: 3.0 * x, fresh.params)
+    targets = {"actor": dict.fromkeys((0, 1), params["actor"]), "critic": params["critic"]}
+    state = jax.jit(algo.update)(fresh._replace(params=params, target_params=targets))[0]
+    silence = jax.tree.map(jnp.zeros_like, state.noise)
+    return state._replace(params=params, target_params=targets, noise=silence)
+
+
+def measure(diagnose, state):
+    return {name: float(x) for name, x in diagnose(state, jax.random.key(1)).items()}
+
+
+def test_what_equals_its_target_is_at_no_distance(diagnose, state):
+    found = measure(diagnose, state)
+    for name in ("critic - target", "|critic - target|", "KL of the actor from target 1"):
+        assert found[f"value/{name}"] == pytest.approx(0.0, abs=1e-5)
+    for way in ("greedy", "greedy, another's goal", "sampled", "sampled, least of 20"):
+        same = {found[f"return/{name}, {way}"] for name in ("explorer", "target 0", "target 1")}
+        assert len(same) == 1
+    assert found["return/target 0, greedy"] != found["return/target 0, sampled"]
+    assert found["value/deviation of the critic"] > 0.0
+
+
+def test_what_differs_from_its_target_is_found(diagnose, state):
+    moved = jax.tree.map(lambda x: x, state.params)
+    moved["critic"]["params"]["Dense_3"]["bias"] += jnp.array([0.5, -2.0])
+    moved["actor"]["params"]["log_std"] += 0.3
+    noise = jax.tree.map(lambda x: x + 100.0, state.noise)
+    found = measure(diagnose, state._replace(params=moved, noise=noise))
+    assert found["value/critic - target"] == pytest.approx(-1.5, abs=1e-4)
+    assert found["value/|critic - target|"] == pytest.approx(1.5, abs=1e-4)
+    log_std = np.tanh(0.3)  # from 0, of two actions
+    kl = 2.0 * (0.5 * np.exp(2.0 * log_std) - log_std - 0.5)
+    assert found["value/KL of the actor from target 0"] == pytest.approx(kl, rel=1e-4)
+    assert found["return/explorer, greedy"] != found["return/target 0, greedy"]
+
+
+def test_only_a_policy_that_reads_its_goal_notices_another(diagnose, state):
+    found = measure(diagnose, state)
+    assert found["return/target 0, greedy"] != found["return/target 0, greedy, another's goal"]
+    blind = jax.tree.map(lambda x: x, state.params)
+    blind["actor"]["params"]["kernel_0"] = blind["actor"]["params"]["kernel_0"].at[3:].set(0.0)
+    targets = state.target_params | {"actor": dict.fromkeys((0, 1), blind["actor"])}
+    found = measure(diagnose, state._replace(params=blind, target_params=targets))
+    for name in ("explorer", "target 0", "target 1"):
+        assert found[f"return/{name}, greedy"] == found[f"return/{name}, greedy, another's goal"]
+
+
+def test_monte_carlo_is_the_discounted_sum(monkeypatch, state):
+    raw = tiny.seek()
+    goals = raw.goals._replace(compute_reward=lambda achieved, *_: jnp.ones_like(achieved))
+    monkeypatch.setattr(tiny, "seek", lambda: raw._replace(goals=goals))
+    config = dataclasses.replace(CONFIG, reward_kind="env")
+    critic = bnpo.Critic(config, 1).init(jax.random.key(0), jnp.zeros((1, 4)), jnp.zeros((1, 4)))
+    state = state._replace(
+        params=state.params | {"critic": critic},
+        target_params=state.target_params | {"critic": critic},
+        replay=state.replay._replace(reward=state.replay.reward[..., :1]),
+    )
+    diagnose = jax.jit(diagnose_bnpo.make_diagnose(config, NUM_ENVS, NUM_ROWS))
+    left = config.num_steps + diagnose_bnpo.TAIL - np.arange(config.num_steps)
+    expected = ((1.0 - config.gamma**left) / (1.0 - config.gamma)).mean()
+    assert measure(diagnose, state)["value/Monte Carlo"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_rewards_are_compared_before_and_after_a_shift(diagnose, state):
+    """Nothing that is stored was rewarded; every other goal of an episode would have been."""
+    obs = jnp.zeros_like(state.replay.obs)
+    replay = state.replay._replace(obs=obs, reward=jnp.zeros_like(state.replay.reward))
+    found = measure(diagnose, state._replace(replay=replay))
+    assert (found["rewarded/own goal"], found["rewarded/shifted goal"]) == (0.0, 1.0)
+    assert (found["rewarded/paid by the task"], found["rewarded/and paid by the task"]) == (
+        1.0,
+        0.0,
+    )
+
+
+@pytest.mark.parametrize("reward", [1000.0, -1000.0])
+def test_gradients_of_equal_rows(diagnose, state, reward):
+    """Halves agree; PPO goes to an action that was good, DDPG where Q rises, by this reference."""
+    same = jax.tree.map(lambda x: jnp.broadcast_to(x[:1, :1, :1], x.shape), state.replay)
+    inputs = bnpo.normalize(state.obs_stats, same.obs[0, 0, 0])
+    tree = state.params["actor"]["params"]
+    policy_of = lambda weights: bnpo.Actor(CONFIG, 2).apply({"params": weights}, inputs, SILENCE)
+
+    def q_of(weights):
+        policy = policy_of(weights)
+        told = jnp.concatenate([policy.mean, jnp.exp(policy.log_std)])
+        return bnpo.Critic(CONFIG, 2).apply(state.params["critic"], inputs, told).sum()
+
+    acted = jax.tree.map(lambda x, y: jnp.broadcast_to(x, y.shape), policy_of(tree), same.policy)
+    replay = same._replace(policy=acted, reward=jnp.full_like(same.reward, reward))
+    found = measure(diagnose, state._replace(replay=replay))
+    assert found["cosine/PPO, PPO"] == pytest.approx(1.0, abs=1e-3)
+    assert found["cosine/DDPG, DDPG"] == pytest.approx(1.0, abs=1e-3)
+    slopes = (
+        jax.grad(lambda weights: policy_of(weights).log_prob(same.action[0, 0, 0]))(tree),
+        jax.grad(q_of)(tree),
+    )
+    x, y = (np.concatenate([np.ravel(g[f"kernel_{i}"]) for i in range(2)]) for g in slopes)
+    expected = np.sign(reward) * (x @ y) / np.linalg.norm(x) / np.linalg.norm(y)
+    assert found["cosine/PPO, DDPG"] == pytest.approx(expected, abs=1e-3)
+
+
+def write_bnpo(path, config, labels=("",)):
+    """A run directory of two seeds without checkpoints."""
+    run = write_run(path, seeds=(0, 1), labels=labels)
+    saved = rundir.read_description(run)
+    rundir.write_json(
+        run / "config.json", saved | {"algo": "bnpo", "config": dataclasses.asdict(config)}
+    )
+    return run
+
+
+def test_a_run_is_read_and_reported(tmp_path, monkeypatch, capsys):
+    config = dataclasses.replace(CONFIG, env="arm/reacher-static")
+    run = write_bnpo(tmp_path / "run", config)
+    algo = bnpo.build(config)
+    state = jax.jit(jax.vmap(algo.init))(jax.random.split(jax.random.key(3), 2))
+    state = state._replace(update=np.int32(7))
+    rundir.save_checkpoint(run, rundir.flatten(state), {"update": 7})
+
+    def make_diagnose(given, num_envs, num_rows):
+        assert (given, num_envs, num_rows) == (config, 40, 10)
+        return lambda state, key: {
+            "x": state.params["actor"]["params"]["kernel_0"][0, 0] + state.update
+        }
+
+    monkeypatch.setattr(diagnose_bnpo, "make_diagnose", make_diagnose)
+    out = tmp_path / "new" / "found"
+    flags = ["--run-dir", str(run), "--out", str(out), "--num-envs", "40", "--num-rows", "10"]
+    diagnose_bnpo.main(flags)
+    expected = 7 + np.asarray(state.params["actor"]["params"]["kernel_0"])[:, 0, 0]
+    saved = json.loads(out.with_suffix(".json").read_text())
+    assert saved["seeds"]["x"] == pytest.approx(list(expected))
+    table = out.with_suffix(".md").read_text()
+    assert table == capsys.readouterr().out
+    assert f"| x | {expected.mean():.3g} [" in table
+
+
+@pytest.mark.parametrize(
+    ("changes", "labels", "flags", "message"),
+    [
+        ({}, ("",), [], "is not a run of algos/bnpo.py on the arm"),
+        ({"env": "arm/reacher-static"}, ("lr 1", "lr 2"), [], "without a sweep"),
+        ({"env": "arm/reacher-static", "critic_input": "action"}, ("",), [], "told the action"),
+        ({"env": "arm/reacher-static"}, ("",), [], "has no checkpoint: train it again"),
+        ({}, ("",), ["--num-envs", "30"], "--num-envs 30: a multiple of 20 is needed"),
+        ({}, ("",), ["--num-rows", "7"], "--num-rows 7: an even number is needed"),
+    ],
+)
+def test_what_cannot_be_diagnosed_is_one_line(tmp_path, capsys, changes, labels, flags, message):
+    run = write_bnpo(tmp_path / "run", dataclasses.replace(CONFIG, **changes), labels)
+    with pytest.raises(SystemExit):
+        diagnose_bnpo.main(["--run-dir", str(run), "--out", str(tmp_path / "out"), *flags])
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.glob("out*"))
