@@ -24,9 +24,12 @@ MODEL = """
 <mujoco>
   <option timestep="0.02" gravity="0 -9.81 0" integrator="Euler"><flag contact="disable"/></option>
   <statistic center="0 -6 0" extent="16"/>
+  <asset>
+    <texture type="skybox" builtin="gradient" rgb1="1 1 1" rgb2="1 1 1" width="16" height="16"/>
+  </asset>
   <worldbody>
     <light pos="10 20 20" dir="-0.4 -0.7 -0.6"/>
-    <camera pos="0 -2 36" xyaxes="1 0 0 0 1 0"/>
+    <camera pos="0 -2 30" xyaxes="1 0 0 0 1 0"/>
     <geom type="sphere" size="0.6" rgba="0.4 0.4 0.4 1"/>
     <body>
       <joint axis="1 0 0" damping="0.05"/>

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import envs
-from algos import bnpo, common, rundir
+from algos import bnpo, common, logs, rundir
 
 GROUP = 20  # episodes of one of the author's evaluations
 TAIL = 400  # further steps of a Monte Carlo return
@@ -239,9 +239,9 @@ def main(argv: list[str] | None = None) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     text = markdown(measured)
     args.out.with_suffix(".md").write_text(text)
-    settings = {"run_dir": str(args.run_dir), "num_envs": args.num_envs, "num_rows": args.num_rows}
     seeds = {name: x.tolist() for name, x in measured.items()}
-    rundir.write_json(args.out.with_suffix(".json"), {"settings": settings, "seeds": seeds})
+    made = {"run_dir": str(args.run_dir), **logs.surroundings()}
+    rundir.write_json(args.out.with_suffix(".json"), {"made": made, "seeds": seeds})
     print(text, end="")
 
 
