@@ -9,6 +9,7 @@ Reads the last checkpoint of a run on the arm, without a sweep, with the lifted 
             policy that ignores its goal would not notice; the least mean of 20 sampled episodes
   value     target critic at the first target actor beside Monte Carlo returns of that actor, sums
             over the parts of the reward; critic and actors beside their targets on replayed rows
+  circle    where the target is, in the same episodes: mean reward and share of steps that are paid
   rewarded  share of these rows with a positive reward that is learned from, before and after a
             shift of the goal, and which of them the task pays for as well
   cosine    between the gradients of PPO's and of DDPG's rule for the weights of the mean, on the
@@ -32,6 +33,7 @@ from algos import bnpo, common, logs, rundir
 
 GROUP = 20  # episodes of one of the author's evaluations
 TAIL = 400  # further steps of a Monte Carlo return
+SECTORS = 8  # of the target's circle
 
 
 def read_state(run_dir: Path) -> tuple[bnpo.Config, Any]:
@@ -105,7 +107,7 @@ def make_diagnose(config: bnpo.Config, num_envs: int, num_rows: int) -> Callable
         return out
 
     def beside_monte_carlo(state, key):
-        """The target critic in short episodes of the first target actor, and what that gets."""
+        """Sampled episodes of the first target actor: their rewards, and the critic beside them."""
         key_reset, key_noise, key_env = jax.random.split(key, 3)
         targets = state.target_params
 
@@ -114,20 +116,28 @@ def make_diagnose(config: bnpo.Config, num_envs: int, num_rows: int) -> Callable
             inputs = bnpo.normalize(state.obs_stats, obs)
             policy = actor.apply(targets["actor"][0], inputs, silence)
             obs, env_state, *_, info = env.step(key, env_state, policy.sample(noise))
-            reward = reward_at(info["final_observation"]).sum(-1)
-            return (obs, env_state), (q_of(targets, inputs, policy).sum(-1), reward)
+            return (obs, env_state), (q_of(targets, inputs, policy), info["final_observation"])
 
         noise = jax.random.normal(key_noise, (L + TAIL, num_envs, env.action_size))
         xs = noise, jax.random.split(key_env, L + TAIL)
-        value, reward = jax.lax.scan(step, env.reset(key_reset), xs)[1]
+        q, arrived = jax.lax.scan(step, env.reset(key_reset), xs)[1]
+        reward, paid = reward_at(arrived).sum(-1), reward_at(arrived, "env")[..., 0] > 0.0
         add = lambda later, reward: (reward + config.gamma * later,) * 2
-        total = jax.lax.scan(add, jnp.zeros(num_envs), reward, reverse=True)[1]
-        value, total = value[:L].ravel(), total[:L].ravel()
-        return {
+        total = jax.lax.scan(add, jnp.zeros(num_envs), reward, reverse=True)[1][:L].ravel()
+        value = q[:L].sum(-1).ravel()
+        out = {
             "value/critic": value.mean(),
             "value/Monte Carlo": total.mean(),
             "value/correlation of both": jnp.corrcoef(value, total)[0, 1],
         }
+        goal = goals.desired_goal(arrived)
+        turn = jnp.arctan2(goal[..., 0], goal[..., -1]) / (2.0 * jnp.pi) % 1.0
+        for k in range(SECTORS):
+            here = jnp.floor(SECTORS * turn) == k
+            name = f"circle/{360 * k // SECTORS} to {360 * (k + 1) // SECTORS} degrees"
+            out[f"{name}, reward learned from"] = jnp.where(here, reward, 0.0).sum() / here.sum()
+            out[f"{name}, paid by the task"] = (here & paid).sum() / here.sum()
+        return out
 
     def replayed(state, key):
         """Critic, actors, relabelling and gradients on rows of the first brain's window."""

@@ -75,21 +75,33 @@ def test_only_a_policy_that_reads_its_goal_notices_another(diagnose, state):
         assert found[f"return/{name}, greedy"] == found[f"return/{name}, greedy, another's goal"]
 
 
-def test_monte_carlo_is_the_discounted_sum(monkeypatch, state):
-    raw = tiny.seek()
-    goals = raw.goals._replace(compute_reward=lambda achieved, *_: jnp.ones_like(achieved))
-    monkeypatch.setattr(tiny, "seek", lambda: raw._replace(goals=goals))
-    config = dataclasses.replace(CONFIG, reward_kind="env")
-    critic = bnpo.Critic(config, 1).init(jax.random.key(0), jnp.zeros((1, 4)), jnp.zeros((1, 4)))
-    state = state._replace(
-        params=state.params | {"critic": critic},
-        target_params=state.target_params | {"critic": critic},
-        replay=state.replay._replace(reward=state.replay.reward[..., :1]),
-    )
-    diagnose = jax.jit(diagnose_bnpo.make_diagnose(config, NUM_ENVS, NUM_ROWS))
+def circling():
+    """`seek` with a goal on a circle: both parts always pay 1, the task from 90 to 135 degrees."""
+
+    def compute_reward(achieved, goal, kind):
+        degrees = jnp.degrees(jnp.arctan2(goal[..., 0], goal[..., 2])) % 360.0
+        inside = (degrees >= 90.0) & (degrees < 135.0)
+        return 1.0 * inside[..., None] if kind == "env" else jnp.ones((*degrees.shape, 2))
+
+    def desired_goal(obs):
+        radians = 50.0 * obs[..., 0]
+        return jnp.stack([jnp.sin(radians), radians, jnp.cos(radians)], -1)
+
+    raw, as_it_is = tiny.seek(), lambda obs, goal: obs
+    changes = {"compute_reward": compute_reward, "desired_goal": desired_goal}
+    return raw._replace(goals=raw.goals._replace(with_goal=as_it_is, **changes))
+
+
+def test_monte_carlo_and_circle(state):
+    config = dataclasses.replace(CONFIG, env="test_diagnose_bnpo:circling")
+    found = measure(jax.jit(diagnose_bnpo.make_diagnose(config, NUM_ENVS, NUM_ROWS)), state)
     left = config.num_steps + diagnose_bnpo.TAIL - np.arange(config.num_steps)
-    expected = ((1.0 - config.gamma**left) / (1.0 - config.gamma)).mean()
-    assert measure(diagnose, state)["value/Monte Carlo"] == pytest.approx(expected, rel=1e-4)
+    expected = 2.0 * ((1.0 - config.gamma**left) / (1.0 - config.gamma)).mean()
+    assert found["value/Monte Carlo"] == pytest.approx(expected, rel=1e-4)
+    for k in range(8):
+        name = f"circle/{45 * k} to {45 * k + 45} degrees"
+        assert found[f"{name}, paid by the task"] == (k == 2)
+        assert found[f"{name}, reward learned from"] == pytest.approx(2.0)
 
 
 def test_rewards_are_compared_before_and_after_a_shift(diagnose, state):
