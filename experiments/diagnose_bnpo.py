@@ -134,7 +134,7 @@ def make_diagnose(config: bnpo.Config, num_envs: int, num_rows: int) -> Callable
         turn = jnp.arctan2(goal[..., 0], goal[..., -1]) / (2.0 * jnp.pi) % 1.0
         for k in range(SECTORS):
             here = jnp.floor(SECTORS * turn) == k
-            name = f"circle/{360 * k // SECTORS} to {360 * (k + 1) // SECTORS} degrees"
+            name = f"circle/{360 * k // SECTORS:03} to {360 * (k + 1) // SECTORS:03} degrees"
             out[f"{name}, reward learned from"] = jnp.where(here, reward, 0.0).sum() / here.sum()
             out[f"{name}, paid by the task"] = (here & paid).sum() / here.sum()
         return out

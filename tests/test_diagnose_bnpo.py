@@ -99,9 +99,21 @@ def test_monte_carlo_and_circle(state):
     expected = 2.0 * ((1.0 - config.gamma**left) / (1.0 - config.gamma)).mean()
     assert found["value/Monte Carlo"] == pytest.approx(expected, rel=1e-4)
     for k in range(8):
-        name = f"circle/{45 * k} to {45 * k + 45} degrees"
+        name = f"circle/{45 * k:03} to {45 * k + 45:03} degrees"
         assert found[f"{name}, paid by the task"] == (k == 2)
         assert found[f"{name}, reward learned from"] == pytest.approx(2.0)
+
+
+def test_monte_carlo_samples(diagnose, state):
+    """Rewards are others where only the deviation is."""
+    found = []
+    for log_std in (-3.0, 3.0):
+        actor = state.params["actor"]["params"]
+        actor = {"params": actor | {"log_std": jnp.full_like(actor["log_std"], log_std)}}
+        targets = state.target_params | {"actor": dict.fromkeys((0, 1), actor)}
+        found.append(measure(diagnose, state._replace(target_params=targets)))
+    assert found[0]["value/Monte Carlo"] != found[1]["value/Monte Carlo"]
+    assert found[0]["return/target 0, greedy"] == found[1]["return/target 0, greedy"]
 
 
 def test_rewards_are_compared_before_and_after_a_shift(diagnose, state):
@@ -114,6 +126,22 @@ def test_rewards_are_compared_before_and_after_a_shift(diagnose, state):
         1.0,
         0.0,
     )
+
+
+def test_a_shift_takes_goals_of_other_times(diagnose, state):
+    """The goal alternates and is achieved at each step: it is not at every second other one."""
+    goal = jnp.where(jnp.arange(CONFIG.num_steps + 1) % 2, 0.35, -0.35)
+    obs = state.replay.obs.at[..., 1].set(goal).at[..., 3].set(goal)
+    found = measure(diagnose, state._replace(replay=state.replay._replace(obs=obs)))
+    assert 0.25 < found["rewarded/shifted goal"] < 0.75
+
+
+def test_ddpg_does_not_look_at_actions(diagnose, state):
+    found = measure(diagnose, state)
+    replay = state.replay._replace(action=state.replay.action[::-1] - 1.0)
+    other = measure(diagnose, state._replace(replay=replay))
+    assert other["cosine/DDPG, DDPG"] == pytest.approx(found["cosine/DDPG, DDPG"], abs=1e-5)
+    assert other["cosine/PPO, PPO"] != pytest.approx(found["cosine/PPO, PPO"], abs=1e-3)
 
 
 @pytest.mark.parametrize("reward", [1000.0, -1000.0])
