@@ -24,7 +24,6 @@ Differences from ppo.py:
 5. Observations are standardised by statistics that change with every step of the environments.
 
     python algos/bnpo.py --env arm/reacher-moving --num-seeds 10
-    python algos/bnpo.py --env arm/reacher-moving --preset a5 --num-seeds 10
 
 Documentation: docs/bnpo.md
 """
