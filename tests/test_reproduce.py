@@ -205,12 +205,15 @@ def test_of_a_sweep_the_best_value_is_drawn(tmp_path, monkeypatch):
 def test_episodes_to_a_return_are_counted(tmp_path, capsys, monkeypatch):
     """Over seeds 18.5, 19.5 and 20.5 after 0, 100 and 200 steps, 32 in an episode of all."""
     monkeypatch.setattr(reproduce, "run", lambda argv: None)
-    write_run(tmp_path / "tasks" / reproduce_bnpo.TASK / "a1", offset=3.5)
+    run = write_run(tmp_path / "tasks" / reproduce_bnpo.TASK / "a1", offset=3.5)
+    evals = dict(np.load(run / "eval.npz"))
+    evals["returns"][3, -1] = 29.0  # still the best one
+    np.savez(run / "eval.npz", **evals)
     write_run(tmp_path / "tasks" / reproduce_bnpo.TASK / "ppo")
     reproduce_bnpo.main(["tasks", "--out", str(tmp_path)])
     text = (tmp_path / "tasks" / "table.md").read_text()
     assert text == capsys.readouterr().out
-    # The last seed begins at 33.5, the one before it ends at 25.5.
+    # The last seed begins at 33.5 and ends at 29, the one before it ends at 25.5.
     assert text.endswith("| a1 | 0, 7, - | 1 of 4 | 259, 279, 319 |\n")
 
 
