@@ -315,7 +315,7 @@ def relabelled(goals, strategy, obs, rows, ahead):
 
 
 def normalize(obs_stats, obs):
-    """Standardised observations, with their goals."""
+    """Observations [..., obs_size], goals included, standardised by running `obs_stats`."""
     return jnp.clip((obs - obs_stats.mean) / jnp.sqrt(obs_stats.var + 1e-4), -10.0, 10.0)
 
 
