@@ -156,15 +156,18 @@ def natural_step(loss_of, policy_of, params, grads, delta=1e-3, damping=1e-3, it
     size = jnp.sqrt(2.0 * delta / (optax.tree.vdot(direction, product(direction)) + 1e-12))
     slope = size * jnp.abs(optax.tree.vdot(grads, direction))
     moved = lambda scale: jax.tree.map(lambda p, d: p + scale * size * d, params, direction)
+    policy, loss = policy_of(params), loss_of(params)
 
     def accepted(scale):
         new = moved(scale)
-        near = gaussian_kl(policy_of(params), policy_of(new)).mean() <= 1.5 * delta
-        return (loss_of(new) < loss_of(params) - 1e-3 * scale * slope) & near
+        near = gaussian_kl(policy, policy_of(new)).mean() <= 1.5 * delta
+        return (loss_of(new) < loss - 1e-3 * scale * slope) & near
 
-    scales = 0.5 ** jnp.arange(10.0)
-    good = jax.lax.map(accepted, scales)
-    return moved(jnp.where(good.any(), scales[jnp.argmax(good)], 0.0))
+    # One after the other, no more than are needed.
+    least = 0.5**9
+    tries = lambda scale: (scale >= least) & ~accepted(scale)
+    scale = jax.lax.while_loop(tries, lambda scale: 0.5 * scale, 1.0)
+    return moved(jnp.where(scale >= least, scale, 0.0))
 
 
 # --- running statistics ---

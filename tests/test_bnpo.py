@@ -450,6 +450,14 @@ def test_natural_step_stays_where_nothing_helps():
         np.testing.assert_array_equal(new[name], params[name])
 
 
+def test_natural_step_is_halved_until_it_helps():
+    """The full step, sqrt(2 delta), and its half end above the start of a narrow valley."""
+    policy_of = lambda mean: Gaussian(jnp.full((7, 1), mean), jnp.zeros((7, 1)))
+    loss = lambda mean: (mean - 0.01) ** 2
+    new = common.natural_step(loss, policy_of, 0.0, jax.grad(loss)(0.0), 1e-3, 1e-9)
+    assert_allclose(new, math.sqrt(2e-3) / 4, rtol=1e-3)
+
+
 def test_natural_step_does_not_depend_on_the_parametrisation():
     """Twice the unit of log_std: the same change of the policy, to first order."""
     params, _, obs = tiny_problem(4)
