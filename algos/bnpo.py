@@ -173,6 +173,8 @@ DDPG = {
     "max_nstep": 6, "lr_critic": 1e-4, "mean_squash": "tanh", "noise_period": 120,
 }
 RATIO, FIXED = {**DDPG, "ppo_eps": (0.2,)}, {"floating_step": False}
+FUTURE = BOTH | {"env": "arm/reacher-static", "her_strategy": "future"}
+RELABELLED = {"is_denominator": "relabelled"}
 PRESETS: dict[str, dict[str, Any]] = {
     # the author's comparison, to be run on the arm
     "a1": {}, "a2": NO_IR | {"her_ratio": (0.0, 0.05)}, "a2b": NO_IR | {"her_ratio": (0.04, 0.05)},
@@ -180,13 +182,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "a7": SHORT, "a7b": SHORT | FIXED, "a7c": TWO_PPO | FIXED,
     "a8": DDPG, "a9": RATIO, "a9_inverted": RATIO | {"is_inverted": True},
     # what the comparison leaves open: a1 with one part changed
-    "b1": {"lr_actor": (1e-3, 0.0)}, "b2": BOTH, "b3_none": {"her_strategy": "none"},
-    "b2_relabelled": BOTH | {"is_denominator": "relabelled"}, "b3_nstep": {"her_nstep": True},
-    "b2_future": BOTH | {"env": "arm/reacher-static", "her_strategy": "future"},
-    "b3_half": {"her_ratio": (0.0, 0.5)}, "b4_mean": {"mean_only": (False, False)},
+    "b1": {"lr_actor": (1e-3, 0.0)}, "b2": BOTH, "b2_relabelled": BOTH | RELABELLED,
+    "b2_future": FUTURE, "b2_future_relabelled": FUTURE | RELABELLED,
+    "b3_none": {"her_strategy": "none"}, "b3_half": {"her_ratio": (0.0, 0.5)},
+    "b3_nstep": {"her_nstep": True}, "b4_mean": {"mean_only": (False, False)},
     "b4_separate": {"separate_actors": (True, True)}, "b4_one_target": {"detach_actors": False},
-    "b5_sum": {"ratio_reduce": "sum"}, "b5_fixed": FIXED, "b6_dpg": {"natural": (False, True)},
-    "b6_ppo": {"natural": (True, False)}, "b7": {"reward_kind": "env"},
+    "b5_sum": {"ratio_reduce": "sum"}, "b5_fixed": FIXED, "b7": {"reward_kind": "env"},
+    "b6_dpg": {"natural": (False, True)}, "b6_ppo": {"natural": (True, False)},
     "b8": {"critic_input": "action"},
 }
 # fmt: on
@@ -504,8 +506,7 @@ def build(config: Config) -> common.Algo:
         which = jax.random.randint(key, (), 0, len(targets["actor"]))
         which = brain.index % len(targets["actor"]) if brain.separate_actors else which
         chosen = jax.tree.map(lambda *x: jnp.stack(x)[which], *targets["actor"].values())
-        there = seen(actor.apply(chosen, last, silence))
-        bootstrap = critic.apply(targets["critic"], last, there)
+        bootstrap = critic.apply(targets["critic"], last, seen(actor.apply(chosen, last, silence)))
         trace = config.gamma, config.gae_lambda
         target = nstep_target(reward, next_value, bootstrap, n, terminated, *trace)
 
@@ -616,8 +617,7 @@ def build(config: Config) -> common.Algo:
         return state._replace(replay=replay, key=key, update=state.update + 1), metrics
 
     def act(policy, obs, key, greedy):
-        inputs = normalize(policy["obs_stats"], obs)
-        distribution = actor.apply(policy["actor"], inputs, silence)
+        distribution = actor.apply(policy["actor"], normalize(policy["obs_stats"], obs), silence)
         noise = 0.0 if greedy else jax.random.normal(key, distribution.mean.shape)
         return distribution.sample(noise)
 

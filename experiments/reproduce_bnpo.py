@@ -8,7 +8,8 @@ groups:
              a1 is said to have solved the task, with the episodes that each needs to reach
              returns of 10, 20 and 30, beside the author's single runs
   ablations  a1 with one part changed, for half as many episodes
-  hindsight  the same target for ever: shifted goals and both denominators beside achieved goals
+  hindsight  b2 of the ablations, shifted goals for both brains, with the other denominator;
+             where the target stays, achieved goals with both of them, beside no hindsight
 """
 
 import math
@@ -30,6 +31,10 @@ FLAGS = {
     "lambda_0.9": "--gae-lambda 0.9",
     "lambda_1": "--gae-lambda 1",
 }
+HINDSIGHT = {
+    TASK: ["b2_relabelled"],
+    STATIC: ["b3_none", "b2_future", "b2_future_relabelled"],
+}
 GROUPS: dict[str, list[Job]] = {
     "tasks": [
         *(Job(TASK, name, "bnpo", f"--preset {name} {LONG}") for name in AUTHOR),
@@ -37,8 +42,9 @@ GROUPS: dict[str, list[Job]] = {
     ],
     "ablations": [Job(TASK, name, "bnpo", f"{flags} {HALF}") for name, flags in FLAGS.items()],
     "hindsight": [
-        Job(STATIC, name, "bnpo", f"--preset {name} {HALF}")
-        for name in ("b3_none", "b2", "b2_relabelled", "b2_future")
+        Job(task, name, "bnpo", f"--preset {name} {HALF}")
+        for task, names in HINDSIGHT.items()
+        for name in names
     ],
 }
 THRESHOLDS = 10.0, 20.0, 30.0
