@@ -154,10 +154,11 @@ def test_rewards_by_hand():
         achieved = jnp.concatenate([goal + jnp.array([0.0, distance, 0.0]), goal])
         assert arm.compute_reward(achieved, goal, "env") == (np.float32(0.04) if touches else 0.0)
         assert arm.compute_reward(achieved, goal, "sparse") == (0.0 if touches else -1.0)
-    # too near, near, between, far
-    offset = jnp.array([[1.0, 2.0, 4.0], [6.0, -1.0, -6.0]])
-    achieved = jnp.concatenate([jnp.zeros((2, 3)), goal + offset], -1)
-    heads = [[0, 0, 0, 1, 1, 0, -1, 0, 0], [-1, 0, -1, 0, 1, 0, 0, -1, 0]]
+    # on both sides of 1.15, 3.45 and 5.75: too near or near, near or between, between or far
+    offset = jnp.array([[1.1, 1.2, 3.4], [5.8, -1.1, -5.7], [-5.8, 3.5, 1.1]])
+    achieved = jnp.concatenate([jnp.zeros((3, 3)), goal + offset], -1)
+    heads = [[0, 0, 0, 1, 1, 1, -1, 0, 0], [-1, 0, 0, 0, 1, 0, 0, -1, 0]]
+    heads += [[-1, 0, 0, 0, 0, 1, 0, 0, -1]]
     proxy = arm.compute_reward(achieved, goal, "proxy")
     np.testing.assert_allclose(proxy, 0.01 * np.array(heads), atol=1e-7)
     total = arm.compute_reward(achieved, goal, "proxy_sum")
