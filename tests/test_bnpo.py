@@ -488,7 +488,7 @@ def test_natural_step_does_not_depend_on_the_parametrisation():
         ({"learning_delay": (0, 10)}, r"learning_delay=\(0, 10\): 2 entries of 1 to inf"),
         ({"her_ratio": (0, 12.0)}, r"her_ratio=\(0, 12.0\): 2 entries of 0 to 1"),
         ({"ppo_eps": (0.0, 0.0)}, "brain 0 contradicts itself: bellman=False needs a clip range"),
-        ({"total_timesteps": 2_400}, "brain 0 learns after 3 episodes, and the run has 2"),
+        ({"total_timesteps": 3_600}, "brain 0 learns after 3 episodes, and the run has 3"),
         ({"max_nstep": 60}, "max_nstep=60: 1 to 59"),
     ],
 )
