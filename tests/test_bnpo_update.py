@@ -317,8 +317,23 @@ def test_a_brain_leaves_the_others_alone():
             old, now = arrays(getattr(state, part)), arrays(getattr(new, part))
             for k in old:
                 assert (old[k] != now[k]).any() == ("['actor'][1]" not in k), k
-    old, now = arrays(states[3].target_params), arrays(states[4].target_params)  # now both learn
-    assert all((old[k] != now[k]).any() for k in old)
+    for part in ("opt_state", "target_params"):  # now both learn, DDPG nothing of the deviation
+        old, now = arrays(getattr(states[3], part)), arrays(getattr(states[4], part))
+        assert all((old[k] != now[k]).any() for k in old if "log_std" not in k)
+
+
+def test_statistics_include_the_observation_that_is_acted_on():
+    """In the first episode, in which nothing learns and the noise of the weights stays."""
+    config, (start, end, *_), _ = learning()
+    policy_of, _ = networks(config)
+    obs, acted = end.replay.obs[0], jax.tree.map(lambda x: x[0], end.replay.policy)
+    for t in range(L):
+        seen = np.asarray(obs[:, : t + 1]).reshape(-1, 4)
+        inputs = np.clip((obs[:, t] - seen.mean(0)) / np.sqrt(seen.var(0) + 1e-4), -10, 10)
+        expected = policy_of(start.params["actor"], inputs, end.noise)
+        assert_allclose(acted.mean[:, t], expected.mean, atol=1e-4)
+    assert_allclose(end.obs_stats.mean, seen.mean(0))
+    assert_allclose(end.obs_stats.var, seen.var(0), atol=1e-6)
 
 
 def test_one_layer_has_new_noise_at_a_time():
