@@ -8,6 +8,8 @@ groups:
              a1 is said to have solved the task, with the episodes that each needs to reach
              returns of 10, 20 and 30, beside the author's single runs
   ablations  a1 with one part changed, for half as many episodes
+  ppo        `algos/ppo.py` with smaller batches, a smaller step, and noise that is held or
+             depends on the state, beside the setting that `tasks` takes
   hindsight  b2 of the ablations, shifted goals for both brains, with the other denominator;
              where the target stays, achieved goals with both of them, beside no hindsight
 """
@@ -31,6 +33,12 @@ FLAGS = {
     "lambda_0.9": "--gae-lambda 0.9",
     "lambda_1": "--gae-lambda 1",
 }
+PPO = {
+    "small": "",
+    "small_slow": "--learning-rate 3e-4",
+    "small_held": "--exploration sticky --noise-interval 4",
+    "small_gsde": "--exploration gsde --noise-interval 16",
+}
 HINDSIGHT = {
     TASK: ["b2_relabelled"],
     STATIC: ["b3_none", "b2_future", "b2_future_relabelled"],
@@ -41,6 +49,10 @@ GROUPS: dict[str, list[Job]] = {
         *(Job(TASK, name, name, LONG) for name in ("ppo", "sac")),
     ],
     "ablations": [Job(TASK, name, "bnpo", f"{flags} {HALF}") for name, flags in FLAGS.items()],
+    "ppo": [
+        Job(TASK, name, "ppo", f"--num-envs 16 --num-minibatches 4 {flags} {LONG}")
+        for name, flags in PPO.items()
+    ],
     "hindsight": [
         Job(task, name, "bnpo", f"--preset {name} {HALF}")
         for task, names in HINDSIGHT.items()
