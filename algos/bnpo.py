@@ -356,13 +356,13 @@ def actor_loss(q, log_ratio, target, bellman, eps, inverted):
     if bellman and not eps:
         return -(q - target).sum(-1).mean()
     if bellman:
-        ratio = jnp.exp(jax.lax.stop_gradient(-log_ratio if inverted else log_ratio))
+        log_ratio = jax.lax.stop_gradient(-log_ratio if inverted else log_ratio)
         gain = (q - target).sum(-1)
     else:
-        ratio = jnp.exp(log_ratio)
         gain = (target - jax.lax.stop_gradient(q)).sum(-1)
+    ratio = jnp.exp(jnp.minimum(log_ratio, math.log(100.0)))  # an infinite one's gradient is nan
     clipped = jnp.clip(ratio, 1.0 - eps, 1.0 + eps)
-    return -jnp.minimum(clipped * gain, jnp.minimum(ratio, 100.0) * gain).mean()
+    return -jnp.minimum(clipped * gain, ratio * gain).mean()
 
 
 def minibatches(steps, delay, repeat):
@@ -525,8 +525,8 @@ def build(config: Config) -> common.Algo:
         q = critic.apply(fixed, batch.inputs, seen(known))
         log_ratio = log_prob_of(policy, batch.action) - batch.log_prob
         log_ratio = log_ratio.mean(-1) if config.ratio_reduce == "mean" else log_ratio.sum(-1)
-        ratio, rule = jnp.exp(log_ratio), (brain.bellman, eps, config.is_inverted)
-        pg_loss = actor_loss(q, log_ratio, batch.target, *rule)
+        ratio = jnp.exp(jnp.minimum(log_ratio, math.log(100.0)))
+        pg_loss = actor_loss(q, log_ratio, batch.target, brain.bellman, eps, config.is_inverted)
         value = critic.apply(params["critic"], batch.inputs, seen(batch.policy, batch.action))
         vf_loss = ((value - batch.target) ** 2).mean()
         aux = {"policy_loss": pg_loss, "value_loss": vf_loss, "count": 1.0}

@@ -312,6 +312,19 @@ def test_ddpg_with_ratios_weighs_the_critic(inverted):
     assert_allclose(ratio_grad, np.zeros(4))
 
 
+@pytest.mark.parametrize("bellman", [False, True])
+def test_a_ratio_beyond_all_numbers_has_no_gradient(bellman):
+    """exp(200) is infinite; the other row learns nevertheless."""
+    log_ratio, q = jnp.array([200.0, 0.0, -200.0]), jnp.zeros((3, 1))
+    for gain, total in ((1.0, 1.2 + 1.0 + 0.0), (-1.0, -100.0 - 1.0 - 0.8)):
+        target = jnp.full((3, 1), -gain if bellman else gain)
+        loss = lambda q, x, y=target: bnpo.actor_loss(q, x, y, bellman, 0.2, False)
+        value, grads = jax.value_and_grad(loss, (0, 1))(q, log_ratio)
+        assert_allclose(value, -total / 3, rtol=1e-4)
+        assert jnp.isfinite(grads[0]).all()
+        assert_allclose(grads[1], [0.0, 0.0 if bellman else -gain / 3, 0.0])
+
+
 def test_log_probabilities_add_up():
     rng = np.random.default_rng(2)
     mean, log_std, action = jnp.float32(rng.normal(size=(3, 5, 4)))
