@@ -471,6 +471,13 @@ def test_natural_step_is_halved_until_it_helps():
     assert_allclose(new, math.sqrt(2e-3) / 4, rtol=1e-3)
 
 
+def test_natural_step_is_halved_until_it_is_near():
+    """The full step helps, but the KL there is nine times what the Fisher matrix promises."""
+    policy_of = lambda x: Gaussian(jnp.full((7, 1), x + 1e3 * x**3), jnp.zeros((7, 1)))
+    new = common.natural_step(jnp.negative, policy_of, 0.0, -1.0, 1e-3, 1e-9)
+    assert_allclose(new, math.sqrt(2e-3) / 2, rtol=1e-3)
+
+
 def test_natural_step_does_not_depend_on_the_parametrisation():
     """Twice the unit of log_std: the same change of the policy, to first order."""
     params, _, obs = tiny_problem(4)
