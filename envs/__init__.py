@@ -284,14 +284,12 @@ def _option(source: str, option: str, value: str, name: str):
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    """Up to five known names like this one, letter case and source aside."""
+    """Up to five known names like this one, letter case aside, those of its source rather."""
+    source, _, task = name.lower().rpartition("/")
+    alike = lambda one, other: difflib.SequenceMatcher(None, one, other.lower()).ratio()
     score = {
-        other: max(
-            difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio(),
-            difflib.SequenceMatcher(
-                None, name.lower().split("/")[-1], other.lower().split("/")[-1]
-            ).ratio(),
-        )
+        other: max(alike(name.lower(), other), alike(task, other.split("/")[-1]))
+        + 0.3 * other.startswith(f"{source or task}/")
         for other in known
     }
     return ", ".join(sorted(known, key=lambda other: (-score[other], len(other)))[:5])

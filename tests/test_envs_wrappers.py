@@ -267,6 +267,7 @@ def test_every_alias_is_a_known_task():
         ("gymnax/CartPole", "gymnax/CartPole-v1"),
         ("probe/trunc", "probe/truncation"),
         ("nosuch/ant", "ant"),
+        ("arm/reacher", "arm/reacher-moving"),
     ],
 )
 def test_unknown_name_lists_the_nearest(name, expected):
