@@ -10,18 +10,20 @@ optimiser, window of the replay and target actor. With a lookahead of n steps, Q
     DDPG:   -E[Q(s, g, pi)]
     critic:  E[(Q(s, g, mean, std) - y)^2]   at the parameters that acted, as Q'_j
 
-where x is the ratio of pi to what acted. One update is one short episode of all environments;
-learning in between sees the episodes before it. Hindsight: sampled rows may get the goals that
-their episode had at other times ("shift"). If the target's motion ignores the agent and the shift
-is drawn independently of it, what acted for the original goal is the exact denominator of x.
+where x is the ratio of pi to what acted, by default its geometric mean over dimensions. One update
+is one short episode of all environments; learning in between sees the episodes before it. Hindsight
+gives sampled rows the goals that their episode had at other times ("shift"). If neither target nor
+shift depends on the agent, what acted for the old goals is an episode's exact denominator.
 
 Differences from ppo.py:
 
-1. Q(s, g, mean, std) instead of V(s), and targets from a replay of whole episodes.
-2. Rewards may have several parts, each with its own output of the critic.
-3. Exploration adds noise to the actor's weights as well; target actors have none.
-4. DDPG climbs the critic; it may take importance ratios too, or a natural gradient step.
-5. Observations are standardised by statistics that change with every step of the environments.
+1. Q(s, g, mean, std) instead of V(s); rewards may have several parts, each with its own output.
+2. Minibatches are drawn from a replay of whole episodes, and their targets computed anew.
+3. Advantages are not normalised; instead of an entropy bonus the deviation has bounds.
+4. Exploration adds noise to the actor's weights as well, which have no biases.
+5. DDPG climbs the critic; it may take importance ratios too, or a natural gradient step.
+6. Bootstraps, evaluation and the exported policy come from target networks, without that noise.
+7. Observations are standardised by statistics that change with every step of the environments.
 
     python algos/bnpo.py --env arm/reacher-moving --num-seeds 10
 
@@ -124,28 +126,28 @@ class Config:
         """Raise ValueError if a brain contradicts itself or can never learn."""
         if not 1 <= self.max_nstep < self.num_steps:
             raise ValueError(f"max_nstep={self.max_nstep}: 1 to {self.num_steps - 1} is needed")
-        brains = len(self.bellman)
+        brains = max(1, len(self.bellman))
         for name in BRAIN_FIELDS:
             values = getattr(self, name)
             least = int(type(getattr(Config, name)[0]) is int)  # of a count; of a rate 0
             most = 1 if name in ("her_ratio", "tau_actor", "tau_critic") else math.inf
-            if len(values) != brains or min(values) < least or max(values) > most:
+            if len(values) != brains or not all(least <= x <= most for x in values):
                 wanted = f"{brains} entries of {least} to {most}, one for each brain, are needed"
                 raise ValueError(f"{name}={values}: {wanted} (bellman={self.bellman})")
         for k in range(brains):
             if not self.bellman[k] and not self.ppo_eps[k]:
-                wanted = f"a clip range, and has none (ppo_eps={self.ppo_eps})"
-                raise ValueError(f"brain {k} contradicts itself: bellman=False needs {wanted}")
-            if self.warmup[k] >= self.num_updates:
-                when = f"after {self.warmup[k]} episodes, and the run has {self.num_updates}"
-                advice = "lower optim_batch_size or raise total_timesteps"
-                raise ValueError(f"brain {k} learns {when}: {advice}")
+                raise ValueError(f"brain {k}: bellman=False needs a range, ppo_eps={self.ppo_eps}")
+            delay, repeat, warm = self.learning_delay[k], self.learning_repeat[k], self.warmup[k]
+            steps = self.num_steps * np.array([warm, self.num_updates])
+            first, end = np.floor(steps // delay * repeat)
+            if first >= end:
+                plan = f"{repeat} minibatches every {delay} steps after {warm} episodes"
+                advice = "lower optim_batch_size or learning_delay, or raise total_timesteps"
+                raise ValueError(f"brain {k} never learns: {plan} of {self.num_updates}: {advice}")
 
 
-BRAIN_FIELDS = ("bellman", "ppo_eps", "memory_size", "batch_size", "optim_batch_size")
-BRAIN_FIELDS += ("learning_delay", "learning_repeat", "lr_actor", "tau_actor", "tau_critic")
-BRAIN_FIELDS += ("sync_delta_a", "sync_delta_c", "separate_actors", "mean_only", "natural")
-BRAIN_FIELDS += ("her_ratio", "importance_resampling")
+# Those that describe brains: the tuples, but for the networks'.
+BRAIN_FIELDS = tuple(x for x, v in vars(Config()).items() if type(v) is tuple and x != "hidden")
 Brain = namedtuple("Brain", ("index", *BRAIN_FIELDS))
 
 # Fields that may be arrays, so that a sweep is one more vmap.
@@ -157,6 +159,7 @@ TRACEABLE = ("gamma", "gae_lambda", "lr_critic", "max_grad_norm")
 # Origins are in docs/presets.md. The defaults are the brains of the author's main notebook, a1.
 ONLY_PPO, ONLY_DPG = ({x: (getattr(Config, x)[k],) for x in BRAIN_FIELDS} for k in (0, 1))
 NO_IR, BOTH = {"importance_resampling": (False, False)}, {"her_ratio": (0.12, 0.12)}
+FIRST = {**NO_IR, "learning_repeat": (6.0, 11 / 6)}
 TWO_PPO = {  # a quick one, and one that seldom learns, but much
     **NO_IR, "num_steps": 70, "lr_critic": 5e-5, "bellman": (False, False), "ppo_eps": (0.2, 0.2),
     "memory_size": (14_000, 8_400), "batch_size": (1024, 2048), "optim_batch_size": (2048, 2048),
@@ -177,7 +180,7 @@ FUTURE = BOTH | {"env": "arm/reacher-static", "her_strategy": "future"}
 RELABELLED = {"is_denominator": "relabelled"}
 PRESETS: dict[str, dict[str, Any]] = {
     # the author's comparison, to be run on the arm
-    "a1": {}, "a2": NO_IR | {"her_ratio": (0.0, 0.05)}, "a2b": NO_IR | {"her_ratio": (0.04, 0.05)},
+    "a1": {}, "a2": FIRST | {"her_ratio": (0.0, 0.05)}, "a2b": FIRST | {"her_ratio": (0.04, 0.05)},
     "a3": ONLY_DPG, "a4": ONLY_PPO, "a5": TWO_PPO | {"her_ratio": (0.04, 0.04)}, "a6": TWO_PPO,
     "a7": SHORT, "a7b": SHORT | FIXED, "a7c": TWO_PPO | FIXED,
     "a8": DDPG, "a9": RATIO, "a9_inverted": RATIO | {"is_inverted": True},
@@ -379,11 +382,12 @@ def build(config: Config) -> common.Algo:
     env = envs.make(config.env, config.num_envs, stagger=False, max_steps=config.num_steps)
     goals, kind, strategy = env.goals, config.reward_kind, config.her_strategy
     strategy = strategy if any(config.her_ratio) else "none"
+    kinds = goals.kinds if goals else ("env",)
     for wrong, message in (
         (env.discrete, "has discrete actions: BNPO needs continuous ones"),
         (env.privileged_size, "shows the actor what only a critic may see: no privileged=1"),
         (not goals and strategy != "none", "has no goals to relabel: take her_strategy='none'"),
-        (not goals and kind != "env", f"has no goals for reward_kind={kind!r}: take 'env'"),
+        (kind not in kinds, f"has no reward_kind={kind!r}: take one of {', '.join(kinds)}"),
         (goals and goals.moving and strategy == "future", "moves its goal, and her_strategy="
          "'future' gives a row one for ever: take 'shift'"),
     ):  # fmt: skip
@@ -403,10 +407,7 @@ def build(config: Config) -> common.Algo:
     num_heads = 1 if kind == "env" else reward_at(sample).shape[-1]
     actor, critic = Actor(config, A), Critic(config, num_heads)
     silence = tuple(map(jnp.zeros, itertools.pairwise((env.obs_size, *config.hidden, A))))
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
-        optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
-    )
+    optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.scale_by_adam())
 
     def init(key) -> TrainState:
         key_actor, key_critic, key_env, key = jax.random.split(key, 4)
@@ -496,15 +497,14 @@ def build(config: Config) -> common.Algo:
             reward = jnp.where(renew[..., None], reward_at(obs[:, 1:]), reward)
         longest = lookaheads(brain.batch_size, H, config.floating_step)
         n = longest if config.her_nstep else jnp.where(rows.relabel, 1, longest)
-
         # Only values before the end of a lookahead are used: half of them, if it floats.
         row, j = np.nonzero(np.arange(1, H) < longest[:, None])
         passed = jax.tree.map(lambda x: x[row, j + 1], (inputs[:, :-1], policy, action))
         value = critic.apply(targets["critic"], passed[0], seen(*passed[1:]))
         next_value = jnp.zeros_like(reward).at[row, j].set(value)
         last = inputs[jnp.arange(len(n)), n]
-        which = jax.random.randint(key, (), 0, len(targets["actor"]))
-        which = brain.index % len(targets["actor"]) if brain.separate_actors else which
+        any_of = jax.random.randint(key, (), 0, len(targets["actor"]))
+        which = brain.index % len(targets["actor"]) if brain.separate_actors else any_of
         chosen = jax.tree.map(lambda *x: jnp.stack(x)[which], *targets["actor"].values())
         bootstrap = critic.apply(targets["critic"], last, seen(actor.apply(chosen, last, silence)))
         trace = config.gamma, config.gae_lambda
@@ -550,16 +550,16 @@ def build(config: Config) -> common.Algo:
         grads, loss_aux = jax.grad(loss_fn, has_aux=True)(params, brain, state.noise, batch)
         aux |= loss_aux | {f"{name}_grad_norm": optax.global_norm(grads[name]) for name in grads}
 
-        old, slope = params["actor"], grads["actor"]
-        new_actor, opt_actor = descend(old, slope, opt_state["actor"][k], brain.lr_actor)
+        old, slope, opt_actor = params["actor"], grads["actor"], opt_state["actor"][k]
         if brain.natural:
             loss_of = lambda x: loss_fn(params | {"actor": x}, brain, state.noise, batch)[0]
             policy_of = lambda x: actor.apply(x, batch.inputs, state.noise)
             new_actor = common.natural_step(loss_of, policy_of, old, slope)
+        else:
+            new_actor, opt_actor = descend(old, slope, opt_actor, brain.lr_actor)
         old, slope = params["critic"], grads["critic"]
         new_critic, opt_critic = descend(old, slope, opt_state["critic"], config.lr_critic)
         opt_state = {"actor": opt_state["actor"] | {k: opt_actor}, "critic": opt_critic}
-
         tau_actor = jnp.where(number % brain.sync_delta_a == 0, brain.tau_actor, 0.0)
         tau_critic = jnp.where(number % brain.sync_delta_c == 0, brain.tau_critic, 0.0)
         target_actor = optax.incremental_update(new_actor, targets["actor"][mine], tau_actor)

@@ -67,9 +67,9 @@ RESUMABLE |= {"preset"}
 # Smallest and largest sensible value of fields that several algorithms have.
 BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("total_timesteps", "num_envs", "num_steps"), (1, math.inf)),
-    **dict.fromkeys(("num_epochs", "num_minibatches"), (1, math.inf)),
+    **dict.fromkeys(("num_epochs", "num_minibatches", "noise_period"), (1, math.inf)),
     **dict.fromkeys(("learning_rate", "clip_eps", "max_grad_norm"), (0, math.inf)),
-    **dict.fromkeys(("critic_lr", "vae_lr"), (0, math.inf)),
+    **dict.fromkeys(("critic_lr", "lr_critic", "vae_lr"), (0, math.inf)),
     **dict.fromkeys(("gamma", "gae_lambda", "td_lambda", "trace_min"), (0, 1)),
     **dict.fromkeys(("value_samples", "kl_samples", "encoder_layers"), (1, math.inf)),
     **dict.fromkeys(("noise_min", "noise_max", "reward_scale"), (0, math.inf)),

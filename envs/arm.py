@@ -59,7 +59,7 @@ TOUCH = 3.5  # distance from hand to target below which they touch
 REWARD = 0.04  # per decision
 MAX_STEPS = 1000
 # The shaped reward looks at the centre of link B on each axis: far, near, and too near.
-CLOSE, STEP = 1.15, 0.01
+CLOSE, SHAPED = 1.15, 0.01
 
 KINDS = ("env", "proxy", "proxy_sum", "sparse")
 
@@ -153,8 +153,8 @@ def compute_reward(achieved, goal, kind):
     if kind == "sparse":
         return touching - 1.0
     distance = jnp.abs(achieved[..., 3:] - goal)
-    heads = [-STEP * (distance > 5 * CLOSE), STEP * (distance < 3 * CLOSE)]
-    heads = jnp.concatenate([*heads, -STEP * (distance < CLOSE)], -1)
+    heads = [-SHAPED * (distance > 5 * CLOSE), SHAPED * (distance < 3 * CLOSE)]
+    heads = jnp.concatenate([*heads, -SHAPED * (distance < CLOSE)], -1)
     return heads if kind == "proxy" else heads.sum(-1, keepdims=True)
 
 

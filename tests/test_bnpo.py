@@ -507,8 +507,15 @@ def test_natural_step_does_not_depend_on_the_parametrisation():
         ),
         ({"learning_delay": (0, 10)}, r"learning_delay=\(0, 10\): 2 entries of 1 to inf"),
         ({"her_ratio": (0, 12.0)}, r"her_ratio=\(0, 12.0\): 2 entries of 0 to 1"),
-        ({"ppo_eps": (0.0, 0.0)}, "brain 0 contradicts itself: bellman=False needs a clip range"),
-        ({"total_timesteps": 3_600}, "brain 0 learns after 3 episodes, and the run has 3"),
+        ({"her_ratio": (0, math.nan)}, r"her_ratio=\(0, nan\): 2 entries of 0 to 1"),
+        ({"bellman": ()}, r"bellman=\(\): 1 entries"),
+        ({"ppo_eps": (0.0, 0.0)}, "brain 0: bellman=False needs a range"),
+        (
+            {"total_timesteps": 3_600},
+            "brain 0 never learns: 6.0 minibatches .* after 3 episodes of 3",
+        ),
+        ({"learning_delay": (60, 20_000)}, "brain 1 never learns: 1.5 .* every 20000 steps"),
+        ({"learning_repeat": (6.0, 0.0)}, "brain 1 never learns: 0.0 minibatches"),
         ({"max_nstep": 60}, "max_nstep=60: 1 to 59"),
     ],
 )
@@ -522,8 +529,12 @@ def test_contradictions_are_refused(changes, message):
     [
         ({"env": "cartpole"}, "discrete actions"),
         ({"env": "pendulum"}, "has no goals to relabel"),
-        ({"env": "pendulum", "her_strategy": "none"}, "has no goals for reward_kind='proxy'"),
+        (
+            {"env": "pendulum", "her_strategy": "none"},
+            "has no reward_kind='proxy': take one of env",
+        ),
         ({"her_strategy": "future"}, "gives a row one for ever"),
+        ({"env": "tiny:seek", "reward_kind": "sparse"}, "'sparse': take one of env, proxy"),
     ],
 )
 def test_what_an_environment_lacks_is_named(changes, message):
