@@ -374,6 +374,9 @@ def test_the_deviation_stays_between_bounds():
     still = actor.apply({"params": shifted}, jnp.ones((5, 3)), jax.tree.map(jnp.zeros_like, noise))
     assert_allclose(noisy, still.mean)
     assert (noisy != silent).all()
+    squashing = bnpo.Actor(bnpo.Config(hidden=(4,), mean_squash="tanh"), 2)
+    squashed = squashing.apply({"params": params}, jnp.ones((5, 3)), noise)
+    assert_allclose(squashed.mean, jnp.tanh(noisy))
 
 
 def test_a_quadratic_critic_is_climbed():

@@ -31,6 +31,43 @@ FROZEN = {
     "max_grad_norm": 1e9,
 }
 UPDATES = 12
+# Combined, so that few updates are compiled. DDPG begins before PPO in the first.
+VARIANTS = {
+    "action": {
+        "critic_input": "action",
+        "floating_step": False,
+        "her_nstep": True,
+        "separate_actors": (True, True),
+        "optim_batch_size": (100, 20),
+    },
+    "ratio": {
+        "ppo_eps": (0.2, 0.3),
+        "is_inverted": True,
+        "ratio_reduce": "sum",
+        "mean_only": (False, False),
+        "detach_actors": False,
+        "tau_actor": (0.5, 0.25),
+    },
+    "future": {
+        "env": "test_bnpo_update:still",
+        "her_strategy": "future",
+        "is_denominator": "relabelled",
+        "reward_kind": "env",
+        "ppo_eps": (0.2, 0.3),
+    },
+}
+
+
+def still():
+    """`tiny.seek` with a goal that stays, which pays how far away it is."""
+    raw, distance = tiny.seek(), lambda achieved, goal, kind: jnp.abs(achieved - goal)
+
+    def step(key, state, action):
+        obs, state, _, terminated, info = raw.step(key, state, action)
+        return obs, state, jnp.abs(obs[1] - obs[3]), terminated, info
+
+    goals = raw.goals._replace(moving=False, compute_reward=distance)
+    return raw._replace(name="still", step=step, goals=goals)
 
 
 def different(tree, key, scale=0.3):
@@ -63,7 +100,8 @@ def frozen(**changes):
         update = jax.jit(algo.update)
         state = algo.init(jax.random.key(0))
         params = different(state.params, 0)
-        targets = {"actor": {k: different(params["actor"], k + 1) for k in range(2)}}
+        actors = state.target_params["actor"]
+        targets = {"actor": {k: different(params["actor"], k + 1) for k in actors}}
         targets["critic"] = different(params["critic"], 3)
         state = state._replace(params=params, target_params=targets)
         found = []
@@ -80,7 +118,7 @@ def frozen(**changes):
 def minibatches(found):
     """(state, next state, metrics, [brain: looked up rows, (q, log ratio, target)]) of updates."""
     for state, new, metrics, seen in found:
-        if len(seen) == 0:
+        if not metrics["brain0/count"] or not metrics["brain1/count"]:
             continue
         names = [name for name, _ in seen]
         assert names == ["relabelled", "actor_loss", "relabelled", "relabelled", "actor_loss"]
@@ -98,40 +136,52 @@ def inputs_of(state, obs):
 
 @cache
 def networks(config):
-    """Compiled functions: policy of parameters, inputs and noise; Q of parameters and a policy."""
-    actor, critic = bnpo.Actor(config, 2), bnpo.Critic(config, 2)
+    """Compiled functions: policy of parameters, inputs and noise; Q of them and what it is told."""
+    actor, critic = (
+        bnpo.Actor(config, 2),
+        bnpo.Critic(config, 1 if config.reward_kind == "env" else 2),
+    )
     silence = jnp.zeros((4, 8)), jnp.zeros((8, 2))
-    told = lambda policy: jnp.concatenate([policy.mean, jnp.exp(policy.log_std)], -1)
+
+    def q_of(params, x, policy, action=None):
+        told = jnp.concatenate([policy.mean, jnp.exp(policy.log_std)], -1)
+        if config.critic_input == "action":
+            told = policy.mean if action is None else action
+        return critic.apply(params, x, told)
+
     policy_of = lambda params, x, noise=silence: actor.apply(params, x, noise)
-    q_of = lambda params, x, policy: critic.apply(params, x, told(policy))
     return jax.jit(policy_of), jax.jit(q_of)
 
 
-reward_of = jax.jit(lambda obs: GOALS.compute_reward(obs[..., 1:2], obs[..., 3:], "proxy"))
+def reward_of(config, obs):
+    if config.reward_kind == "env":
+        return np.abs(obs[..., 1:2] - obs[..., 3:])
+    return np.asarray(GOALS.compute_reward(obs[..., 1:2], obs[..., 3:], "proxy"))
 
 
-def window_of(state, rows, b):
+def window_of(config, state, rows, b):
     """Observations [H + 1, 4], rewards [H, 2] and ends [H] of a row, with its goals."""
     e, i, t = (int(x[b]) for x in (rows.slot, rows.env, rows.t))
     obs = np.array(state.replay.obs[e, i, t : t + H + 1])
     reward = np.array(state.replay.reward[e, i, t : t + H])
     terminated = np.array(state.replay.terminated[e, i, t : t + H])
     if rows.relabel[b]:
-        obs[:, 3:] = state.replay.obs[e, i, int(rows.h[b]) :][: H + 1, 3:]
-        new = np.asarray(reward_of(obs[1:]))
-        reward = np.where(terminated[:, None], reward, new)
+        there = state.replay.obs[e, i, int(rows.h[b]) :]
+        obs[:, 3:] = there[0, 1] if config.her_strategy == "future" else there[: H + 1, 3:]
+        reward = np.where(terminated[:, None], reward, reward_of(config, obs[1:]))
     return obs, reward, terminated
 
 
 def target_of(config, state, new, target_params, which, rows, b):
-    """Target [2] of a row, and its first inputs, action and policy that acted."""
+    """Target [m] of a row, and its first inputs, action and policy that acted."""
     policy_of, q_of = networks(config)
-    obs, reward, terminated = window_of(state, rows, b)
+    obs, reward, terminated = window_of(config, state, rows, b)
     inputs = inputs_of(new, obs)
     at = rows.slot[b], rows.env[b], rows.t[b] + np.arange(H)
-    acted = jax.tree.map(lambda x: x[at], state.replay.policy)
-    value = np.array(q_of(target_params["critic"], inputs[:H], acted))
-    n = 1 if rows.relabel[b] else 1 + b % H
+    acted, action = jax.tree.map(lambda x: x[at], (state.replay.policy, state.replay.action))
+    value = np.array(q_of(target_params["critic"], inputs[:H], acted, action))
+    n = 1 + b % H if config.floating_step else H
+    n = 1 if rows.relabel[b] and not config.her_nstep else n
     last = policy_of(target_params["actor"][which], inputs[n])
     bootstrap = q_of(target_params["critic"], inputs[n], last)
     y, weight = value[0], 1.0
@@ -142,7 +192,7 @@ def target_of(config, state, new, target_params, which, rows, b):
             break
         weight *= config.gamma * config.gae_lambda
     first = jax.tree.map(lambda x: x[0], acted)
-    return y, (inputs[0], state.replay.action[at][0], first)
+    return y, (inputs[0], action[0], first)
 
 
 def reference(*args):
@@ -152,31 +202,43 @@ def reference(*args):
     return np.stack([y for y, _ in found]), batch
 
 
+def actor_loss(config, brain, actor_params, params, noise, relabel, target, batch):
+    """Loss of a brain, and (Q, log-ratios) of its rows."""
+    policy_of, q_of = networks(config)
+    inputs, action, acted = batch
+    policy, old = policy_of(actor_params, inputs, noise), acted.log_prob(action)
+    if config.is_denominator == "relabelled":
+        start = policy_of(params["actor"], inputs, noise).log_prob(action)
+        old = jnp.where(relabel, start, old)
+    log_ratio = (policy.log_prob(action) - old) / (2 if config.ratio_reduce == "mean" else 1)
+    if config.mean_only[brain]:
+        held = policy._replace(log_std=jax.lax.stop_gradient(policy.log_std))
+        q = q_of(params["critic"], inputs, held)
+    else:
+        q = q_of(params["critic"], inputs, policy)
+    x, eps = jnp.exp(log_ratio), config.ppo_eps[brain]
+    surrogate = lambda gain, x: jnp.minimum(x * gain, jnp.clip(x, 1 - eps, 1 + eps) * gain)
+    if brain == 0:
+        gain = surrogate(jax.lax.stop_gradient((target - q).sum(-1)), x)
+    elif eps:
+        x = jax.lax.stop_gradient(1 / x if config.is_inverted else x)
+        gain = surrogate((q - target).sum(-1), jnp.minimum(x, 100.0))
+    else:
+        gain = q.sum(-1)
+    return -gain.mean(), (q, log_ratio)
+
+
 @cache
 def losses(config, brain):
     """Compiled: parameters, noise, rows' data -> Q, log-ratios, gradients of actor and critic."""
-    policy_of, q_of = networks(config)
-
-    def actor_loss(actor_params, params, noise, relabel, target, batch):
-        inputs, action, acted = batch
-        policy, old = policy_of(actor_params, inputs, noise), acted.log_prob(action)
-        if config.is_denominator == "relabelled":
-            start = policy_of(params["actor"], inputs, noise).log_prob(action)
-            old = jnp.where(relabel, start, old)
-        log_ratio = (policy.log_prob(action) - old) / 2  # the mean over both actions
-        if brain == 1:  # DDPG, which leaves the deviation alone
-            held = policy._replace(log_std=jax.lax.stop_gradient(policy.log_std))
-            q = q_of(params["critic"], inputs, held)
-            return -q.sum(-1).mean(), (q, log_ratio)
-        q = q_of(params["critic"], inputs, policy)
-        gain, x = jax.lax.stop_gradient((target - q).sum(-1)), jnp.exp(log_ratio)
-        return -jnp.minimum(x * gain, jnp.clip(x, 0.8, 1.2) * gain).mean(), (q, log_ratio)
+    _, q_of = networks(config)
 
     def critic_loss(critic_params, target, batch):
-        return ((q_of(critic_params, batch[0], batch[2]) - target) ** 2).mean()
+        return ((q_of(critic_params, batch[0], batch[2], batch[1]) - target) ** 2).mean()
 
     def both(params, *data):
-        grads, seen = jax.grad(actor_loss, has_aux=True)(params["actor"], params, *data)
+        loss = partial(actor_loss, config, brain)
+        grads, seen = jax.grad(loss, has_aux=True)(params["actor"], params, *data)
         critic_grads = jax.grad(critic_loss)(params["critic"], *data[2:])
         return *seen, {"actor": grads, "critic": critic_grads}
 
@@ -185,7 +247,8 @@ def losses(config, brain):
 
 def check(config, brain, state, new, metrics, target_params, rows, seen):
     """A minibatch against the reference; which target actor it bootstrapped from."""
-    actors = ((0,), (0, 1))[brain]
+    actors = list(target_params["actor"])
+    actors = [brain % len(actors)] if config.separate_actors[brain] else actors
     options = [reference(config, state, new, target_params, i, rows) for i in actors]
     which = int(np.argmin([np.abs(target - seen[2]).max() for target, _ in options]))
     target, batch = options[which]
@@ -198,39 +261,61 @@ def check(config, brain, state, new, metrics, target_params, rows, seen):
         norm = np.sqrt(sum((x**2).sum() for x in jax.tree.leaves(tree)))
         assert_allclose(metrics[f"brain{brain}/{name}_grad_norm"], norm, rtol=1e-3)
     assert_allclose(metrics[f"brain{brain}/her_fraction"], rows.relabel.mean())
-    return which
+    return actors[which]
 
 
 def follow(old, new, tau):
     return jax.tree.map(lambda x, y: (1 - tau) * x + tau * y, old, new)
 
 
-DENOMINATORS = ["behaviour", pytest.param("relabelled", marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("denominator", DENOMINATORS)
-def test_a_minibatch_is_the_reference(denominator):
+@pytest.mark.parametrize("variant", ["as published", *VARIANTS])
+def test_a_minibatch_is_the_reference(variant):
     """Targets, Q, log-ratios and gradients of both brains, and what the targets become."""
-    config, found = frozen(is_denominator=denominator)
+    config, found = frozen(**VARIANTS.get(variant, {}))
     which = set()
-    for state, new, metrics, (rows, ppo, _, chosen, dpg) in list(minibatches(found))[:6]:
-        params, old = state.params, state.target_params
-        check(config, 0, state, new, metrics, old, rows, ppo)
-        tau = 0.5 if state.update % 2 == 0 else 0.0  # at every second minibatch of PPO
-        follows = {
-            "actor": {0: follow(old["actor"][0], params["actor"], tau), 1: old["actor"][1]},
-            "critic": follow(old["critic"], params["critic"], 0.1),
-        }
-        which.add(check(config, 1, state, new, metrics, follows, chosen, dpg))
-        follows["critic"] = follow(follows["critic"], params["critic"], 0.3)
-        tiny.assert_close(new.target_params, follows)
-        assert_same(new.target_params["actor"][1], old["actor"][1])
+    for state, new, metrics, (*ppo, _, chosen, dpg) in list(minibatches(found))[:6]:
+        params, targets = state.params, state.target_params
+        for brain, (rows, seen) in enumerate((ppo, (chosen, dpg))):
+            actor = check(config, brain, state, new, metrics, targets, rows, seen)
+            which.add((brain, actor))
+            mine = brain % len(targets["actor"])
+            due = int(state.update) % config.sync_delta_a[brain] == 0
+            moved = follow(targets["actor"][mine], params["actor"], config.tau_actor[brain] * due)
+            critic = follow(targets["critic"], params["critic"], config.tau_critic[brain])
+            targets = {"actor": targets["actor"] | {mine: moved}, "critic": critic}
+        tiny.assert_close(new.target_params, targets)
         assert_same(new.params, params)
-    assert which == {0, 1}  # DDPG bootstraps from either
+    own = {"action": {(0, 0), (1, 1)}, "ratio": {(0, 0), (1, 0)}}
+    assert which == own.get(variant, {(0, 0), (1, 0), (1, 1)})  # DDPG bootstraps from either
+
+
+def test_a_natural_step_takes_the_place_of_adams():
+    config, found = frozen(natural=(True, False))
+    state, new, _, seen = next(x for x in found if x[2]["brain0/count"])
+    rows = jax.tree.map(np.asarray, seen[0][1][0])
+    target, batch = reference(config, state, new, state.target_params, 0, rows)
+    data = state.params, new.noise, rows.relabel, target, batch
+    loss_of = lambda params: actor_loss(config, 0, params, *data)[0]
+    policy_of = lambda params: networks(config)[0](params, batch[0], new.noise)
+    old = state.params["actor"]
+    step = jax.jit(partial(common.natural_step, loss_of, policy_of))
+    expected = step(old, jax.grad(loss_of)(old))
+    tiny.assert_close(new.params["actor"], expected)
+    assert_same(new.opt_state["actor"][0], state.opt_state["actor"][0])
+    assert_same(new.params["critic"], state.params["critic"])
+
+
+def test_achieved_goals_are_from_later_steps():
+    _, found = frozen(**VARIANTS["future"])
+    later = set()
+    for *_, (rows, _, candidates, _, _) in minibatches(found):
+        for drawn in (rows, candidates):
+            later |= set(zip(drawn.t.tolist(), drawn.h.tolist(), strict=True))
+    assert later == {(t, h) for t in range(L - H) for h in range(t + 1, L + 1)}
 
 
 def test_rows_are_drawn_from_the_newest_complete_episodes():
-    _, found = frozen(is_denominator="behaviour")
+    _, found = frozen()
     t, h, relabel = [], [], []
     for state, _, _, (rows, _, candidates, chosen, _) in minibatches(found):
         update = int(state.update)
@@ -251,7 +336,7 @@ def test_rows_are_drawn_from_the_newest_complete_episodes():
 
 def mean_ratio(config, state, new, rows):
     at, (policy_of, _) = (rows.slot, rows.env, rows.t), networks(config)
-    obs = np.stack([window_of(state, rows, b)[0][0] for b in range(len(rows.t))])
+    obs = np.stack([window_of(config, state, rows, b)[0][0] for b in range(len(rows.t))])
     policy = policy_of(state.params["actor"], inputs_of(new, obs), new.noise)
     acted, action = jax.tree.map(lambda x: x[at], (state.replay.policy, state.replay.action))
     return jnp.minimum(jnp.exp(policy.log_prob(action) - acted.log_prob(action)), 2.0).mean()
@@ -259,7 +344,7 @@ def mean_ratio(config, state, new, rows):
 
 def test_likely_actions_are_preferred():
     """The mean ratio of rows that were chosen is above that of their candidates."""
-    config, found = frozen(is_denominator="behaviour")
+    config, found = frozen()
     gain = 0.0
     for state, new, _, (_, _, candidates, chosen, _) in minibatches(found):
         gain += mean_ratio(config, state, new, chosen) - mean_ratio(config, state, new, candidates)
@@ -268,14 +353,14 @@ def test_likely_actions_are_preferred():
 
 def test_an_episode_is_stored_whole():
     """It begins anew; its rewards are those of the successors; the ring keeps the others."""
-    _, found = frozen(is_denominator="behaviour")
+    config, found = frozen()
     assert found[-1][1].replay.terminated.any()
     for state, new, _, _ in found:
         slot = int(state.update) % W
         episode = jax.tree.map(lambda x: x[slot], new.replay)  # noqa: B023
         assert (np.abs(episode.obs[:, 0]) <= 0.05).all()
         after = episode.obs[:, 1:]
-        reward = reward_of(after)
+        reward = reward_of(config, after)
         goes_on = ~episode.terminated
         assert_allclose(episode.reward[goes_on], reward[goes_on])
         assert (np.abs(after[:, :-1, 1]) <= 0.5).all()  # what follows an end is a start
@@ -317,6 +402,15 @@ def test_a_brain_leaves_the_others_alone():
             old, now = arrays(getattr(state, part)), arrays(getattr(new, part))
             for k in old:
                 assert (old[k] != now[k]).any() == ("['actor'][1]" not in k), k
+    _, found = frozen(**VARIANTS["action"])
+    alone = [x for x in found if not x[2]["brain0/count"] and x[2]["brain1/count"]]
+    assert len(alone) == 4
+    for state, new, *_ in alone:  # the other way round; only the optimiser's moments change
+        old, now = arrays(state.opt_state), arrays(new.opt_state)
+        for k in old:  # nor has the deviation a gradient
+            changed = "['actor'][0]" not in k and "log_std" not in k
+            assert (old[k] != now[k]).any() == changed, k
+        assert_same(new.target_params["actor"][0], state.target_params["actor"][0])
     for part in ("opt_state", "target_params"):  # now both learn, DDPG nothing of the deviation
         old, now = arrays(getattr(states[3], part)), arrays(getattr(states[4], part))
         assert all((old[k] != now[k]).any() for k in old if "log_std" not in k)
@@ -367,27 +461,6 @@ def test_without_relabelled_rows_the_denominator_does_not_matter():
         config = tiny.config_of("bnpo", her_ratio=(0.0, 0.0), is_denominator=denominator)
         ends.append(jax.jit(bnpo.make_train(config))(jax.random.key(0))["state"])
     tiny.assert_close(*ends)
-
-
-VARIANTS = {
-    "natural": {"natural": (True, True)},
-    "action": {"critic_input": "action"},
-    "one_target": {"detach_actors": False},
-    "nstep": {"her_nstep": True, "floating_step": False},
-    "ratio": {"ppo_eps": (0.2, 0.2), "is_inverted": True, "ratio_reduce": "sum"},
-    "env": {"reward_kind": "env", "mean_squash": "tanh"},
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", VARIANTS)
-def test_variants_learn(name):
-    config = tiny.config_of("bnpo", **VARIANTS[name])
-    result = jax.jit(bnpo.make_train(config))(jax.random.key(0))
-    start = bnpo.build(config).init(jax.random.key(0))
-    assert bool(common.all_finite(result["state"].params))
-    pairs = zip(*map(jax.tree.leaves, (start.params, result["state"].params)), strict=True)
-    assert all((x != y).any() for x, y in pairs)
 
 
 # --- a point that follows a target ---
