@@ -351,9 +351,10 @@ def test_likely_actions_are_preferred():
     assert gain / (UPDATES - 1) > 0.05
 
 
-def test_an_episode_is_stored_whole():
+@pytest.mark.parametrize("variant", ["as published", "future"])
+def test_an_episode_is_stored_whole(variant):
     """It begins anew; its rewards are those of the successors; the ring keeps the others."""
-    config, found = frozen()
+    config, found = frozen(**VARIANTS.get(variant, {}))
     assert found[-1][1].replay.terminated.any()
     for state, new, _, _ in found:
         slot = int(state.update) % W
