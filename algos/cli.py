@@ -64,28 +64,30 @@ RESUMABLE = {"total_timesteps", "num_evals", "checkpoint_every", "verbose", "ren
 RESUMABLE |= {"track", "wandb_project", "wandb_entity", "wandb_tags", "wandb_seeds", "tensorboard"}
 RESUMABLE |= {"preset"}
 
-# Smallest and largest sensible value of fields that several algorithms have.
+# Smallest and largest sensible value of fields; of the others any number is one.
+COUNTS = """
+    total_timesteps num_envs num_steps num_epochs num_minibatches batch_size buffer_size
+    replay_rollouts num_vf_epochs num_vf_minibatches num_mu_epochs num_mu_minibatches value_samples
+    kl_samples sample_mult hidden critic_hidden vae_hidden critic_width encoder_layers noise_period
+"""
+RATES = """
+    learning_rate critic_lr lr_critic vae_lr multiplier_lr dual_lr_mult max_grad_norm adam_eps
+    rms_eps obs_eps clip_eps clip_rho clip_c max_ratio vf_coef aux_loss_mult symlog_reg_coef kl_coef
+    kl_bound value_penalty target_divergence temperature policy_gain min_std noise_min noise_max
+    reward_scale updates_per_step learning_starts
+"""
+SHARES = """
+    gamma gae_lambda td_lambda trace_min rms_decay polyak_tau min_weight replay_fraction
+    warmup_fraction
+"""
 BOUNDS: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("total_timesteps", "num_envs", "num_steps"), (1, math.inf)),
-    **dict.fromkeys(("num_epochs", "num_minibatches", "noise_period"), (1, math.inf)),
-    **dict.fromkeys(("learning_rate", "clip_eps", "max_grad_norm"), (0, math.inf)),
-    **dict.fromkeys(("critic_lr", "lr_critic", "vae_lr"), (0, math.inf)),
-    **dict.fromkeys(("gamma", "gae_lambda", "td_lambda", "trace_min"), (0, 1)),
-    **dict.fromkeys(("value_samples", "kl_samples", "encoder_layers"), (1, math.inf)),
-    **dict.fromkeys(("noise_min", "noise_max", "reward_scale"), (0, math.inf)),
+    **dict.fromkeys(COUNTS.split(), (1, math.inf)),
+    **dict.fromkeys(RATES.split(), (0, math.inf)),
+    **dict.fromkeys(SHARES.split(), (0, 1)),
     **dict.fromkeys(("temperature_init", "kl_coef_init"), (1e-9, math.inf)),
-    **dict.fromkeys(("replay_fraction", "warmup_fraction"), (0, 1)),
-    **dict.fromkeys(("kl_coef", "max_ratio"), (0, math.inf)),
     "replay_ratio": (0, 100),
-    "sample_mult": (1, math.inf),
-    **dict.fromkeys(("updates_per_step", "learning_starts"), (0, math.inf)),
-    **dict.fromkeys(("batch_size", "buffer_size"), (1, math.inf)),
-    **dict.fromkeys(("polyak_tau", "min_weight"), (0, 1)),
-    **dict.fromkeys(("multiplier_lr", "temperature"), (0, math.inf)),
-    **dict.fromkeys(("value_penalty", "target_divergence"), (0, math.inf)),
-    "alpha": (0, 500),
-    **dict.fromkeys(("hidden", "critic_hidden"), (1, math.inf)),
     "max_perturbation": (0, 2),
+    "alpha": (0, 500),
 }
 
 
@@ -150,12 +152,14 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
 
 
 def check_bounds(values: dict[str, Any]) -> None:
-    """ValueError if a field is outside its BOUNDS."""
-    for field, (least, most) in BOUNDS.items():
-        value = values.get(field, least)
+    """ValueError if a field is outside its BOUNDS, or not a number where one is wanted."""
+    for field, value in values.items():
+        least, most = BOUNDS.get(field, (-math.inf, math.inf))
         entries = value if isinstance(value, tuple) else (value,)
-        if not all(x is None or least <= x <= most for x in entries):
+        numbers = [x for x in entries if isinstance(x, (int, float))]
+        if not all(least <= x <= most for x in numbers):
             wanted = f"at least {least}" if most == math.inf else f"{least} to {most}"
+            wanted = wanted if field in BOUNDS else "a number"
             raise ValueError(f"{field}={value}: {wanted} is needed")
 
 

@@ -6,6 +6,7 @@ each algorithm.
 
 import dataclasses
 import json
+import math
 import sys
 import typing
 from functools import cache, partial
@@ -591,6 +592,42 @@ def test_probe_is_learned(name, probe):
 
 def test_every_probe_is_here():
     assert {probe.removesuffix("-continuous") for probe in PROBES} == probes.PROBES.keys()
+
+
+# --- bad numbers ---
+
+# Fields that may be negative; counts that may be 0.
+SIGNED = {"ent_coef", "log_std_init", "vmin", "vmax", "target_entropy_mult", "reward_range"}
+SIGNED |= {"noise_interval", "warm_start"}
+MAY_BE_0 = {"learning_starts", "warm_start"}
+
+
+@pytest.mark.parametrize("name", ALGOS)
+def test_what_is_no_sensible_number_is_refused(name):
+    config = config_of(name)
+
+    def check(changed):
+        cli.check_bounds(dataclasses.asdict(changed))
+        changed.validate()
+
+    check(config)
+
+    def refused(field, number):
+        value = getattr(config, field)
+        value = (number,) * len(value) if isinstance(value, tuple) else number
+        with pytest.raises(ValueError, match=field):
+            check(dataclasses.replace(config, **{field: value}))
+
+    for field, value in dataclasses.asdict(config).items():
+        number = value[0] if isinstance(value, tuple) and value else value
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            continue
+        if field not in SIGNED:
+            refused(field, -1)
+        if isinstance(number, float):
+            refused(field, math.nan)
+        elif field not in MAY_BE_0:
+            refused(field, 0)
 
 
 # --- learning ---
