@@ -303,7 +303,7 @@ def test_a_natural_step_takes_the_place_of_adams():
     expected = step(old, jax.grad(loss_of)(old))
     norm = lambda x, y: optax.global_norm(jax.tree.map(jnp.subtract, x, y))
     # Conjugate gradients in single precision differ a little from one program to the next.
-    assert norm(new.params["actor"], expected) < 0.05 * norm(expected, old)
+    assert norm(new.params["actor"], expected) < 0.01 * norm(expected, old)
     assert_same(new.opt_state["actor"][0], state.opt_state["actor"][0])
     assert_same(new.params["critic"], state.params["critic"])
 
