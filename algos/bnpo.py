@@ -136,7 +136,7 @@ class Config:
                 raise ValueError(f"{name}={values}: {wanted} (bellman={self.bellman})")
         for k in range(brains):
             if not self.bellman[k] and not self.ppo_eps[k]:
-                raise ValueError(f"brain {k}: bellman=False needs a range, ppo_eps={self.ppo_eps}")
+                raise ValueError(f"brain {k}: bellman=False needs ppo_eps > 0, not {self.ppo_eps}")
             delay, repeat, warm = self.learning_delay[k], self.learning_repeat[k], self.warmup[k]
             steps = self.num_steps * np.array([warm, self.num_updates])
             first, end = np.floor(steps // delay * repeat)

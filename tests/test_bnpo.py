@@ -512,7 +512,7 @@ def test_natural_step_does_not_depend_on_the_parametrisation():
         ({"her_ratio": (0, 12.0)}, r"her_ratio=\(0, 12.0\): 2 entries of 0 to 1"),
         ({"her_ratio": (0, math.nan)}, r"her_ratio=\(0, nan\): 2 entries of 0 to 1"),
         ({"bellman": ()}, r"bellman=\(\): 1 entries"),
-        ({"ppo_eps": (0.0, 0.0)}, "brain 0: bellman=False needs a range"),
+        ({"ppo_eps": (0.0, 0.0)}, "brain 0: bellman=False needs ppo_eps > 0"),
         (
             {"total_timesteps": 3_600},
             "brain 0 never learns: 6.0 minibatches .* after 3 episodes of 3",
@@ -548,3 +548,15 @@ def test_what_an_environment_lacks_is_named(changes, message):
 def test_derived_sizes_of_the_published_setting():
     config = bnpo.Config()
     assert (config.window, config.warmup, config.num_updates) == ((5, 200), (3, 2), 320)
+
+
+@pytest.mark.parametrize(
+    ("preset", "recalc_delay", "optim_epochs", "learning_repeat"),
+    [("a1", 1, 2, 3), ("a2", 5, 2, 3), ("a2b", 5, 2, 3), ("a8", 2, 3, 140)],
+)
+def test_minibatches_of_the_published_settings(preset, recalc_delay, optim_epochs, learning_repeat):
+    """A round is one minibatch once in `recalc_delay` + 1 times, else `optim_epochs`."""
+    config = bnpo.Config(**bnpo.PRESETS[preset])
+    of_a_round = (1 + recalc_delay * optim_epochs) / (recalc_delay + 1)
+    expected = learning_repeat // optim_epochs * of_a_round
+    assert config.learning_repeat[-1] == pytest.approx(expected, rel=0.01)
