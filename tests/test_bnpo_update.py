@@ -261,7 +261,16 @@ def check(config, brain, state, new, metrics, target_params, rows, seen):
     for name, tree in grads.items():
         norm = np.sqrt(sum((x**2).sum() for x in jax.tree.leaves(tree)))
         assert_allclose(metrics[f"brain{brain}/{name}_grad_norm"], norm, rtol=1e-3)
-    assert_allclose(metrics[f"brain{brain}/her_fraction"], rows.relabel.mean())
+    x, eps = np.exp(np.float64(log_ratio)), config.ppo_eps[brain]
+    measured = {
+        "her_fraction": rows.relabel.mean(),
+        "approx_kl": (x - 1.0 - log_ratio).mean(),
+        "ess": x.mean() ** 2 / (x**2).mean(),
+    }
+    if eps:
+        measured["clip_fraction"] = (np.abs(x - 1.0) > eps).mean()
+    for name, value in measured.items():
+        assert_allclose(metrics[f"brain{brain}/{name}"], value, rtol=1e-3)
     return actors[which]
 
 
