@@ -215,6 +215,9 @@ def test_episodes_to_a_return_are_counted(tmp_path, capsys, monkeypatch):
     assert text == capsys.readouterr().out
     # The last seed begins at 33.5 and ends at 29, the one before it ends at 25.5.
     assert text.endswith("| a1 | 0, 7, - | 1 of 4 | 259, 279, 319 |\n")
+    write_run(tmp_path / "ppo" / reproduce_bnpo.TASK / "small")
+    reproduce_bnpo.main(["ppo", "--out", str(tmp_path)])
+    assert "Short episodes" not in capsys.readouterr().out
 
 
 def test_a_failed_launch_stops_the_program():
