@@ -1,12 +1,14 @@
 """What the reproductions share: lists of launches, run once each, with a table and curves.
 
 Each run is one launch with its own run directory OUT/<group>/<task>/<name>. What is complete is
-left alone and what was interrupted is resumed, so the same command goes on where it stopped. At the
-end of each group OUT/<group>/table.md and table.json hold its numbers, OUT/<group>/<task>.png its
-curves.
+left alone and what was interrupted is resumed, so the same command goes on where it stopped. Where
+--num-seeds asks for more than a complete run has, OUT/<group>/<task>/<name>_s<seed> gets those from
+<seed> on, and both count as one run. At the end of each group OUT/<group>/table.md and table.json
+hold its numbers, OUT/<group>/<task>.png its curves.
 """
 
 import argparse
+import importlib
 import os
 import shlex
 import subprocess
@@ -17,14 +19,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from algos import rundir
+from algos import cli, rundir
 from experiments import compare
 
 ROOT = Path(__file__).parents[1]
 
 
 class Job(NamedTuple):
-    """One launch: OUT/<group>/<task>/<name> is its run directory, {here} in flags the parent."""
+    """One launch: OUT/<group>/<task>/<name> is its run directory, {here} in flags the parent.
+
+    {more} in flags is the end of its name where it adds seeds.
+    """
 
     task: str
     name: str
@@ -41,16 +46,68 @@ class Report(NamedTuple):
     text: str  # table of the rows
 
 
+def launches(run_dir: Path) -> tuple[list[Path], int]:
+    """The complete launches of a run, in the order of their seeds, and the seed after them."""
+    found: list[Path] = []
+    seed, path = 0, run_dir
+    while (path / "done.json").exists():
+        found.append(path)
+        seed += rundir.read_description(path)["launch"]["num_seeds"]
+        path = run_dir.with_name(f"{run_dir.name}_s{seed}")
+    return found, seed
+
+
+def flags_of(job: Job, here: Path, more: str = "") -> list[str]:
+    """Flags of the job in the folder `here`, those of its seeds left out."""
+    return ["--env", job.task, *shlex.split(job.flags.format(here=here, more=more))]
+
+
+def config_of(job: Job, here: Path) -> Any:
+    """Configuration of the job in the folder `here`."""
+    module = importlib.import_module(f"algos.{job.algo}")
+    return cli.parse(job.algo, module.Config, module.PRESETS, flags_of(job, here))[0]
+
+
 def command(job: Job, run_dir: Path, num_seeds: int) -> list[str] | None:
-    """Command line that starts, resumes or, if None, need not run the job."""
-    if (run_dir / "done.json").exists():
+    """Command line that starts, extends, resumes or, if None, need not run the job.
+
+    ValueError if seeds would be added to a run of other settings.
+    """
+    here, more = run_dir.parent, ""
+    found, seed = launches(run_dir)
+    if seed >= num_seeds:
         return None
+    if found:
+        config, saved = config_of(job, here), rundir.read_description(run_dir)["config"]
+        if rundir.from_json(type(config), saved) != config:
+            raise ValueError(
+                f"{run_dir} has {seed} of {num_seeds} seeds, with other settings than {job.name}'s "
+                "of today: move it away, or ask for no more"
+            )
+        more = f"_s{seed}"
+        run_dir = here / (run_dir.name + more)
     program = [sys.executable, os.path.relpath(ROOT / "algos" / f"{job.algo}.py")]
     if (run_dir / "config.json").exists():
         return [*program, "--resume", str(run_dir)]
-    flags = shlex.split(job.flags.format(here=run_dir.parent))
-    flags = ["--env", job.task, *flags, "--num-seeds", str(num_seeds)]
-    return [*program, *flags, "--run-dir", str(run_dir)]
+    seeds = ["--seed", str(seed), "--num-seeds", str(num_seeds - seed)]
+    return [*program, *flags_of(job, here, more), *seeds, "--run-dir", str(run_dir)]
+
+
+def read_run(run_dir: Path) -> rundir.Run:
+    """The complete launches of a run as one."""
+    parts = [rundir.read_run(path) for path in launches(run_dir)[0]]
+    rows = lambda name: np.concatenate([getattr(part, name) for part in parts])
+    further = parts[0].further.keys()
+    seconds = [(part.done or {})["seconds"] for part in parts]
+    return parts[0]._replace(
+        labels=[label for part in parts for label in part.labels],
+        seeds=rows("seeds"),
+        seconds=np.sum([part.seconds for part in parts], 0),
+        returns=rows("returns"),
+        lengths=rows("lengths"),
+        further={name: np.concatenate([part.further[name] for part in parts]) for name in further},
+        done={"seconds": {name: sum(x[name] for x in seconds) for name in ("train", "compile")}},
+    )
 
 
 def run(argv: list[str]) -> None:
@@ -86,7 +143,7 @@ def report(jobs: list[Job], folder: Path) -> Report:
     for task in dict.fromkeys(job.task for job in jobs):
         curves = []
         for job in (job for job in jobs if job.task == task):
-            run = rundir.read_run(folder / task / job.name)
+            run = read_run(folder / task / job.name)
             values = [(f"{job.name} {x}".strip(), run, index) for x, index in rundir.groups(run)]
             rows += [compare.summary(*value) for value in values]
             curves.append(max(values, key=last_return))
@@ -129,7 +186,10 @@ def main(
             if args.jobs and job.name not in args.jobs:
                 continue
             run_dir = folder / job.task / job.name
-            todo = command(job, run_dir, args.num_seeds)
+            try:
+                todo = command(job, run_dir, args.num_seeds)
+            except ValueError as error:
+                parser.error(str(error))
             if todo:
                 before(job, run_dir)
                 run(todo)

@@ -86,7 +86,7 @@ def milestones(done: Report) -> str:
     shown = lambda numbers: ", ".join("-" if x is None else str(x) for x in numbers)
     for job in done.jobs:
         if job.algo == "bnpo":
-            run = rundir.read_run(done.folder / job.task / job.name)
+            run = reproduce.read_run(done.folder / job.task / job.name)
             here = shown(episodes_to(run, threshold) for threshold in THRESHOLDS)
             reached = (run.returns.mean(-1) >= THRESHOLDS[-1]).any(1)
             seeds = f"{reached.sum()} of {len(reached)}"

@@ -39,7 +39,7 @@ BUDGETS = {  # gradient steps and evaluations of every learner
 SMALL = "--dataset {here}/data.npz --hidden 64 64"
 CRITIC = f"{SMALL} --critic-hidden 64 64"
 ACTOR_CRITIC = f"{CRITIC} --warm-start 2000 --learning-rate 3e-4"
-CLONED = f"{ACTOR_CRITIC} --behavior {{here}}/bc"
+CLONED = f"{ACTOR_CRITIC} --behavior {{here}}/bc{{more}}"
 LEARNERS = {
     "bc": ("bc", SMALL),
     "bcq": ("bcq", f"{CRITIC} --vae-hidden 128 128"),
@@ -110,7 +110,7 @@ def plot_alphas(done: Report) -> None:
         FigureCanvasAgg(figure)
         axis = figure.subplots()
         for i, job in enumerate(job for job in done.jobs if job.task == task):
-            run, color = rundir.read_run(done.folder / task / job.name), f"C{i}"
+            run, color = reproduce.read_run(done.folder / task / job.name), f"C{i}"
             finals = {label: rundir.final(run.returns[x]) for label, x in rundir.groups(run)}
             middle = np.array([final["iqm"] for final in finals.values()])
             if "" in finals:
@@ -135,7 +135,7 @@ def both_policies(done: Report) -> str:
     for task in dict.fromkeys(job.task for job in done.jobs):
         behaviour = behaviour_return(done.folder / task)
         for job in (job for job in done.jobs if job.task == task):
-            run = rundir.read_run(done.folder / task / job.name)
+            run = reproduce.read_run(done.folder / task / job.name)
             for label, index in rundir.groups(run):
                 name = f"{job.name} {label}".strip()
                 cells = [cell(returns[index]) for returns in (run.returns, *run.further.values())]

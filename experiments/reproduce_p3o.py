@@ -51,7 +51,7 @@ SHOWN = {"replay/ess": "ESS", "replay/kl": "KL", "replay/clip_fraction": "clippe
 
 
 def replay_curves(done: Report) -> str:
-    """Draw what the replay was like: means over seeds; returns where."""
+    """Draw what the replay was like: means over the seeds of first launches; returns where."""
     if not done.jobs:
         return ""
     figure = Figure(figsize=(4 * len(SHOWN), 3.5), layout="constrained")

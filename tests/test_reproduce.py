@@ -1,9 +1,7 @@
 """Reproductions: which runs are started, resumed or left alone, and the table of them."""
 
-import importlib
 import json
 import os
-import shlex
 import sys
 
 import numpy as np
@@ -13,7 +11,7 @@ from matplotlib.axes import Axes
 from test_experiments import write_run
 
 import envs
-from algos import brac, cli, datasets, rundir
+from algos import brac, datasets, rundir
 from experiments import reproduce, reproduce_bnpo, reproduce_brac, reproduce_p3o, reproduce_reppo
 from experiments.reproduce import Job, command
 
@@ -33,9 +31,7 @@ JOBS = [
 
 def config_of(job):
     """What the job would run."""
-    module = importlib.import_module(f"algos.{job.algo}")
-    argv = ["--env", job.task, *shlex.split(job.flags.format(here="HERE"))]
-    return cli.parse(job.algo, module.Config, module.PRESETS, argv)[0]
+    return reproduce.config_of(job, "HERE")
 
 
 @pytest.mark.parametrize(("name", "group", "job"), JOBS, ids=lambda x: getattr(x, "name", x))
@@ -70,16 +66,66 @@ def test_runs_of_a_task_have_equal_steps(name):
 
 def test_a_job_is_started_resumed_or_left_alone(tmp_path):
     job, run_dir = Job("cartpole", "fast", "ppo", "--gamma 0.9"), tmp_path / "run"
-    started = command(job, run_dir, 3)
+    started = command(job, run_dir, 4)
     assert started[0] == sys.executable
     assert started[1].endswith("algos/ppo.py")
-    assert started[2:] == [
-        *("--env", "cartpole", "--gamma", "0.9", "--num-seeds", "3", "--run-dir", str(run_dir))
-    ]
+    flags = ["--env", "cartpole", "--gamma", "0.9", "--seed", "0", "--num-seeds", "4"]
+    assert started[2:] == [*flags, "--run-dir", str(run_dir)]
     write_run(run_dir, done=False)
-    assert command(job, run_dir, 3)[2:] == ["--resume", str(run_dir)]
+    assert command(job, run_dir, 4)[2:] == ["--resume", str(run_dir)]
     (run_dir / "done.json").write_text("{}")
+    assert command(job, run_dir, 4) is None
     assert command(job, run_dir, 3) is None
+
+
+def test_seeds_are_added_to_a_run(tmp_path):
+    """Four at first, then two, then three more; not to a run of other settings."""
+    run_dir, more = tmp_path / "kl", [tmp_path / "kl_s4", tmp_path / "kl_s6"]
+    job = Job("pendulum", "kl", *reproduce_brac.LEARNERS["brac_kl_vp"])
+    write_run(run_dir)
+    saved = rundir.read_description(run_dir)
+    config = vars(reproduce.config_of(job, tmp_path))
+    rundir.write_json(run_dir / "config.json", saved | {"config": config})
+    flags = command(job, run_dir, 6)[2:]
+    assert flags[-6:] == ["--seed", "4", "--num-seeds", "2", "--run-dir", str(more[0])]
+    assert flags[flags.index("--behavior") + 1] == str(tmp_path / "bc_s4")
+    write_run(more[0], seeds=(4, 5), done=False)
+    assert reproduce.read_run(run_dir).seeds.tolist() == [0, 1, 2, 3]
+    assert command(job, run_dir, 4) is None
+    assert command(job, run_dir, 6)[2:] == ["--resume", str(more[0])]
+    rundir.write_json(more[0] / "done.json", {"seconds": {"train": 3.0, "compile": 40.0}})
+    assert command(job, run_dir, 6) is None
+    assert command(job, run_dir, 9)[-6:] == [
+        *("--seed", "6", "--num-seeds", "3", "--run-dir", str(more[1]))
+    ]
+    rundir.write_json(run_dir / "config.json", saved | {"config": config | {"gamma": 0.5}})
+    with pytest.raises(ValueError, match=r"kl has 6 of 9 seeds, with other settings than kl's"):
+        command(job, run_dir, 9)
+
+
+def test_added_seeds_count_as_one_run(tmp_path):
+    """A sweep of two values, with a further policy; seeds 0 and 1, then 2."""
+    folder, job = tmp_path / "pendulum", Job("pendulum", "kl", "ppo")
+    for name, seeds in {"kl": (0, 1), "kl_s2": (2,)}.items():
+        run_dir = write_run(folder / name, "pendulum", ("alpha=1", "alpha=2"), seeds)
+        evals = dict(np.load(run_dir / "eval.npz"))
+        np.savez(run_dir / "eval.npz", **evals, best_returns=evals["returns"] + 1000.0)
+    run = reproduce.read_run(folder / "kl")
+    assert run.seeds.tolist() == [0, 1, 0, 1, 2, 2]
+    assert [(label, x.tolist()) for label, x in rundir.groups(run)] == [
+        ("alpha=1", [0, 1, 4]),
+        ("alpha=2", [2, 3, 5]),
+    ]
+    last = np.array([2.0, 12.0, 2.0, 12.0, 22.0, 22.0])
+    np.testing.assert_allclose(run.returns[:, -1].mean(-1), last)
+    np.testing.assert_allclose(run.lengths, run.returns)
+    np.testing.assert_allclose(run.further["best"], run.returns + 1000.0)
+    assert run.seconds.tolist() == [0.0, 2.0, 4.0]
+    rows = reproduce.report([job], tmp_path).rows
+    assert [(row["n"], row["train_seconds"], row["compile_seconds"]) for row in rows] == [
+        (3, 4.0, 60.0),
+        (3, 4.0, 60.0),
+    ]
 
 
 def test_nothing_is_run_again_and_the_table_is_written(tmp_path, capsys, monkeypatch):
@@ -87,13 +133,18 @@ def test_nothing_is_run_again_and_the_table_is_written(tmp_path, capsys, monkeyp
     monkeypatch.setattr(reproduce, "run", ran.append)
     task = "CartpoleBalance"
     write_run(tmp_path / "published" / task / "reppo", env="cartpole", offset=900.0)
-    reproduce_reppo.main(["published", "--tasks", task, "--out", str(tmp_path)])
+    argv = ["published", "--tasks", task, "--num-seeds", "4", "--out", str(tmp_path)]
+    reproduce_reppo.main(argv)
     assert ran == []
     text = (tmp_path / "published" / "table.md").read_text()
     assert text == capsys.readouterr().out
     assert "| CartpoleBalance | 999.6 ± 0.2 (n=10) | 917.0 ± 11.2 (n=4) |" in text
     assert (tmp_path / "published" / "table.json").exists()
     assert (tmp_path / "published" / f"{task}.png").exists()
+    argv[argv.index("4")] = "5"  # what is there has other settings
+    with pytest.raises(SystemExit):
+        reproduce_reppo.main(argv)
+    assert "config.json was written by another version" in capsys.readouterr().err
     reproduce_reppo.main(["tasks", "--tasks", "CheetahRun", "--out", str(tmp_path)])
     assert [argv[2:4] for argv in ran] == [["--env", "CheetahRun"]] * 2
     reproduce_reppo.main(["tasks", "--jobs", "ppo", "--out", str(tmp_path)])
@@ -210,13 +261,13 @@ def test_episodes_to_a_return_are_counted(tmp_path, capsys, monkeypatch):
     evals["returns"][3, -1] = 29.0  # still the best one
     np.savez(run / "eval.npz", **evals)
     write_run(tmp_path / "tasks" / reproduce_bnpo.TASK / "ppo")
-    reproduce_bnpo.main(["tasks", "--out", str(tmp_path)])
+    reproduce_bnpo.main(["tasks", "--num-seeds", "4", "--out", str(tmp_path)])
     text = (tmp_path / "tasks" / "table.md").read_text()
     assert text == capsys.readouterr().out
     # The last seed begins at 33.5 and ends at 29, the one before it ends at 25.5.
     assert text.endswith("| a1 | 0, 7, - | 1 of 4 | 259, 279, 319 |\n")
     write_run(tmp_path / "ppo" / reproduce_bnpo.TASK / "small")
-    reproduce_bnpo.main(["ppo", "--out", str(tmp_path)])
+    reproduce_bnpo.main(["ppo", "--num-seeds", "4", "--out", str(tmp_path)])
     assert "Short episodes" not in capsys.readouterr().out
 
 
