@@ -41,7 +41,7 @@ class Report(NamedTuple):
     """The finished runs of a group."""
 
     folder: Path
-    jobs: list[Job]
+    runs: dict[Job, rundir.Run]
     rows: list[dict[str, Any]]  # compare.summary of each run
     text: str  # table of the rows
 
@@ -138,17 +138,18 @@ def report(jobs: list[Job], folder: Path) -> Report:
     A sweep has a summary for each value, and the curve of the best one, which names it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = [job for job in jobs if (folder / job.task / job.name / "done.json").exists()]
+    paths = {job: folder / job.task / job.name for job in jobs}
+    runs = {job: read_run(path) for job, path in paths.items() if launches(path)[0]}
     rows: list[dict[str, Any]] = []
-    for task in dict.fromkeys(job.task for job in jobs):
+    for task in dict.fromkeys(job.task for job in runs):
         curves = []
-        for job in (job for job in jobs if job.task == task):
-            run = read_run(folder / task / job.name)
+        for job in (job for job in runs if job.task == task):
+            run = runs[job]
             values = [(f"{job.name} {x}".strip(), run, index) for x, index in rundir.groups(run)]
             rows += [compare.summary(*value) for value in values]
             curves.append(max(values, key=last_return))
         rundir.plot_curves(curves, folder / f"{task}.png", task)
-    return Report(folder, jobs, rows, compare.markdown(rows))
+    return Report(folder, runs, rows, compare.markdown(rows))
 
 
 def main(

@@ -84,9 +84,8 @@ def milestones(done: Report) -> str:
     """Table of the episodes that each setting of BNPO needed, and the author's."""
     rows = []
     shown = lambda numbers: ", ".join("-" if x is None else str(x) for x in numbers)
-    for job in done.jobs:
+    for job, run in done.runs.items():
         if job.algo == "bnpo":
-            run = reproduce.read_run(done.folder / job.task / job.name)
             here = shown(episodes_to(run, threshold) for threshold in THRESHOLDS)
             reached = (run.returns.mean(-1) >= THRESHOLDS[-1]).any(1)
             seeds = f"{reached.sum()} of {len(reached)}"

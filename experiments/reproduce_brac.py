@@ -105,12 +105,12 @@ def plot_alphas(done: Report) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    for task in dict.fromkeys(job.task for job in done.jobs):
+    for task in dict.fromkeys(job.task for job in done.runs):
         figure = Figure(figsize=(9, 5), layout="constrained")
         FigureCanvasAgg(figure)
         axis = figure.subplots()
-        for i, job in enumerate(job for job in done.jobs if job.task == task):
-            run, color = reproduce.read_run(done.folder / task / job.name), f"C{i}"
+        for i, job in enumerate(job for job in done.runs if job.task == task):
+            run, color = done.runs[job], f"C{i}"
             finals = {label: rundir.final(run.returns[x]) for label, x in rundir.groups(run)}
             middle = np.array([final["iqm"] for final in finals.values()])
             if "" in finals:
@@ -132,10 +132,10 @@ def plot_alphas(done: Report) -> None:
 def both_policies(done: Report) -> str:
     """Table of the returns of both policies of every run, beside those who collected."""
     lines = ["", "| task | learner | greedy | max_q | who collected |", "|---|---|---|---|---|"]
-    for task in dict.fromkeys(job.task for job in done.jobs):
+    for task in dict.fromkeys(job.task for job in done.runs):
         behaviour = behaviour_return(done.folder / task)
-        for job in (job for job in done.jobs if job.task == task):
-            run = reproduce.read_run(done.folder / task / job.name)
+        for job in (job for job in done.runs if job.task == task):
+            run = done.runs[job]
             for label, index in rundir.groups(run):
                 name = f"{job.name} {label}".strip()
                 cells = [cell(returns[index]) for returns in (run.returns, *run.further.values())]

@@ -52,13 +52,12 @@ SHOWN = {"replay/ess": "ESS", "replay/kl": "KL", "replay/clip_fraction": "clippe
 
 def replay_curves(done: Report) -> str:
     """Draw what the replay was like: means over the seeds of first launches; returns where."""
-    if not done.jobs:
+    if not done.runs:
         return ""
     figure = Figure(figsize=(4 * len(SHOWN), 3.5), layout="constrained")
     axes = figure.subplots(1, len(SHOWN))
-    for job in done.jobs:
-        path = done.folder / job.task / job.name / "metrics.jsonl"
-        records = [json.loads(line) for line in path.read_text().splitlines()]
+    for job, run in done.runs.items():
+        records = [json.loads(x) for x in (run.path / "metrics.jsonl").read_text().splitlines()]
         for axis, (metric, label) in zip(axes, SHOWN.items(), strict=True):
             found = [(r["global_step"], np.array(r[metric], float)) for r in records if metric in r]
             found = [(step, np.nanmean(x)) for step, x in found if np.isfinite(x).any()]
@@ -66,7 +65,7 @@ def replay_curves(done: Report) -> str:
                 axis.plot(*zip(*found, strict=True), label=job.name)
             axis.set(xlabel="environment steps", ylabel=label)
     axes[0].legend(fontsize="x-small")
-    out = done.folder / f"{done.jobs[0].task}-replay.png"
+    out = done.folder / f"{next(iter(done.runs)).task}-replay.png"
     FigureCanvasAgg(figure).print_png(str(out))
     return f"\nESS, KL and clipped ratios: {out}\n"
 

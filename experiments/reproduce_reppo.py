@@ -80,7 +80,7 @@ PUBLISHED = {
 def beside_published(done: Report) -> str:
     """Table of the means beside those of the authors."""
     lines = ["", "| task | authors at 10M steps, mean ± deviation | here |", "|---|---|---|"]
-    for job, row in zip(done.jobs, done.rows, strict=True):
+    for job, row in zip(done.runs, done.rows, strict=True):
         mean, deviation, n = PUBLISHED[job.task]
         ours = np.array(row["per_seed"], float)
         lines.append(

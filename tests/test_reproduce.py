@@ -199,7 +199,7 @@ def test_both_policies_are_in_the_table(tmp_path):
         evals[name] = list(np.swapaxes(x, 0, 1))
     evals["max_q_returns"] = [x + 1000.0 for x in evals["returns"]]
     rundir.write_evals(here / "brac_kl_vp", evals)
-    text = reproduce_brac.further(reproduce.Report(folder, jobs, [], ""))
+    text = reproduce_brac.further(reproduce.report(jobs, folder))
     greedy = rundir.iqm(run.returns[:, -1].mean(-1))
     assert f"| pendulum | bc | {greedy:.1f} [" in text
     assert "|  | 17.5 |" in text
@@ -213,7 +213,8 @@ def test_returns_are_drawn_against_alpha(tmp_path, monkeypatch):
     write_run(tmp_path / "pendulum" / "bc", env="pendulum", offset=100.0)
     part = {"count": 1, "returns": {"mean": 5.0}}
     rundir.write_json(tmp_path / "pendulum" / "data.json", {"parts": [part]})
-    drawn = {}
+    jobs = [Job("pendulum", name, *reproduce_brac.LEARNERS[name]) for name in ("bc", "brac_kl_vp")]
+    done, drawn = reproduce.report(jobs, tmp_path), {}
 
     def spy(kind):
         real = getattr(Axes, kind)
@@ -226,8 +227,7 @@ def test_returns_are_drawn_against_alpha(tmp_path, monkeypatch):
 
     spy("errorbar")
     spy("axhline")
-    jobs = [Job("pendulum", name, *reproduce_brac.LEARNERS[name]) for name in ("bc", "brac_kl_vp")]
-    reproduce_brac.plot_alphas(reproduce.Report(tmp_path, jobs, [], ""))
+    reproduce_brac.plot_alphas(done)
     assert drawn["bc"] == ("axhline", 117.0)
     kind, alpha, middle, error = drawn["brac_kl_vp"]
     assert (kind, alpha, middle.tolist()) == ("errorbar", [0.1, 10.0], [17.0, 17.0])
