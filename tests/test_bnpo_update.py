@@ -80,8 +80,11 @@ def different(tree, key, scale=0.3):
 
 
 @cache
-def frozen(**changes):
-    """Config, and (state, next state, metrics, what was looked up and learned from) of updates."""
+def frozen(strange=False, **changes):
+    """Config, and (state, next state, metrics, what was looked up and learned from) of updates.
+
+    `strange`: before every second of them another policy is said to have acted.
+    """
     config = tiny.config_of("bnpo", **(FROZEN | changes))
     seen = []
     with pytest.MonkeyPatch.context() as patch:
@@ -106,7 +109,11 @@ def frozen(**changes):
         targets["critic"] = different(params["critic"], 3)
         state = state._replace(params=params, target_params=targets)
         found = []
-        for _ in range(UPDATES):
+        for i in range(UPDATES):
+            if strange and i % 2:
+                policy = state.replay.policy
+                policy = policy._replace(mean=policy.mean + 2.0)
+                state = state._replace(replay=state.replay._replace(policy=policy))
             new, metrics = update(state)
             jax.effects_barrier()
             numbers = lambda s: s._replace(replay=jax.tree.map(np.asarray, s.replay))
@@ -217,13 +224,13 @@ def actor_loss(config, brain, actor_params, params, noise, relabel, target, batc
         q = q_of(params["critic"], inputs, held)
     else:
         q = q_of(params["critic"], inputs, policy)
-    x, eps = jnp.exp(log_ratio), config.ppo_eps[brain]
+    x, eps = jnp.minimum(jnp.exp(log_ratio), 100.0), config.ppo_eps[brain]
     surrogate = lambda gain, x: jnp.minimum(x * gain, jnp.clip(x, 1 - eps, 1 + eps) * gain)
     if brain == 0:
         gain = surrogate(jax.lax.stop_gradient((target - q).sum(-1)), x)
     elif eps:
-        x = jax.lax.stop_gradient(1 / x if config.is_inverted else x)
-        gain = surrogate((q - target).sum(-1), jnp.minimum(x, 100.0))
+        x = jnp.exp(-log_ratio if config.is_inverted else log_ratio)
+        gain = surrogate((q - target).sum(-1), jax.lax.stop_gradient(jnp.minimum(x, 100.0)))
     else:
         gain = q.sum(-1)
     return -gain.mean(), (q, log_ratio)
@@ -261,7 +268,7 @@ def check(config, brain, state, new, metrics, target_params, rows, seen):
     for name, tree in grads.items():
         norm = np.sqrt(sum((x**2).sum() for x in jax.tree.leaves(tree)))
         assert_allclose(metrics[f"brain{brain}/{name}_grad_norm"], norm, rtol=1e-3)
-    x, eps = np.exp(np.float64(log_ratio)), config.ppo_eps[brain]
+    x, eps = np.minimum(np.exp(np.float64(log_ratio)), 100.0), config.ppo_eps[brain]
     measured = {
         "her_fraction": rows.relabel.mean(),
         "approx_kl": (x - 1.0 - log_ratio).mean(),
@@ -271,7 +278,7 @@ def check(config, brain, state, new, metrics, target_params, rows, seen):
         measured["clip_fraction"] = (np.abs(x - 1.0) > eps).mean()
     for name, value in measured.items():
         assert_allclose(metrics[f"brain{brain}/{name}"], value, rtol=1e-3)
-    return actors[which]
+    return actors[which], x.max()
 
 
 def follow(old, new, tau):
@@ -281,13 +288,14 @@ def follow(old, new, tau):
 @pytest.mark.parametrize("variant", ["as published", *VARIANTS])
 def test_a_minibatch_is_the_reference(variant):
     """Targets, Q, log-ratios and gradients of both brains, and what the targets become."""
-    config, found = frozen(**VARIANTS.get(variant, {}))
-    which = set()
+    config, found = frozen(strange=variant == "ratio", **VARIANTS.get(variant, {}))
+    which, largest = set(), 0.0
     for state, new, metrics, (*ppo, _, chosen, dpg) in list(minibatches(found))[:6]:
         params, targets = state.params, state.target_params
         for brain, (rows, seen) in enumerate((ppo, (chosen, dpg))):
-            actor = check(config, brain, state, new, metrics, targets, rows, seen)
+            actor, x = check(config, brain, state, new, metrics, targets, rows, seen)
             which.add((brain, actor))
+            largest = max(largest, x)
             mine = brain % len(targets["actor"])
             due = int(state.update) % config.sync_delta_a[brain] == 0
             moved = follow(targets["actor"][mine], params["actor"], config.tau_actor[brain] * due)
@@ -297,6 +305,7 @@ def test_a_minibatch_is_the_reference(variant):
         assert_same(new.params, params)
     own = {"action": {(0, 0), (1, 1)}, "ratio": {(0, 0), (1, 0)}}
     assert which == own.get(variant, {(0, 0), (1, 0), (1, 1)})  # DDPG bootstraps from either
+    assert (largest == 100.0) == (variant == "ratio")  # the cap
 
 
 def test_a_natural_step_takes_the_place_of_adams():
