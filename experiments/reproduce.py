@@ -1,10 +1,11 @@
 """What the reproductions share: lists of launches, run once each, with a table and curves.
 
 Each run is one launch with its own run directory OUT/<group>/<task>/<name>. What is complete is
-left alone and what was interrupted is resumed, so the same command goes on where it stopped. Where
---num-seeds asks for more than a complete run has, OUT/<group>/<task>/<name>_s<seed> gets those from
-<seed> on, and both count as one run. At the end of each group OUT/<group>/table.md and table.json
-hold its numbers, OUT/<group>/<task>.png its curves.
+left alone and what was interrupted is resumed, so the same command goes on where it stopped. With
+--seed, seeds are added to a run: they are a launch in OUT/<group>/<task>/<name>_s<seed>, and all of
+a run's launches count as one, which took the sum of their seconds on the device of the first. At
+the end of each group OUT/<group>/table.md and table.json hold its numbers, OUT/<group>/<task>.png
+its curves.
 """
 
 import argparse
@@ -26,9 +27,9 @@ ROOT = Path(__file__).parents[1]
 
 
 class Job(NamedTuple):
-    """One launch: OUT/<group>/<task>/<name> is its run directory, {here} in flags the parent.
+    """A run: OUT/<group>/<task>/<name> is its run directory, {here} in flags the parent.
 
-    {more} in flags is the end of its name where it adds seeds.
+    {more} in flags is the end of the name of a launch that adds seeds: _s<seed>, otherwise nothing.
     """
 
     task: str
@@ -46,67 +47,90 @@ class Report(NamedTuple):
     text: str  # table of the rows
 
 
-def launches(run_dir: Path) -> tuple[list[Path], int]:
-    """The complete launches of a run, in the order of their seeds, and the seed after them."""
-    found: list[Path] = []
-    seed, path = 0, run_dir
-    while (path / "done.json").exists():
-        found.append(path)
-        seed += rundir.read_description(path)["launch"]["num_seeds"]
-        path = run_dir.with_name(f"{run_dir.name}_s{seed}")
-    return found, seed
+def launches(run_dir: Path, file: str) -> list[Path]:
+    """Directories of the launches of a run that have this file: the first, then added seeds."""
+    paths = [run_dir, *sorted(run_dir.parent.glob(f"{run_dir.name}_s[0-9]*"))]
+    return [path for path in paths if (path / file).exists()]
 
 
-def flags_of(job: Job, here: Path, more: str = "") -> list[str]:
-    """Flags of the job in the folder `here`, those of its seeds left out."""
-    return ["--env", job.task, *shlex.split(job.flags.format(here=here, more=more))]
+def flags_of(job: Job, run_dir: Path, path: Path) -> list[str]:
+    """Flags of the launch `path` of the run `run_dir`, those of its seeds left out."""
+    more = path.name.removeprefix(run_dir.name)
+    return ["--env", job.task, *shlex.split(job.flags.format(here=run_dir.parent, more=more))]
 
 
-def config_of(job: Job, here: Path) -> Any:
-    """Configuration of the job in the folder `here`."""
+def settings(config: Any, launch: cli.Launch) -> dict[str, Any]:
+    """What the launches of a run have in common."""
+    shared = "sweep", "num_evals", "eval_episodes"
+    return vars(config) | {name: getattr(launch, name) for name in shared}
+
+
+def check_launch(job: Job, run_dir: Path, path: Path, seeds: range) -> None:
+    """ValueError if a launch of other settings, or with some of these seeds, is among the run's."""
     module = importlib.import_module(f"algos.{job.algo}")
-    return cli.parse(job.algo, module.Config, module.PRESETS, flags_of(job, here))[0]
+    saved = rundir.read_description(path)
+    shared = sorted({*saved["rows"]["seeds"]} & {*seeds})
+    if shared:
+        raise ValueError(f"{path} has seed {shared[0]} already: give other seeds, or move it away")
+    config = rundir.from_json(module.Config, saved["config"])
+    old = settings(config, rundir.from_json(cli.Launch, saved["launch"]))
+    argv = flags_of(job, run_dir, path)
+    new = settings(*cli.parse(job.algo, module.Config, module.PRESETS, argv))
+    differing = ", ".join(f"{x}={old[x]}, now {new[x]}" for x in new if old[x] != new[x])
+    if differing:
+        raise ValueError(f"{path} has other settings ({differing}): move it away")
 
 
-def command(job: Job, run_dir: Path, num_seeds: int) -> list[str] | None:
-    """Command line that starts, extends, resumes or, if None, need not run the job.
+def command(job: Job, run_dir: Path, seed: int, num_seeds: int) -> list[str] | None:
+    """Command line that starts, resumes or, if None, need not run the launch with these seeds.
 
-    ValueError if seeds would be added to a run of other settings.
+    ValueError if it does not go together with the run's other launches.
     """
-    here, more = run_dir.parent, ""
-    found, seed = launches(run_dir)
-    if seed >= num_seeds:
+    path = run_dir.with_name(run_dir.name + (f"_s{seed}" if seed else ""))
+    if (path / "done.json").exists():
         return None
-    if found:
-        config, saved = config_of(job, here), rundir.read_description(run_dir)["config"]
-        if rundir.from_json(type(config), saved) != config:
-            raise ValueError(
-                f"{run_dir} has {seed} of {num_seeds} seeds, with other settings than {job.name}'s "
-                "of today: move it away, or ask for no more"
-            )
-        more = f"_s{seed}"
-        run_dir = here / (run_dir.name + more)
+    for other in launches(run_dir, "config.json"):
+        if other != path:
+            check_launch(job, run_dir, other, range(seed, seed + num_seeds))
     program = [sys.executable, os.path.relpath(ROOT / "algos" / f"{job.algo}.py")]
-    if (run_dir / "config.json").exists():
-        return [*program, "--resume", str(run_dir)]
-    seeds = ["--seed", str(seed), "--num-seeds", str(num_seeds - seed)]
-    return [*program, *flags_of(job, here, more), *seeds, "--run-dir", str(run_dir)]
+    if (path / "config.json").exists():
+        return [*program, "--resume", str(path)]
+    seeds = ["--seed", str(seed), "--num-seeds", str(num_seeds)]
+    return [*program, *flags_of(job, run_dir, path), *seeds, "--run-dir", str(path)]
 
 
-def read_run(run_dir: Path) -> rundir.Run:
-    """The complete launches of a run as one."""
-    parts = [rundir.read_run(path) for path in launches(run_dir)[0]]
-    rows = lambda name: np.concatenate([getattr(part, name) for part in parts])
-    further = parts[0].further.keys()
-    seconds = [(part.done or {})["seconds"] for part in parts]
+def plan(jobs: list[Job], folder: Path, args: argparse.Namespace) -> list[tuple]:
+    """(job, run directory, command line) of the launches that are asked for and not complete."""
+    todo = []
+    for job in jobs:
+        if job.task in (args.tasks or [job.task]) and job.name in (args.jobs or [job.name]):
+            run_dir = folder / job.task / job.name
+            argv = command(job, run_dir, args.seed, args.num_seeds)
+            todo += [(job, run_dir, argv)] if argv else []
+    return todo
+
+
+def read_launches(paths: list[Path]) -> rundir.Run:
+    """Complete launches of a run as one."""
+    parts = [rundir.read_run(path) for path in paths]
+    steps = max((part.steps for part in parts), key=len)
+
+    def rows(arrays):
+        """[R, E, K] of all seeds; NaN after the end of a launch whose seeds all died."""
+        missing = lambda x: ((0, 0), (0, len(steps) - x.shape[1]), (0, 0))
+        return np.concatenate([np.pad(x, missing(x), constant_values=np.nan) for x in arrays])
+
+    seconds = [np.pad(x.seconds, (0, len(steps) - len(x.steps)), "edge") for x in parts]
+    done = [part.done["seconds"] for part in parts if part.done]
     return parts[0]._replace(
         labels=[label for part in parts for label in part.labels],
-        seeds=rows("seeds"),
-        seconds=np.sum([part.seconds for part in parts], 0),
-        returns=rows("returns"),
-        lengths=rows("lengths"),
-        further={name: np.concatenate([part.further[name] for part in parts]) for name in further},
-        done={"seconds": {name: sum(x[name] for x in seconds) for name in ("train", "compile")}},
+        seeds=np.concatenate([part.seeds for part in parts]),
+        steps=steps,
+        seconds=np.sum(seconds, 0),
+        returns=rows([part.returns for part in parts]),
+        lengths=rows([part.lengths for part in parts]),
+        further={name: rows([part.further[name] for part in parts]) for name in parts[0].further},
+        done={"seconds": {name: sum(x[name] for x in done) for name in done[0]}},
     )
 
 
@@ -138,8 +162,8 @@ def report(jobs: list[Job], folder: Path) -> Report:
     A sweep has a summary for each value, and the curve of the best one, which names it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    paths = {job: folder / job.task / job.name for job in jobs}
-    runs = {job: read_run(path) for job, path in paths.items() if launches(path)[0]}
+    done = {job: launches(folder / job.task / job.name, "done.json") for job in jobs}
+    runs = {job: read_launches(paths) for job, paths in done.items() if paths}
     rows: list[dict[str, Any]] = []
     for task in dict.fromkeys(job.task for job in runs):
         curves = []
@@ -169,7 +193,8 @@ def main(
     parser.add_argument("groups", nargs="+", choices=groups, metavar="GROUP")
     parser.add_argument("--tasks", nargs="+", help="only these tasks of the groups")
     parser.add_argument("--jobs", nargs="+", help="only jobs of these names")
-    parser.add_argument("--num-seeds", type=int, default=8)
+    parser.add_argument("--num-seeds", type=int, default=8, help="of runs that are not there yet")
+    parser.add_argument("--seed", type=int, default=0, help="the first; others add to the runs")
     parser.add_argument("--out", type=Path, default=Path(out))
     args = parser.parse_args(argv)
     for flag, field in (("tasks", "task"), ("jobs", "name")):
@@ -179,21 +204,17 @@ def main(
                 parser.error(f"--{flag} {name}: choose from {', '.join(sorted(known))}")
     if args.num_seeds < 1:
         parser.error(f"--num-seeds {args.num_seeds}: at least 1 is needed")
+    if args.seed < 0:
+        parser.error(f"--seed {args.seed}: at least 0 is needed")
+    try:
+        todo = {group: plan(groups[group], args.out / group, args) for group in args.groups}
+    except ValueError as error:
+        parser.error(str(error))
     for group in args.groups:
+        for job, run_dir, launch in todo[group]:
+            before(job, run_dir)
+            run(launch)
         folder = args.out / group
-        for job in groups[group]:
-            if args.tasks and job.task not in args.tasks:
-                continue
-            if args.jobs and job.name not in args.jobs:
-                continue
-            run_dir = folder / job.task / job.name
-            try:
-                todo = command(job, run_dir, args.num_seeds)
-            except ValueError as error:
-                parser.error(str(error))
-            if todo:
-                before(job, run_dir)
-                run(todo)
         done = report(groups[group], folder)
         text = done.text + (further[group](done) if group in further else "")
         (folder / "table.md").write_text(text)

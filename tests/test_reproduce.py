@@ -1,8 +1,11 @@
 """Reproductions: which runs are started, resumed or left alone, and the table of them."""
 
+import dataclasses
+import importlib
 import json
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from matplotlib.axes import Axes
 from test_experiments import write_run
 
 import envs
-from algos import brac, datasets, rundir
+from algos import brac, cli, datasets, rundir
 from experiments import reproduce, reproduce_bnpo, reproduce_brac, reproduce_p3o, reproduce_reppo
 from experiments.reproduce import Job, command
 
@@ -31,7 +34,9 @@ JOBS = [
 
 def config_of(job):
     """What the job would run."""
-    return reproduce.config_of(job, "HERE")
+    argv = reproduce.flags_of(job, Path("HERE") / job.name, Path("HERE") / job.name)
+    module = importlib.import_module(f"algos.{job.algo}")
+    return cli.parse(job.algo, module.Config, module.PRESETS, argv)[0]
 
 
 @pytest.mark.parametrize(("name", "group", "job"), JOBS, ids=lambda x: getattr(x, "name", x))
@@ -66,41 +71,65 @@ def test_runs_of_a_task_have_equal_steps(name):
 
 def test_a_job_is_started_resumed_or_left_alone(tmp_path):
     job, run_dir = Job("cartpole", "fast", "ppo", "--gamma 0.9"), tmp_path / "run"
-    started = command(job, run_dir, 4)
+    started = command(job, run_dir, 0, 3)
     assert started[0] == sys.executable
     assert started[1].endswith("algos/ppo.py")
-    flags = ["--env", "cartpole", "--gamma", "0.9", "--seed", "0", "--num-seeds", "4"]
+    flags = ["--env", "cartpole", "--gamma", "0.9", "--seed", "0", "--num-seeds", "3"]
     assert started[2:] == [*flags, "--run-dir", str(run_dir)]
     write_run(run_dir, done=False)
-    assert command(job, run_dir, 4)[2:] == ["--resume", str(run_dir)]
+    assert command(job, run_dir, 0, 3)[2:] == ["--resume", str(run_dir)]
     (run_dir / "done.json").write_text("{}")
-    assert command(job, run_dir, 4) is None
-    assert command(job, run_dir, 3) is None
+    assert command(job, run_dir, 0, 3) is None
 
 
-def test_seeds_are_added_to_a_run(tmp_path):
-    """Four at first, then two, then three more; not to a run of other settings."""
-    run_dir, more = tmp_path / "kl", [tmp_path / "kl_s4", tmp_path / "kl_s6"]
-    job = Job("pendulum", "kl", *reproduce_brac.LEARNERS["brac_kl_vp"])
+@pytest.fixture
+def cloned(tmp_path):
+    """A job that learns from clones, its complete run of seeds 0 to 3, and what that says."""
+    job, run_dir = Job("pendulum", "kl", *reproduce_brac.LEARNERS["brac_kl_vp"]), tmp_path / "kl"
+    argv = reproduce.flags_of(job, run_dir, run_dir)
+    config, launch = cli.parse("brac", brac.Config, brac.PRESETS, argv)
     write_run(run_dir)
-    saved = rundir.read_description(run_dir)
-    config = vars(reproduce.config_of(job, tmp_path))
-    rundir.write_json(run_dir / "config.json", saved | {"config": config})
-    flags = command(job, run_dir, 6)[2:]
-    assert flags[-6:] == ["--seed", "4", "--num-seeds", "2", "--run-dir", str(more[0])]
-    assert flags[flags.index("--behavior") + 1] == str(tmp_path / "bc_s4")
-    write_run(more[0], seeds=(4, 5), done=False)
-    assert reproduce.read_run(run_dir).seeds.tolist() == [0, 1, 2, 3]
-    assert command(job, run_dir, 4) is None
-    assert command(job, run_dir, 6)[2:] == ["--resume", str(more[0])]
-    rundir.write_json(more[0] / "done.json", {"seconds": {"train": 3.0, "compile": 40.0}})
-    assert command(job, run_dir, 6) is None
-    assert command(job, run_dir, 9)[-6:] == [
-        *("--seed", "6", "--num-seeds", "3", "--run-dir", str(more[1]))
-    ]
-    rundir.write_json(run_dir / "config.json", saved | {"config": config | {"gamma": 0.5}})
-    with pytest.raises(ValueError, match=r"kl has 6 of 9 seeds, with other settings than kl's"):
-        command(job, run_dir, 9)
+    settings = {"config": vars(config), "launch": dataclasses.asdict(launch)}
+    saved = rundir.read_description(run_dir) | settings
+    rundir.write_json(run_dir / "config.json", saved)
+    return job, run_dir, saved
+
+
+def test_seeds_are_added_to_a_run(cloned):
+    """Seeds 4 and 5 after 0 to 3, which learn from the clones of those seeds."""
+    job, run_dir, saved = cloned
+    more = run_dir.with_name("kl_s4")
+    flags = command(job, run_dir, 4, 2)[2:]
+    assert flags[-6:] == ["--seed", "4", "--num-seeds", "2", "--run-dir", str(more)]
+    assert flags[flags.index("--behavior") + 1] == str(run_dir.with_name("bc_s4"))
+    write_run(more, seeds=(4, 5), done=False)
+    assert command(job, run_dir, 4, 2)[2:] == ["--resume", str(more)]
+    assert command(job, run_dir, 0, 4) is None
+    config = saved["config"] | {"behavior": str(run_dir.with_name("bc_s4"))}
+    description = saved | {"config": config, "rows": {"seeds": [4, 5], "labels": ["", ""]}}
+    rundir.write_json(more / "config.json", description)
+    (more / "done.json").write_text("{}")
+    assert command(job, run_dir, 4, 2) is None
+    assert command(job, run_dir, 6, 3)[-2:] == ["--run-dir", str(run_dir.with_name("kl_s6"))]
+
+
+@pytest.mark.parametrize(
+    ("where", "changed", "message"),
+    [
+        ("config", {"gamma": 0.5}, r"kl has other settings \(gamma=0.5, now 0.99\): move it away"),
+        (
+            "launch",
+            {"sweep": ["alpha=1,2"]},
+            r"kl .* \(sweep=\('alpha=1,2',\), now",
+        ),
+        ("rows", {"seeds": [0, 6]}, r"kl has seed 6 already: give other seeds, or move it away"),
+    ],
+)
+def test_seeds_are_not_added_to_another_run(where, changed, message, cloned):
+    job, run_dir, saved = cloned
+    rundir.write_json(run_dir / "config.json", saved | {where: saved[where] | changed})
+    with pytest.raises(ValueError, match=message):
+        command(job, run_dir, 4, 3)
 
 
 def test_added_seeds_count_as_one_run(tmp_path):
@@ -110,7 +139,9 @@ def test_added_seeds_count_as_one_run(tmp_path):
         run_dir = write_run(folder / name, "pendulum", ("alpha=1", "alpha=2"), seeds)
         evals = dict(np.load(run_dir / "eval.npz"))
         np.savez(run_dir / "eval.npz", **evals, best_returns=evals["returns"] + 1000.0)
-    run = reproduce.read_run(folder / "kl")
+    write_run(folder / "kl_s3", "pendulum", ("alpha=1", "alpha=2"), (3,), done=False)
+    done = reproduce.report([job], tmp_path)
+    run = done.runs[job]
     assert run.seeds.tolist() == [0, 1, 0, 1, 2, 2]
     assert [(label, x.tolist()) for label, x in rundir.groups(run)] == [
         ("alpha=1", [0, 1, 4]),
@@ -121,11 +152,28 @@ def test_added_seeds_count_as_one_run(tmp_path):
     np.testing.assert_allclose(run.lengths, run.returns)
     np.testing.assert_allclose(run.further["best"], run.returns + 1000.0)
     assert run.seconds.tolist() == [0.0, 2.0, 4.0]
-    rows = reproduce.report([job], tmp_path).rows
-    assert [(row["n"], row["train_seconds"], row["compile_seconds"]) for row in rows] == [
+    assert [(x["n"], x["train_seconds"], x["compile_seconds"]) for x in done.rows] == [
         (3, 4.0, 60.0),
         (3, 4.0, 60.0),
     ]
+
+
+def test_a_launch_whose_seeds_all_died_is_shorter(tmp_path):
+    """It is the first, of two seeds, with two of the three evaluations."""
+    job, folder = Job("pendulum", "kl", "ppo"), tmp_path / "pendulum"
+    dead = write_run(folder / "kl", "pendulum", seeds=(0, 1))
+    evals = dict(np.load(dead / "eval.npz"))
+    evals |= {name: evals[name][:, :2] for name in ("returns", "lengths")}
+    evals["returns"][:] = np.nan
+    evals |= {name: evals[name][:2] for name in ("steps", "seconds")}
+    np.savez(dead / "eval.npz", **evals)
+    write_run(folder / "kl_s2", "pendulum", seeds=(2,))
+    done = reproduce.report([job], tmp_path)
+    run = done.runs[job]
+    assert np.isnan(run.returns[:2]).all()
+    assert run.returns[2].mean(-1).tolist() == [20.0, 21.0, 22.0]
+    assert (run.steps.tolist(), run.seconds.tolist()) == ([0, 100, 200], [0.0, 2.0, 3.0])
+    assert [(row["n"], row["alive"], row["iqm"]) for row in done.rows] == [(3, 1, 22.0)]
 
 
 def test_nothing_is_run_again_and_the_table_is_written(tmp_path, capsys, monkeypatch):
@@ -133,7 +181,7 @@ def test_nothing_is_run_again_and_the_table_is_written(tmp_path, capsys, monkeyp
     monkeypatch.setattr(reproduce, "run", ran.append)
     task = "CartpoleBalance"
     write_run(tmp_path / "published" / task / "reppo", env="cartpole", offset=900.0)
-    argv = ["published", "--tasks", task, "--num-seeds", "4", "--out", str(tmp_path)]
+    argv = ["published", "--tasks", task, "--out", str(tmp_path)]
     reproduce_reppo.main(argv)
     assert ran == []
     text = (tmp_path / "published" / "table.md").read_text()
@@ -141,10 +189,9 @@ def test_nothing_is_run_again_and_the_table_is_written(tmp_path, capsys, monkeyp
     assert "| CartpoleBalance | 999.6 ± 0.2 (n=10) | 917.0 ± 11.2 (n=4) |" in text
     assert (tmp_path / "published" / "table.json").exists()
     assert (tmp_path / "published" / f"{task}.png").exists()
-    argv[argv.index("4")] = "5"  # what is there has other settings
     with pytest.raises(SystemExit):
-        reproduce_reppo.main(argv)
-    assert "config.json was written by another version" in capsys.readouterr().err
+        reproduce_reppo.main([*argv, "--seed", "2"])
+    assert "reppo has seed 2 already" in capsys.readouterr().err
     reproduce_reppo.main(["tasks", "--tasks", "CheetahRun", "--out", str(tmp_path)])
     assert [argv[2:4] for argv in ran] == [["--env", "CheetahRun"]] * 2
     reproduce_reppo.main(["tasks", "--jobs", "ppo", "--out", str(tmp_path)])
@@ -176,7 +223,7 @@ def test_a_dataset_is_collected_before_what_learns_from_it(tmp_path, monkeypatch
     assert json.loads((here / "data.json").read_text()) == {"env": "pendulum"}
     reproduce_brac.collect(dual, here / "brac_dual_kl_pr")
     assert len(ran) == 1
-    assert str(data) in command(dual, here / "brac_dual_kl_pr", 2)
+    assert str(data) in command(dual, here / "brac_dual_kl_pr", 0, 2)
 
 
 def test_soft_actor_critic_offline_is_its_preset():
@@ -261,13 +308,13 @@ def test_episodes_to_a_return_are_counted(tmp_path, capsys, monkeypatch):
     evals["returns"][3, -1] = 29.0  # still the best one
     np.savez(run / "eval.npz", **evals)
     write_run(tmp_path / "tasks" / reproduce_bnpo.TASK / "ppo")
-    reproduce_bnpo.main(["tasks", "--num-seeds", "4", "--out", str(tmp_path)])
+    reproduce_bnpo.main(["tasks", "--out", str(tmp_path)])
     text = (tmp_path / "tasks" / "table.md").read_text()
     assert text == capsys.readouterr().out
     # The last seed begins at 33.5 and ends at 29, the one before it ends at 25.5.
     assert text.endswith("| a1 | 0, 7, - | 1 of 4 | 259, 279, 319 |\n")
     write_run(tmp_path / "ppo" / reproduce_bnpo.TASK / "small")
-    reproduce_bnpo.main(["ppo", "--num-seeds", "4", "--out", str(tmp_path)])
+    reproduce_bnpo.main(["ppo", "--out", str(tmp_path)])
     assert "Short episodes" not in capsys.readouterr().out
 
 
@@ -287,6 +334,7 @@ def test_a_failed_launch_stops_the_program():
         (["tasks", "--tasks", "ant"], "--tasks ant: choose from CartpoleBalance, CartpoleSwingup"),
         (["tasks", "--jobs", "sac"], "--jobs sac: choose from"),
         (["tasks", "--num-seeds", "0"], "--num-seeds 0"),
+        (["tasks", "--seed", "-1"], "--seed -1"),
     ],
 )
 def test_bad_input_is_one_error(argv, message, capsys):
