@@ -329,9 +329,10 @@ def plot_curves(runs: list[tuple[str, Run, np.ndarray]], path: Path, title: str)
     axes = figure.subplots(1, 2, sharey=True)
     algos = [run.algo for _, run, _ in runs]
     own = {algo: COLORS[algo] for algo in algos if algo in COLORS and algos.count(algo) == 1}
-    spare = itertools.cycle(c for c in SPARE_COLORS if c not in own.values())
+    colors = [color for color in SPARE_COLORS if color not in own.values()]
+    spare = itertools.cycle((color, style) for style in ("-", "--", ":") for color in colors)
     for label, run, rows in runs:
-        color = own.get(run.algo) or next(spare)
+        color, style = (own[run.algo], "-") if run.algo in own else next(spare)
         middle, lo, hi = curve_of(run.returns[rows])
         text = f"{label} (n={len(rows)})"
         for axis, x in zip(axes, (run.steps, run.seconds), strict=True):
@@ -339,7 +340,7 @@ def plot_curves(runs: list[tuple[str, Run, np.ndarray]], path: Path, title: str)
                 per_seed = run.returns[rows].mean(-1).T
                 axis.plot(x, per_seed, color=color, alpha=0.2, linewidth=0.7)
             axis.fill_between(x, lo, hi, color=color, alpha=0.2, linewidth=0)
-            axis.plot(x, middle, color=color, linewidth=2, label=text)
+            axis.plot(x, middle, style, color=color, linewidth=2, label=text)
     axes[0].set(xlabel="steps per seed", ylabel="greedy return", title=title)
     axes[1].set(xlabel="training seconds, all seeds", title="IQM, 95 % interval over seeds")
     axes[0].legend(loc="best", frameon=False)

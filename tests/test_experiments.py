@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from matplotlib.axes import Axes
 from PIL import Image
 from scipy import stats
 
@@ -127,6 +128,24 @@ def test_compare_prints_a_row_for_each_swept_value(tmp_path, capsys):
     rows = table_of(capsys)
     assert [row[0] for row in rows] == ["ppo gamma=0.9", "ppo gamma=0.99"]
     assert [row[2] for row in rows] == ["2/2", "2/2"]
+
+
+def test_every_curve_looks_different(tmp_path, monkeypatch):
+    """Twelve runs, one of them of an algorithm that keeps its colour."""
+    looks, real = {}, Axes.plot
+
+    def plot(axis, x, y, *style, label=None, **options):
+        looks[label] = (*style, options["color"])
+        return real(axis, x, y, *style, label=label, **options)
+
+    monkeypatch.setattr(Axes, "plot", plot)
+    run, rows = rundir.read_run(write_run(tmp_path / "run")), np.arange(4)
+    runs = [("bnpo", run._replace(algo="bnpo"), rows)]
+    runs += [(f"a{i}", run, rows) for i in range(11)]
+    rundir.plot_curves(runs, tmp_path / "curves.png", "title")
+    del looks[None]  # the seeds
+    assert looks["bnpo (n=4)"] == ("-", rundir.COLORS["bnpo"])
+    assert len({*looks.values()}) == len(looks) == 12
 
 
 def test_compare_with_nobody_alive(tmp_path, capsys):
