@@ -317,14 +317,14 @@ def curve_of(returns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def plot_curves(runs: list[tuple[str, Run, np.ndarray]], path: Path, title: str) -> None:
     """Draw greedy evaluation returns of `runs` (label, run, indices of its rows) to a PNG.
 
-    Thick line: IQM over seeds; band: 95 % bootstrap interval; thin lines: the seeds. Left against
-    steps, right against training seconds. Nothing is smoothed.
+    Thick line: IQM over seeds; band: 95 % bootstrap interval; thin lines: the seeds, if they are no
+    more than 64. Left against steps, right against training seconds. Nothing is smoothed.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(12, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2, sharey=True)
     algos = [run.algo for _, run, _ in runs]
@@ -336,14 +336,15 @@ def plot_curves(runs: list[tuple[str, Run, np.ndarray]], path: Path, title: str)
         middle, lo, hi = curve_of(run.returns[rows])
         text = f"{label} (n={len(rows)})"
         for axis, x in zip(axes, (run.steps, run.seconds), strict=True):
-            if len(rows) <= 16:
+            if sum(len(rows) for *_, rows in runs) <= 64:
                 per_seed = run.returns[rows].mean(-1).T
                 axis.plot(x, per_seed, color=color, alpha=0.2, linewidth=0.7)
             axis.fill_between(x, lo, hi, color=color, alpha=0.2, linewidth=0)
             axis.plot(x, middle, style, color=color, linewidth=2, label=text)
     axes[0].set(xlabel="steps per seed", ylabel="greedy return", title=title)
     axes[1].set(xlabel="training seconds, all seeds", title="IQM, 95 % interval over seeds")
-    axes[0].legend(loc="best", frameon=False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False)
     for axis in axes:
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.grid(alpha=0.25)
