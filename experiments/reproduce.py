@@ -2,10 +2,10 @@
 
 Each run is one launch with its own run directory OUT/<group>/<task>/<name>. What is complete is
 left alone and what was interrupted is resumed, so the same command goes on where it stopped. With
---seed, seeds are added to a run: they are a launch in OUT/<group>/<task>/<name>_s<seed>, and all of
-a run's launches count as one, which took the sum of their seconds on the device of the first. At
+--seed, seeds are added to a run: OUT/<group>/<task>/<name>_s<seed> is a further launch of it. At
 the end of each group OUT/<group>/table.md and table.json hold its numbers, OUT/<group>/<task>.png
-its curves.
+its curves. There the launches of a run are one, with the sum of their seconds and the first one's
+device.
 """
 
 import argparse
