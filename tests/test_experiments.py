@@ -146,6 +146,8 @@ def test_every_curve_looks_different(tmp_path, monkeypatch):
     del looks[None]  # the seeds
     assert looks["bnpo (n=4)"] == ("-", rundir.COLORS["bnpo"])
     assert len({*looks.values()}) == len(looks) == 12
+    rundir.plot_curves(2 * runs, tmp_path / "curves.png", "title")
+    assert None not in looks  # too many seeds for a line of each
 
 
 def test_compare_with_nobody_alive(tmp_path, capsys):

@@ -190,8 +190,9 @@ def test_nothing_is_run_again_and_the_table_is_written(tmp_path, capsys, monkeyp
     assert (tmp_path / "published" / "table.json").exists()
     assert (tmp_path / "published" / f"{task}.png").exists()
     with pytest.raises(SystemExit):
-        reproduce_reppo.main([*argv, "--seed", "2"])
+        reproduce_reppo.main(["tasks", "published", "--seed", "2", "--out", str(tmp_path)])
     assert "reppo has seed 2 already" in capsys.readouterr().err
+    assert ran == []  # not even what comes before it
     reproduce_reppo.main(["tasks", "--tasks", "CheetahRun", "--out", str(tmp_path)])
     assert [argv[2:4] for argv in ran] == [["--env", "CheetahRun"]] * 2
     reproduce_reppo.main(["tasks", "--jobs", "ppo", "--out", str(tmp_path)])
