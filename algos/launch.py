@@ -385,7 +385,7 @@ class Session:
     # the steps of a run
 
     def run(self) -> None:
-        """Compile, train, evaluate, save; exit status 130 if interrupted, 1 if every seed died."""
+        """Compile, train, evaluate, save; exit status 130 if interrupted, 3 if every seed died."""
         handlers = {x: signal.signal(x, self.on_signal) for x in (signal.SIGINT, signal.SIGTERM)}
         start, rows = time.time(), local_rows(self.rows)
         with self.log.waiting("tracing"):
@@ -429,7 +429,7 @@ class Session:
             self.finish(state)
         self.log.close()
         if stopped or self.dead.all():
-            raise SystemExit(130 if stopped else 1)
+            raise SystemExit(130 if stopped else 3)
 
     def eval_points(self):
         """Evaluations still to come: (number, finished updates)."""

@@ -144,7 +144,7 @@ def run(argv: list[str]) -> None:
             break
         except KeyboardInterrupt:
             continue
-    if status == 1:
+    if status == 3:
         print("every seed of this run died; the others go on", file=sys.stderr)
     elif status:
         raise SystemExit(status)

@@ -572,7 +572,7 @@ def test_dead_seeds_are_named_and_left_out(whole, tmp_path):
 def test_a_launch_ends_when_every_seed_is_dead(tmp_path):
     run_dir = tmp_path / "run"
     status, said = run(*FLAGS, "--sweep", "learning_rate=1e29,1e30", "--run-dir", str(run_dir))
-    assert status == 1
+    assert status == 3
     assert "no seed is alive" in said
     assert [x["global_step"] for x in lines_of(run_dir)] == [0, 96, 96]
     assert strict_json(run_dir / "done.json")["alive"] == 0

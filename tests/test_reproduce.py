@@ -321,8 +321,8 @@ def test_episodes_to_a_return_are_counted(tmp_path, capsys, monkeypatch):
 
 def test_a_failed_launch_stops_the_program():
     reproduce.run([sys.executable, "-c", ""])
-    reproduce.run([sys.executable, "-c", "raise SystemExit(1)"])  # every seed died
-    for status in (2, 130):
+    reproduce.run([sys.executable, "-c", "raise SystemExit(3)"])  # every seed died
+    for status in (1, 2, 130):
         with pytest.raises(SystemExit) as caught:
             reproduce.run([sys.executable, "-c", f"raise SystemExit({status})"])
         assert caught.value.code == status
