@@ -26,6 +26,7 @@ Differences from ppo.py:
 7. Observations are standardised by statistics that change with every step of the environments.
 
     python algos/bnpo.py --env arm/reacher-moving --num-seeds 10
+    python algos/bnpo.py --preset a4 --num-seeds 10
 
 Documentation: docs/bnpo.md
 """
@@ -184,15 +185,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "a3": ONLY_DPG, "a4": ONLY_PPO, "a5": TWO_PPO | {"her_ratio": (0.04, 0.04)}, "a6": TWO_PPO,
     "a7": SHORT, "a7b": SHORT | FIXED, "a7c": TWO_PPO | FIXED,
     "a8": DDPG, "a9": RATIO, "a9_inverted": RATIO | {"is_inverted": True},
-    # what the comparison leaves open: a1 with one part changed
+    # what the comparison leaves open: a1 with a part changed
     "b1": {"lr_actor": (1e-3, 0.0)}, "b2": BOTH, "b2_relabelled": BOTH | RELABELLED,
-    "b2_future": FUTURE, "b2_future_relabelled": FUTURE | RELABELLED,
+    "b2_future": FUTURE, "b2_future_relabelled": FUTURE | RELABELLED, "b7": {"reward_kind": "env"},
     "b3_none": {"her_strategy": "none"}, "b3_half": {"her_ratio": (0.0, 0.5)},
     "b3_nstep": {"her_nstep": True}, "b4_mean": {"mean_only": (False, False)},
     "b4_separate": {"separate_actors": (True, True)}, "b4_one_target": {"detach_actors": False},
-    "b5_sum": {"ratio_reduce": "sum"}, "b5_fixed": FIXED, "b7": {"reward_kind": "env"},
+    "b5_sum": {"ratio_reduce": "sum"}, "b5_fixed": FIXED, "b8": {"critic_input": "action"},
     "b6_dpg": {"natural": (False, True)}, "b6_ppo": {"natural": (True, False)},
-    "b8": {"critic_input": "action"},
 }
 # fmt: on
 
@@ -332,9 +332,8 @@ def lookaheads(size, longest, floating):
 def nstep_target(reward, next_value, bootstrap, n, terminated, gamma, lam):
     """Targets y [B, m] that look n [B] of at most H steps ahead.
 
-    `reward` [B, H, m] and `terminated` [B, H] are those of the steps, `next_value` [B, H, m] is the
-    value after each of them and `bootstrap` [B, m] that after the last. It is GAE plus V at the
-    first step, where V itself cancels. Nothing follows a step that terminated.
+    `reward` [B, H, m] and `terminated` [B, H] are those of the steps, `next_value` [B, H, m] and
+    `bootstrap` [B, m] the values after each and after the last. It is GAE plus V, which cancels.
     """
 
     def backward(target, step):
@@ -407,7 +406,8 @@ def build(config: Config) -> common.Algo:
     num_heads = 1 if kind == "env" else reward_at(sample).shape[-1]
     actor, critic = Actor(config, A), Critic(config, num_heads)
     silence = tuple(map(jnp.zeros, itertools.pairwise((env.obs_size, *config.hidden, A))))
-    optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.scale_by_adam())
+    adam = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
+    optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adam)
 
     def init(key) -> TrainState:
         key_actor, key_critic, key_env, key = jax.random.split(key, 4)
@@ -473,7 +473,7 @@ def build(config: Config) -> common.Algo:
             slot=(state.update - 1 - jax.random.randint(keys[0], (size,), 0, newest)) % W,
             env=jax.random.randint(keys[1], (size,), 0, N),
             t=t,
-            relabel=jax.random.bernoulli(keys[3], brain.her_ratio * (strategy != "none"), (size,)),
+            relabel=jax.random.uniform(keys[3], (size,)) < brain.her_ratio * (strategy != "none"),
             h=jax.random.randint(keys[4], (size,), *bounds),
         )
         if not brain.importance_resampling:
