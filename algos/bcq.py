@@ -190,6 +190,7 @@ class TrainState(NamedTuple):
     params: dict  # of "critic", "perturbation" and "vae", the last of "encoder" and "decoder"
     target_params: dict  # of "critic" and "perturbation"
     opt_state: dict  # of each of the three
+    max_perturbation: jax.Array  # [] that of a swept run goes into its policy
     key: jax.Array
     update: jax.Array  # [] int32
 
@@ -278,25 +279,26 @@ def build(config: Config) -> common.Algo:
         }
         params = params | {"vae": vae}
         opt_state = {name: optimizer.init(params[name]) for name in params}
-        return TrainState(params, target_params, opt_state, key, jnp.zeros((), jnp.int32))
+        most = jnp.float32(config.max_perturbation)
+        return TrainState(params, target_params, opt_state, most, key, jnp.zeros((), jnp.int32))
 
-    def draw(decoder_params, perturbation_params, obs, key):
+    def draw(decoder_params, perturbation_params, obs, key, most):
         """A decoded action [..., A] for each observation [..., obs_size], and its perturbation."""
         latent = jax.random.normal(key, (*obs.shape[:-1], 2 * A))
         latent = jnp.clip(latent, -MAX_LATENT, MAX_LATENT)
         action = decoder.apply(decoder_params, obs, latent)
         direction = perturbation.apply(perturbation_params, obs, action)
-        return action, perturb(action, direction, config.max_perturbation)
+        return action, perturb(action, direction, most)
 
-    def candidates(decoder_params, perturbation_params, critic_params, obs, key):
+    def candidates(decoder_params, perturbation_params, critic_params, obs, key, most):
         """Draws [draws, ..., A] for each observation, and their values [2, draws, ...]."""
         obs = jnp.broadcast_to(obs, (NUM_CANDIDATES, *obs.shape))
-        _, action = draw(decoder_params, perturbation_params, obs, key)
+        _, action = draw(decoder_params, perturbation_params, obs, key, most)
         return action, critic.apply(critic_params, obs, action)
 
     def critic_loss_fn(critic_params, params, target_params, batch, key):
         networks = params["vae"]["decoder"], target_params["perturbation"], target_params["critic"]
-        _, next_value = candidates(*networks, batch.next_obs, key)
+        _, next_value = candidates(*networks, batch.next_obs, key, config.max_perturbation)
         target = best_target(
             batch.reward, batch.terminated, next_value, config.gamma, config.min_weight
         )
@@ -309,7 +311,8 @@ def build(config: Config) -> common.Algo:
         }
 
     def policy_loss_fn(perturbation_params, params, batch, key):
-        drawn, action = draw(params["vae"]["decoder"], perturbation_params, batch.obs, key)
+        networks, most = (params["vae"]["decoder"], perturbation_params), config.max_perturbation
+        drawn, action = draw(*networks, batch.obs, key, most)
         loss = -critic.apply(params["critic"], batch.obs, action)[0].mean()
         return loss, {
             "losses/policy_loss": loss,
@@ -374,12 +377,13 @@ def build(config: Config) -> common.Algo:
     def act(policy, obs, key, _):
         """Of several draws the one that the first critic prefers, greedy or not."""
         networks = policy["decoder"], policy["perturbation"], policy["critic"]
-        action, value = candidates(*networks, obs, key)
+        action, value = candidates(*networks, obs, key, policy["max_perturbation"])
         best = jnp.argmax(value[0], 0)[None, ..., None]
         return jnp.take_along_axis(action, best, 0)[0]
 
     def policy_of(state):
         trained = {name: state.params[name] for name in ("critic", "perturbation")}
+        trained["max_perturbation"] = state.max_perturbation
         return trained | {"decoder": state.params["vae"]["decoder"]}
 
     return common.Algo(init, update, act, policy_of, data)

@@ -77,9 +77,10 @@ PLAYS = config_of(max_perturbation=0.3)
 
 @pytest.mark.parametrize("greedy", [True, False])
 def test_it_plays_the_draw_that_the_first_critic_prefers(greedy):
-    algo = bcq.build(PLAYS)
+    """By as much as it was trained with, if another value is swept beside it."""
+    algo = bcq.build(config_of())
     policy = algo.policy_of(first_state(PLAYS))
-    assert policy.keys() == {"critic", "perturbation", "decoder"}
+    assert policy.keys() == {"critic", "perturbation", "decoder", "max_perturbation"}
     obs, key = jax.random.normal(jax.random.key(0), (6, 4)), jax.random.key(1)
     noise = np.clip(jax.random.normal(key, (10, 6, 2)), -0.5, 0.5)
     actions, values = zip(*(played(policy, PLAYS, z, obs) for z in noise), strict=True)
