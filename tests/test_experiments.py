@@ -1,4 +1,4 @@
-"""Compare, render and benchmark, on run directories written by hand and on the smallest runs."""
+"""Compare, render, evaluate and benchmark, on runs written by hand and on the smallest ones."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from scipy import stats
 
 import envs
 from algos import launch, ppo, reppo, rundir
-from experiments import benchmark, compare, render
+from experiments import benchmark, compare, evaluate, render
 
 EVALS = 3
 
@@ -255,6 +255,54 @@ def test_render_brax(tmp_path, monkeypatch):
     (path,) = render.render_run(run)
     assert path == run / "videos" / "best_s000.html"
     assert "<canvas" in path.read_text()
+
+
+# --- evaluate ---
+
+
+def test_policies_are_evaluated_again(tmp_path, capsys):
+    """By their own networks, on episodes that a loop by hand plays too; dead rows stay dead."""
+    run, result = write_run(tmp_path / "run", seeds=(0, None, 2, 3)), tmp_path / "result.json"
+    write_policies(run, (0, 2, 3))
+    evaluate.main([str(run), "--episodes", "5", "--seed", "7", "--json", str(result)])
+    env = envs.make("cartpole", 5, stagger=False)
+    reset, step = jax.jit(env.reset), jax.jit(env.step)
+    expected = []
+    for i in (0, 2, 3):
+        act, key = rundir.load_policy(run / f"policy_s{i:03d}.npz"), jax.random.key(7)
+        (obs, state), length = reset(jax.random.split(key)[0]), np.zeros(5)
+        alive = np.ones(5, bool)
+        while alive.any():
+            length += alive
+            obs, state, _, terminated, truncated, _ = step(key, state, act(obs))
+            alive &= ~np.array(terminated | truncated)
+        expected.append(length.mean())
+    assert len(set(expected)) == 3
+    saved = json.loads(result.read_text())
+    (row,) = saved["rows"]
+    assert row["per_seed"] == pytest.approx([expected[0], None, *expected[1:]], rel=1e-6)
+    assert (row["n"], row["alive"], saved["episodes"], saved["seed"]) == (4, 3, 5, 7)
+    assert {"command", "commit", "versions"} <= saved.keys()
+    assert table_of(capsys)[0][3].startswith(f"{rundir.iqm(np.array(expected)):.1f} [")
+
+
+def test_what_cannot_be_evaluated_is_one_line(tmp_path, capsys):
+    dead = write_run(tmp_path / "dead", seeds=(0, 1))
+    nothing = [np.full((2, 2), np.nan)]
+    times = {"steps": [0], "seconds": [0.0]}
+    rundir.write_evals(dead, times | {"returns": nothing, "lengths": nothing})
+    for path, message in (
+        (tmp_path, "not a run directory"),
+        (write_run(tmp_path / "run"), "there: no policies"),
+        (dead, "no seed is alive"),
+    ):
+        with pytest.raises(SystemExit) as status:
+            evaluate.main([str(path)])
+        assert status.value.code == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluate.main([str(path), "--episodes", "0"])
+    assert "--episodes 0: at least 1" in capsys.readouterr().err
 
 
 # --- benchmark ---
