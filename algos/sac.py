@@ -139,6 +139,8 @@ PHYSICS = {"num_envs": 128, "updates_per_step": 0.25}
 PRESETS: dict[str, dict[str, Any]] = {
     # tasks
     "pendulum": SMALL, "inverted_pendulum": SMALL, "reacher": SMALL,
+    # A touch pays 0.04, here 1, and all steps are kept.
+    "arm": {**SMALL, "buffer_size": 400_000, "normalize_obs": True, "reward_scale": 25.0},
     **dict.fromkeys(("hopper", "walker2d", "halfcheetah", "ant"), PHYSICS),
 }
 # fmt: on

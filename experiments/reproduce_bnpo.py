@@ -33,8 +33,6 @@ FLAGS = {
     "lambda_0.9": "--gae-lambda 0.9",
     "lambda_1": "--gae-lambda 1",
 }
-# A gradient step for four steps; observations and rewards to unit scale: a touch pays 0.04.
-SAC = "--updates-per-step 0.25 --normalize-obs --reward-scale 25"
 PPO = {
     "small": "",
     "small_slow": "--learning-rate 3e-4",
@@ -49,7 +47,7 @@ GROUPS: dict[str, list[Job]] = {
     "tasks": [
         *(Job(TASK, name, "bnpo", f"--preset {name} {LONG}") for name in AUTHOR),
         Job(TASK, "ppo", "ppo", LONG),
-        Job(TASK, "sac", "sac", f"{SAC} {LONG}"),
+        Job(TASK, "sac", "sac", LONG),
     ],
     "ablations": [Job(TASK, name, "bnpo", f"{flags} {HALF}") for name, flags in FLAGS.items()],
     "ppo": [
