@@ -190,7 +190,7 @@ class TrainState(NamedTuple):
     params: dict  # of "critic", "perturbation" and "vae", the last of "encoder" and "decoder"
     target_params: dict  # of "critic" and "perturbation"
     opt_state: dict  # of each of the three
-    max_perturbation: jax.Array  # [] that of a swept run goes into its policy
+    max_perturbation: jax.Array  # [] the row's own, for its policy
     key: jax.Array
     update: jax.Array  # [] int32
 

@@ -333,7 +333,7 @@ def nstep_target(reward, next_value, bootstrap, n, terminated, gamma, lam):
     """Targets y [B, m] that look n [B] of at most H steps ahead.
 
     `reward` [B, H, m] and `terminated` [B, H] are those of the steps, `next_value` [B, H, m] and
-    `bootstrap` [B, m] the values after each and after the last. It is GAE plus V, which cancels.
+    `bootstrap` [B, m] the values after each and the last. GAE plus the first V, which cancels.
     """
 
     def backward(target, step):

@@ -32,8 +32,9 @@ def evaluate_run(run: rundir.Run, episodes: int, seed: int) -> rundir.Run:
     play = jax.jit(lambda policy: common.evaluate(algo.act, policy, env, jax.random.key(seed)))
     played = np.full((2, len(run.seeds), 1, episodes), np.nan)
     for row, path in paths.items():
-        played[:, row, 0] = play(rundir.load_tree(path, template)[0])
-    return run._replace(returns=played[0], lengths=played[1], steps=run.steps[-1:])
+        policy, meta = rundir.load_tree(path, template)
+        played[:, row, 0] = play(policy)
+    return run._replace(returns=played[0], lengths=played[1], steps=np.array([meta["step"]]))
 
 
 def main(argv: list[str] | None = None):
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None):
         if args.json:
             known = {"episodes": args.episodes, "seed": args.seed, "rows": rows}
             rundir.write_json(Path(args.json), known | logs.surroundings())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
     print(compare.markdown(rows), end="")
 

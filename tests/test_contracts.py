@@ -320,11 +320,15 @@ def test_fields_of_traceable_can_be_traced(lab):
         jax.eval_shape(train, jax.random.key(0), {"num_envs": jnp.int32(3)}, *lab.program.data)
 
 
-def test_a_policy_acts_alike_whatever_is_swept(lab, trained):
-    """Evaluation and export know a row's policy, and not its values of what is swept."""
-    other = {k: 0.1 + 0.5 * getattr(lab.config, k) for k in lab.module.TRACEABLE}
+def test_a_policy_is_the_same_whatever_is_swept(lab, trained):
+    """Evaluation and export know a row's state, and not its values of what is swept."""
+    known = {k: getattr(lab.config, k) for k in lab.module.TRACEABLE}
+    other = {k: 0.1 + 0.6 * x for k, x in known.items()}
+    assert not [k for k in known if other[k] == known[k]]
     algos = [lab.module.build(dataclasses.replace(lab.config, **x)) for x in ({}, other)]
-    policy, obs = row(lab.program.policies(trained[0]), 0), jnp.linspace(-1.0, 1.0, 20)
+    policy, same = (algo.policy_of(row(trained[0], 0)) for algo in algos)
+    assert_same(policy, same)
+    obs = jnp.linspace(-1.0, 1.0, 20)
     for name in ("act", *algos[0].further):
         for greedy in (True, False):
             acts = (algo._asdict().get(name) or algo.further[name] for algo in algos)

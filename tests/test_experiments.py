@@ -206,7 +206,7 @@ def write_policies(path, seeds, env="cartpole"):
     algo = ppo.build(tiny.config_of("ppo", env=env))
     for i in seeds:
         policy = jax.jit(lambda key: algo.policy_of(algo.init(key)))(jax.random.key(i))
-        rundir.save_arrays(path / f"policy_s{i:03d}.npz", rundir.flatten(policy), {})
+        rundir.save_arrays(path / f"policy_s{i:03d}.npz", rundir.flatten(policy), {"step": 150})
 
 
 def test_render_cartpole(tmp_path, capsys):
@@ -282,6 +282,7 @@ def test_policies_are_evaluated_again(tmp_path, capsys):
     (row,) = saved["rows"]
     assert row["per_seed"] == pytest.approx([expected[0], None, *expected[1:]], rel=1e-6)
     assert (row["n"], row["alive"], saved["episodes"], saved["seed"]) == (4, 3, 5, 7)
+    assert row["steps"] == 150  # when they were exported, not of the last evaluation
     assert {"command", "commit", "versions"} <= saved.keys()
     assert table_of(capsys)[0][3].startswith(f"{rundir.iqm(np.array(expected)):.1f} [")
 
