@@ -287,7 +287,7 @@ def test_policies_are_evaluated_again(tmp_path, capsys):
     assert table_of(capsys)[0][3].startswith(f"{rundir.iqm(np.array(expected)):.1f} [")
 
 
-def test_what_cannot_be_evaluated_is_one_line(tmp_path, capsys):
+def test_what_cannot_be_evaluated_is_one_line(tmp_path, capsys, monkeypatch):
     dead = write_run(tmp_path / "dead", seeds=(0, 1))
     nothing = [np.full((2, 2), np.nan)]
     times = {"steps": [0], "seconds": [0.0]}
@@ -304,6 +304,15 @@ def test_what_cannot_be_evaluated_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluate.main([str(path), "--episodes", "0"])
     assert "--episodes 0: at least 1" in capsys.readouterr().err
+
+    def make(*_, **__):
+        raise ImportError("Atari games need ale-py")
+
+    write_policies(tmp_path / "run", range(4))
+    monkeypatch.setattr(envs, "make", make)
+    with pytest.raises(SystemExit):
+        evaluate.main([str(tmp_path / "run")])
+    assert "need ale-py" in capsys.readouterr().err
 
 
 # --- benchmark ---
