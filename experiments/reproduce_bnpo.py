@@ -16,6 +16,9 @@ groups:
 
 import math
 
+import numpy as np
+from scipy import stats
+
 from algos import rundir
 from experiments import reproduce
 from experiments.reproduce import Job, Report
@@ -60,6 +63,8 @@ GROUPS: dict[str, list[Job]] = {
         for name in names
     ],
 }
+# Runs that the others of a task are compared with, and their group.
+REFERENCES = {TASK: ("tasks", ["a1", "a4", "a6"]), STATIC: ("hindsight", ["b3_none"])}
 THRESHOLDS = 10.0, 20.0, 30.0
 # Short episodes of the author's single runs until an evaluation of the better target actor, with
 # sampled actions, is at 10 and at 20, and until ten in a row are above 30.
@@ -104,9 +109,41 @@ def milestones(done: Report) -> str:
     )
 
 
+def difference(x: np.ndarray, y: np.ndarray) -> str:
+    """IQM of the returns x [R] of seeds minus that of y [Q], with its 95 % bootstrap interval."""
+    rng, (x, y) = np.random.default_rng(0), (v[np.isfinite(v)] for v in (x, y))
+    a, b = (stats.trim_mean(rng.choice(v, (2000, len(v))), 0.25, axis=1) for v in (x, y))
+    lo, hi = np.percentile(a - b, [2.5, 97.5])
+    return f"{rundir.iqm(x) - rundir.iqm(y):.1f} [{lo:.1f}, {hi:.1f}]"
+
+
+def differences(done: Report) -> str:
+    """Tables of the final returns minus those of the references after as many steps."""
+    text = ""
+    for task, (group, names) in REFERENCES.items():
+        runs = {job.name: run for job, run in done.runs.items() if job.task == task}
+        folder = done.folder.parent / group / task
+        paths = {name: reproduce.launches(folder / name, "done.json") for name in names}
+        references = {name: reproduce.read_launches(x) for name, x in paths.items() if x}
+        if not runs or not references:
+            continue
+        steps = max(run.steps[-1] for run in runs.values())
+        at_the_end = {
+            name: run.returns[:, np.abs(run.steps - steps).argmin()].mean(-1)
+            for name, run in (references | runs).items()
+        }
+        rows = [[task, *(f"minus {y}" for y in references)], ["---"] * (1 + len(references))]
+        for x, returns in at_the_end.items():
+            cells = ("-" if x == y else difference(returns, at_the_end[y]) for y in references)
+            rows.append([x, *cells])
+        text += f"\nDifferences after {steps:,} steps:\n\n"
+        text += "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return text
+
+
 def main(argv: list[str] | None = None) -> None:
     """Reproduce from the command line."""
-    further = dict.fromkeys(GROUPS, milestones)
+    further = dict.fromkeys(GROUPS, lambda done: milestones(done) + differences(done))
     reproduce.main(__doc__ or "", GROUPS, "results/bnpo", further, argv)
 
 

@@ -12,6 +12,7 @@ import tiny
 from tiny import arrays, assert_allclose, assert_same
 
 from algos import bnpo, common
+from algos import ppo as ppo_file
 from envs.wrappers import Goals, RawEnv
 
 # In one worker, so that updates are compiled once.
@@ -48,6 +49,7 @@ VARIANTS = {
         "mean_only": (False, False),
         "detach_actors": False,
         "tau_actor": (0.5, 0.25),
+        "max_grad_norm": 0.01,
     },
     "future": {
         "env": "test_bnpo_update:still",
@@ -260,7 +262,7 @@ def losses(config, brain):
 
 
 def check(config, brain, state, new, metrics, target_params, rows, seen):
-    """A minibatch against the reference; which target actor it bootstrapped from."""
+    """A minibatch against the reference; its gradients, where it bootstrapped from, largest x."""
     actors = list(target_params["actor"])
     actors = [brain % len(actors)] if config.separate_actors[brain] else actors
     options = [reference(config, state, new, target_params, i, rows) for i in actors]
@@ -284,7 +286,19 @@ def check(config, brain, state, new, metrics, target_params, rows, seen):
         measured["clip_fraction"] = (np.abs(x - 1.0) > eps).mean()
     for name, value in measured.items():
         assert_allclose(metrics[f"brain{brain}/{name}"], value, rtol=1e-3)
-    return actors[which], x.max()
+    return grads, actors[which], x.max()
+
+
+def assert_moments_follow(config, old, new, gradients):
+    """Adam's first moments are what these gradients, one after the other, make of the old ones."""
+    moments = lambda state: state[1].mu
+    expected = moments(old)
+    for grads in gradients:
+        scale = min(1.0, config.max_grad_norm / optax.global_norm(grads))
+        expected = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * scale * g, expected, grads)  # noqa: B023
+    size = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
+    for x, y in zip(*map(jax.tree.leaves, (moments(new), expected)), strict=True):
+        assert_allclose(x, y, rtol=1e-3, atol=1e-3 * size)
 
 
 def follow(old, new, tau):
@@ -297,9 +311,10 @@ def test_a_minibatch_is_the_reference(variant):
     config, found = frozen(strange=variant == "ratio", **VARIANTS.get(variant, {}))
     which, largest = set(), 0.0
     for state, new, metrics, (*ppo, _, chosen, dpg) in list(minibatches(found))[:6]:
-        params, targets = state.params, state.target_params
+        params, targets, gradients = state.params, state.target_params, []
         for brain, (rows, seen) in enumerate((ppo, (chosen, dpg))):
-            actor, x = check(config, brain, state, new, metrics, targets, rows, seen)
+            grads, actor, x = check(config, brain, state, new, metrics, targets, rows, seen)
+            gradients.append(grads)
             which.add((brain, actor))
             largest = max(largest, x)
             mine = brain % len(targets["actor"])
@@ -309,9 +324,42 @@ def test_a_minibatch_is_the_reference(variant):
             targets = {"actor": targets["actor"] | {mine: moved}, "critic": critic}
         tiny.assert_close(new.target_params, targets)
         assert_same(new.params, params)
+        old, now = state.opt_state, new.opt_state
+        for k, grads in enumerate(gradients):
+            assert_moments_follow(config, old["actor"][k], now["actor"][k], [grads["actor"]])
+        both = [grads["critic"] for grads in gradients]
+        assert_moments_follow(config, old["critic"], now["critic"], both)
     own = {"action": {(0, 0), (1, 1)}, "ratio": {(0, 0), (1, 0)}}
     assert which == own.get(variant, {(0, 0), (1, 0), (1, 1)})  # DDPG bootstraps from either
     assert (largest == 100.0) == (variant == "ratio")  # the cap
+
+
+def test_one_brain_without_hindsight_is_ppo():
+    """Its gradient is that of the clipped surrogate of ppo.py, with returns of target networks."""
+    fields = {x: FROZEN.get(x, getattr(tiny.config_of("bnpo"), x))[:1] for x in bnpo.BRAIN_FIELDS}
+    fields["her_ratio"] = (0.0,)
+    config, found = frozen(**fields, ratio_reduce="sum", floating_step=False)
+    policy_of, q_of = networks(config)
+    learned = [x for x in found if x[2]["brain0/count"]]
+    assert len(learned) > 5
+    for state, new, metrics, ((name, (rows, *_)), (_, seen)) in learned[:3]:
+        assert name == "relabelled"
+        rows, seen = jax.tree.map(np.asarray, (rows, seen))
+        assert not rows.relabel.any()
+        check(config, 0, state, new, metrics, state.target_params, rows, seen)
+        target, (inputs, action, acted) = reference(
+            config, state, new, state.target_params, 0, rows
+        )
+        policy = policy_of(state.params["actor"], inputs, new.noise)
+        advantage = (target - q_of(state.params["critic"], inputs, policy)).sum(-1)
+
+        def surrogate(actor_params):
+            now = policy_of(actor_params, inputs, new.noise).log_prob(action)  # noqa: B023
+            return ppo_file.policy_loss(now, acted.log_prob(action), advantage, 0.2)[0]  # noqa: B023
+
+        grads = jax.grad(surrogate)(state.params["actor"])
+        old, now = state.opt_state["actor"][0], new.opt_state["actor"][0]
+        assert_moments_follow(config, old, now, [grads])
 
 
 def test_a_natural_step_takes_the_place_of_adams():
@@ -395,7 +443,7 @@ def test_an_episode_is_stored_whole(variant):
         after = episode.obs[:, 1:]
         reward = reward_of(config, after)
         goes_on = ~episode.terminated
-        assert_allclose(episode.reward[goes_on], reward[goes_on])
+        np.testing.assert_array_equal(episode.reward[goes_on], reward[goes_on])
         assert (np.abs(after[:, :-1, 1]) <= 0.5).all()  # what follows an end is a start
         z = (episode.action - episode.policy.mean) / jnp.exp(episode.policy.log_std)
         assert len(np.unique(np.round(z, 4))) > 0.9 * z.size  # every action has its own noise
@@ -463,6 +511,21 @@ def test_statistics_include_the_observation_that_is_acted_on():
     assert_allclose(end.obs_stats.var, seen.var(0), atol=1e-6)
 
 
+def test_noise_changes_within_an_episode():
+    """Every 4 of its 8 steps: what acted first did so with other noise than what acted last."""
+    config = tiny.config_of("bnpo", noise_period=4)
+    algo = bnpo.build(config)
+    start = algo.init(jax.random.key(0))
+    end, _ = jax.jit(algo.update)(start)
+    obs, mean = np.asarray(end.replay.obs[0]), np.asarray(end.replay.policy.mean[0])
+    for t in range(L):
+        seen = obs[:, : t + 1].reshape(-1, 4)
+        inputs = np.clip((obs[:, t] - seen.mean(0)) / np.sqrt(seen.var(0) + 1e-4), -10, 10)
+        policy = networks(config)[0](start.params["actor"], inputs, end.noise)
+        same = np.isclose(mean[:, t], policy.mean, atol=1e-4).all()
+        assert same == (t >= 4), t
+
+
 def test_one_layer_has_new_noise_at_a_time():
     _, states, _ = learning()
     layers = []
@@ -484,10 +547,6 @@ def test_the_exported_policy_is_a_target_actor_without_noise():
     assert_allclose(act(False), expected.mean + jnp.exp(expected.log_std) * noise)
 
 
-# --- variants, one compilation each ---
-
-
-@pytest.mark.slow
 def test_without_relabelled_rows_the_denominator_does_not_matter():
     ends = []
     for denominator in ("behaviour", "relabelled"):

@@ -313,10 +313,36 @@ def test_episodes_to_a_return_are_counted(tmp_path, capsys, monkeypatch):
     text = (tmp_path / "tasks" / "table.md").read_text()
     assert text == capsys.readouterr().out
     # The last seed begins at 33.5 and ends at 29, the one before it ends at 25.5.
-    assert text.endswith("| a1 | 0, 7, - | 1 of 4 | 259, 279, 319 |\n")
+    assert "| a1 | 0, 7, - | 1 of 4 | 259, 279, 319 |\n" in text
     write_run(tmp_path / "ppo" / reproduce_bnpo.TASK / "small")
     reproduce_bnpo.main(["ppo", "--out", str(tmp_path)])
     assert "Short episodes" not in capsys.readouterr().out
+
+
+def test_differences_are_of_equal_steps(tmp_path, capsys, monkeypatch):
+    """Of a1, which went on for longer, what it had after as many steps is taken away."""
+    monkeypatch.setattr(reproduce, "run", lambda argv: None)
+    write_run(tmp_path / "tasks" / reproduce_bnpo.TASK / "a1")
+    run = write_run(tmp_path / "ablations" / reproduce_bnpo.TASK / "b1", offset=7.0)
+    evals = {name: x[:2] for name, x in np.load(run / "eval.npz").items() if x.ndim == 1}
+    evals |= {name: x[:, :2] for name, x in np.load(run / "eval.npz").items() if x.ndim == 3}
+    np.savez(run / "eval.npz", **evals)
+    reproduce_bnpo.main(["ablations", "--out", str(tmp_path)])
+    *_, header, _, a1, b1 = capsys.readouterr().out.splitlines()
+    assert header == f"| {reproduce_bnpo.TASK} | minus a1 |"
+    assert a1 == "| a1 | - |"
+    assert b1.startswith("| b1 | 7.0 [")
+
+
+def test_an_interval_of_a_difference_is_a_bootstrap_of_both():
+    """Over seeds, which are not paired; a dead one is left out."""
+    x, y = np.array([1.0, 2.0, 3.0, 4.0]), np.array([11.0, 12.0, 13.0, 14.0, np.nan])
+    rng = np.random.default_rng(1)
+    middle = lambda v: np.sort(rng.choice(v, (20_000, 4)), 1)[:, 1:3].mean(1)
+    lo, hi = np.percentile(middle(y[:4]) - middle(x), [2.5, 97.5])
+    value, interval = reproduce_bnpo.difference(y, x).split(" ", 1)
+    assert float(value) == 10.0
+    np.testing.assert_allclose(json.loads(interval), [lo, hi], atol=0.15)
 
 
 def test_a_failed_launch_stops_the_program():
