@@ -12,6 +12,8 @@ groups:
              depends on the state, beside the setting that `tasks` takes
   hindsight  b2 of the ablations, shifted goals for both brains, with the other denominator;
              where the target stays, achieved goals with both of them, beside no hindsight
+
+Under each table are the differences of the returns to those of a1, a4 and a6, or b3_none.
 """
 
 import math
