@@ -278,13 +278,16 @@ def iqm(x: np.ndarray) -> float:
 
 def iqm_interval(x: np.ndarray, num_resamples: int = 2000) -> tuple[float, float]:
     """95 % percentile-bootstrap interval of the IQM over seeds; `x` [R], NaN left out."""
+    lo, hi = np.percentile(resampled_iqm(x, np.random.default_rng(0), num_resamples), [2.5, 97.5])
+    return float(lo), float(hi)
+
+
+def resampled_iqm(x: np.ndarray, rng: np.random.Generator, num_resamples: int = 2000) -> np.ndarray:
+    """IQMs [num_resamples] of seeds drawn anew from `x` [R], NaN left out; NaN of fewer than 2."""
     x = x[np.isfinite(x)]
     if len(x) < 2:
-        return float("nan"), float("nan")
-    rng = np.random.default_rng(0)
-    resampled = rng.choice(x, (num_resamples, len(x)))
-    lo, hi = np.percentile(stats.trim_mean(resampled, 0.25, axis=1), [2.5, 97.5])
-    return float(lo), float(hi)
+        return np.full(num_resamples, np.nan)
+    return stats.trim_mean(rng.choice(x, (num_resamples, len(x))), 0.25, axis=1)
 
 
 def final(returns: np.ndarray) -> dict[str, Any]:

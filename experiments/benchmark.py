@@ -47,6 +47,7 @@ import optax
 
 import envs
 from algos import common, launch, logs, rundir
+from experiments import compare
 
 ENVS = ("cartpole", "ant", "hopper", "halfcheetah", "CartpoleBalance")
 PARTS = ("environment", "acting", "gradient", "rest")
@@ -313,7 +314,7 @@ def markdown(cases: list[dict[str, Any]]) -> str:
     head = ["algorithm", "environment", "seeds x envs x steps", "devices"]
     head += ["environment alone, steps/s", "training, steps/s", *PARTS]
     head += ["trace + compile, s", "one evaluation, s"]
-    rows = [head, ["---"] * len(head)]
+    rows = []
     for case in cases:
         task = " ".join([case["env"], *case["presets"]])
         cells = [case["algo"], task, str(case["num_seeds"])]
@@ -331,12 +332,7 @@ def markdown(cases: list[dict[str, Any]]) -> str:
             cells.append(f"{seconds['trace']:.0f} + {seconds['compile']:.0f}")
             cells.append(f"{seconds['evaluation']:.1f}")
         rows.append(cells + [""] * (len(head) - len(cells)))
-    return table(rows)
-
-
-def table(rows: list[list[str]]) -> str:
-    """Markdown of the rows."""
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+    return compare.table(head, rows)
 
 
 # --- against another library ---
@@ -442,7 +438,7 @@ def peer_markdown(cases: list[dict[str, Any]]) -> str:
     """One row per case."""
     head = ["sizes of", "seeds", "envs x steps", "epochs x minibatches", "PurePO, steps/s"]
     head += ["one device", "rejax", "ratio [min, max]", "one device", "compile, s", "rejax"]
-    rows = [head, ["---"] * len(head)]
+    rows = []
     for case in cases:
         cells = [case["sizes"], str(case["num_seeds"])]
         cells.append(f"{case['num_envs']} x {case['num_steps']}")
@@ -452,7 +448,7 @@ def peer_markdown(cases: list[dict[str, Any]]) -> str:
             cells.append(f"{ratio['median']:.2f} [{ratio['min']:.2f}, {ratio['max']:.2f}]")
         cells += [f"{case['processes'][name]['compile']:.0f}" for name in ("ours", "rejax")]
         rows.append(cells)
-    return table(rows)
+    return compare.table(head, rows)
 
 
 # --- command line ---

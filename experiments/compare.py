@@ -9,6 +9,7 @@ interval. Seconds are of the whole launch, all of its rows together.
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -65,27 +66,40 @@ def summary(label: str, run: rundir.Run, index: np.ndarray) -> dict[str, Any]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """Table of the summaries; a dash for what is not known."""
-    number = lambda x, digits: "-" if x is None else f"{x:,.{digits}f}"
-    lines = [
-        "| algorithm | environment | n | final greedy return, IQM [95 %] "
-        "| steps | train, s | compile, s | device |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        lo, hi = (number(x, 1) for x in row["interval"])
-        cells = [
+    """Table of the summaries."""
+    head = ["algorithm", "environment", "n", "final greedy return, IQM [95 %]"]
+    head += ["steps", "train, s", "compile, s", "device"]
+    cells = [
+        [
             row["label"] + ("" if row["finished"] else ", unfinished"),
             row["env"],
             f"{row['alive']}/{row['n']}",
-            f"{number(row['iqm'], 1)} [{lo}, {hi}]",
+            estimate(row["iqm"], row["interval"]),
             f"{row['steps']:,}",
-            number(row["train_seconds"], 1),
-            number(row["compile_seconds"], 1),
+            number(row["train_seconds"]),
+            number(row["compile_seconds"]),
             row["device"],
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        for row in rows
+    ]
+    return table(head, cells)
+
+
+def number(x: float | None) -> str:
+    """One decimal; a dash for what is not known."""
+    return "-" if x is None or not np.isfinite(x) else f"{x:,.1f}"
+
+
+def estimate(middle: float | None, interval: Iterable[float | None]) -> str:
+    """A number with its interval."""
+    lo, hi = map(number, interval)
+    return f"{number(middle)} [{lo}, {hi}]"
+
+
+def table(head: list[str], rows: Iterable[list[str]]) -> str:
+    """Markdown of the rows of cells."""
+    lines = [f"| {' | '.join(cells)} |\n" for cells in (head, *rows)]
+    return "".join((lines[0], f"|{'---|' * len(head)}\n", *lines[1:]))
 
 
 def main(argv: list[str] | None = None):

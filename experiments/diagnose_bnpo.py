@@ -30,6 +30,7 @@ import numpy as np
 
 import envs
 from algos import bnpo, common, logs, rundir
+from experiments import compare
 
 GROUP = 20  # episodes of one of the author's evaluations
 TAIL = 400  # further steps of a Monte Carlo return
@@ -216,12 +217,12 @@ def make_diagnose(config: bnpo.Config, num_envs: int, num_rows: int) -> Callable
 
 def markdown(measured: dict[str, np.ndarray]) -> str:
     """Table of the measurements, one number for each seed."""
-    lines = ["| measurement | IQM [95 %] | seeds |", "|---|---|---|"]
+    rows = []
     for name, values in measured.items():
         low, high = rundir.iqm_interval(values)
         shown = ", ".join(f"{x:.3g}" for x in values)
-        lines.append(f"| {name} | {rundir.iqm(values):.3g} [{low:.3g}, {high:.3g}] | {shown} |")
-    return "\n".join(lines) + "\n"
+        rows.append([name, f"{rundir.iqm(values):.3g} [{low:.3g}, {high:.3g}]", shown])
+    return compare.table(["measurement", "IQM [95 %]", "seeds"], rows)
 
 
 def main(argv: list[str] | None = None) -> None:

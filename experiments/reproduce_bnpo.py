@@ -19,10 +19,9 @@ Under each table are the differences of the returns to those of a1, a4 and a6, o
 import math
 
 import numpy as np
-from scipy import stats
 
 from algos import rundir
-from experiments import reproduce
+from experiments import compare, reproduce
 from experiments.reproduce import Job, Report
 
 TASK, STATIC = "arm/reacher-moving", "arm/reacher-static"
@@ -95,28 +94,20 @@ def milestones(done: Report) -> str:
             reached = (run.returns.mean(-1) >= THRESHOLDS[-1]).any(1)
             seeds = f"{reached.sum()} of {len(reached)}"
             published = shown(PUBLISHED.get(job.name, ()))
-            rows.append(f"| {job.name} | {here} | {seeds} | {published} |")
+            rows.append([job.name, here, seeds, published])
     if not rows:
         return ""
-    return "\n".join(
-        (
-            "",
-            "Short episodes to a greedy return of 10, 20 and 30 (IQM), and the author's:",
-            "",
-            "| setting | here | seeds ever at 30 | published: 10, 20, solved |",
-            "|---|---|---|---|",
-            *rows,
-            "",
-        )
-    )
+    title = "Short episodes to a greedy return of 10, 20 and 30 (IQM), and the author's:"
+    head = ["setting", "here", "seeds ever at 30", "published: 10, 20, solved"]
+    return f"\n{title}\n\n{compare.table(head, rows)}"
 
 
 def difference(x: np.ndarray, y: np.ndarray) -> str:
     """IQM of the returns x [R] of seeds minus that of y [Q], with its 95 % bootstrap interval."""
-    rng, (x, y) = np.random.default_rng(0), (v[np.isfinite(v)] for v in (x, y))
-    a, b = (stats.trim_mean(rng.choice(v, (2000, len(v))), 0.25, axis=1) for v in (x, y))
-    lo, hi = np.percentile(a - b, [2.5, 97.5])
-    return f"{rundir.iqm(x) - rundir.iqm(y):.1f} [{lo:.1f}, {hi:.1f}]"
+    rng = np.random.default_rng(0)
+    resampled = rundir.resampled_iqm(x, rng) - rundir.resampled_iqm(y, rng)
+    middle = rundir.iqm(x) - rundir.iqm(y)
+    return compare.estimate(middle, np.percentile(resampled, [2.5, 97.5]))
 
 
 def differences(done: Report) -> str:
@@ -134,12 +125,12 @@ def differences(done: Report) -> str:
             name: run.returns[:, np.abs(run.steps - steps).argmin()].mean(-1)
             for name, run in (references | runs).items()
         }
-        rows = [[task, *(f"minus {y}" for y in references)], ["---"] * (1 + len(references))]
-        for x, returns in at_the_end.items():
-            cells = ("-" if x == y else difference(returns, at_the_end[y]) for y in references)
-            rows.append([x, *cells])
-        text += f"\nDifferences after {steps:,} steps:\n\n"
-        text += "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        rows = [
+            [x, *("-" if x == y else difference(returns, at_the_end[y]) for y in references)]
+            for x, returns in at_the_end.items()
+        ]
+        head = [task, *(f"minus {name}" for name in references)]
+        text += f"\nDifferences after {steps:,} steps:\n\n{compare.table(head, rows)}"
     return text
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from algos import datasets, rundir
-from experiments import reproduce
+from experiments import compare, reproduce
 from experiments.collect_data import TYPES
 from experiments.reproduce import Job, Report
 
@@ -131,7 +131,7 @@ def plot_alphas(done: Report) -> None:
 
 def both_policies(done: Report) -> str:
     """Table of the returns of both policies of every run, beside those who collected."""
-    lines = ["", "| task | learner | greedy | max_q | who collected |", "|---|---|---|---|---|"]
+    rows = []
     for task in dict.fromkeys(job.task for job in done.runs):
         behaviour = behaviour_return(done.folder / task)
         for job in (job for job in done.runs if job.task == task):
@@ -139,9 +139,8 @@ def both_policies(done: Report) -> str:
             for label, index in rundir.groups(run):
                 name = f"{job.name} {label}".strip()
                 cells = [cell(returns[index]) for returns in (run.returns, *run.further.values())]
-                cells = [task, name, *[*cells, ""][:2], f"{behaviour:.1f}"]
-                lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+                rows.append([task, name, *[*cells, ""][:2], f"{behaviour:.1f}"])
+    return "\n" + compare.table(["task", "learner", "greedy", "max_q", "who collected"], rows)
 
 
 def cell(returns: np.ndarray) -> str:

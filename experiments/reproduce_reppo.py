@@ -12,7 +12,7 @@ groups:
 
 import numpy as np
 
-from experiments import reproduce
+from experiments import compare, reproduce
 from experiments.reproduce import Job, Report
 
 ABLATIONS = {
@@ -79,15 +79,13 @@ PUBLISHED = {
 
 def beside_published(done: Report) -> str:
     """Table of the means beside those of the authors."""
-    lines = ["", "| task | authors at 10M steps, mean ± deviation | here |", "|---|---|---|"]
+    rows = []
     for job, row in zip(done.runs, done.rows, strict=True):
         mean, deviation, n = PUBLISHED[job.task]
         ours = np.array(row["per_seed"], float)
-        lines.append(
-            f"| {job.task} | {mean} ± {deviation} (n={n}) "
-            f"| {np.nanmean(ours):.1f} ± {np.nanstd(ours):.1f} (n={row['alive']}) |"
-        )
-    return "\n".join(lines) + "\n"
+        here = f"{np.nanmean(ours):.1f} ± {np.nanstd(ours):.1f} (n={row['alive']})"
+        rows.append([job.task, f"{mean} ± {deviation} (n={n})", here])
+    return "\n" + compare.table(["task", "authors at 10M steps, mean ± deviation", "here"], rows)
 
 
 def main(argv: list[str] | None = None) -> None:

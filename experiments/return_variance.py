@@ -24,6 +24,7 @@ import numpy as np
 
 import envs
 from algos import bpo, common, rundir
+from experiments import compare
 
 # --- exact ---
 
@@ -260,12 +261,12 @@ def sampled_rows(run_dir: str, row: int, starts: int, repeats: int, num_steps: i
 
 def markdown(rows: list[dict]) -> str:
     """Table of the rows."""
-    lines = ["| task | estimate | acting | variance |", "|---|---|---|---|"]
+    cells = []
     for row in rows:
         values = ", ".join(f"{x:.4g}" for x in np.atleast_1d(row["variance"]))
         error = f" ± {row['error']:.2g}" if "error" in row else ""
-        lines.append(f"| {row['task']} | {row['estimate']} | {row['acting']} | {values}{error} |")
-    return "\n".join(lines) + "\n"
+        cells.append([row["task"], row["estimate"], row["acting"], values + error])
+    return compare.table(["task", "estimate", "acting", "variance"], cells)
 
 
 def main():

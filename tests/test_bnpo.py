@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import assert_allclose
@@ -580,8 +579,3 @@ def test_minibatches_of_the_published_settings(preset, recalc_delay, optim_epoch
     of_a_round = (1 + recalc_delay * optim_epochs) / (recalc_delay + 1)
     expected = learning_repeat // optim_epochs * of_a_round
     assert config.learning_repeat[-1] == pytest.approx(expected, rel=0.01)
-
-
-def test_a_share_may_be_a_whole_number():
-    algo = bnpo.build(tiny.config_of("bnpo", her_ratio=(0, 1)))
-    jax.eval_shape(algo.update, jax.eval_shape(algo.init, jax.random.key(0)))

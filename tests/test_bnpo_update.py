@@ -11,8 +11,7 @@ import pytest
 import tiny
 from tiny import arrays, assert_allclose, assert_same
 
-from algos import bnpo, common
-from algos import ppo as ppo_file
+from algos import bnpo, common, ppo
 from envs.wrappers import Goals, RawEnv
 
 # In one worker, so that updates are compiled once.
@@ -295,7 +294,7 @@ def assert_moments_follow(config, old, new, gradients):
     expected = moments(old)
     for grads in gradients:
         scale = min(1.0, config.max_grad_norm / optax.global_norm(grads))
-        expected = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * scale * g, expected, grads)  # noqa: B023
+        expected = follow(expected, optax.tree.scale(scale, grads), 0.1)
     size = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
     for x, y in zip(*map(jax.tree.leaves, (moments(new), expected)), strict=True):
         assert_allclose(x, y, rtol=1e-3, atol=1e-3 * size)
@@ -310,9 +309,9 @@ def test_a_minibatch_is_the_reference(variant):
     """Targets, Q, log-ratios and gradients of both brains, and what the targets become."""
     config, found = frozen(strange=variant == "ratio", **VARIANTS.get(variant, {}))
     which, largest = set(), 0.0
-    for state, new, metrics, (*ppo, _, chosen, dpg) in list(minibatches(found))[:6]:
+    for state, new, metrics, (*first, _, chosen, second) in list(minibatches(found))[:6]:
         params, targets, gradients = state.params, state.target_params, []
-        for brain, (rows, seen) in enumerate((ppo, (chosen, dpg))):
+        for brain, (rows, seen) in enumerate((first, (chosen, second))):
             grads, actor, x = check(config, brain, state, new, metrics, targets, rows, seen)
             gradients.append(grads)
             which.add((brain, actor))
@@ -355,7 +354,7 @@ def test_one_brain_without_hindsight_is_ppo():
 
         def surrogate(actor_params):
             now = policy_of(actor_params, inputs, new.noise).log_prob(action)  # noqa: B023
-            return ppo_file.policy_loss(now, acted.log_prob(action), advantage, 0.2)[0]  # noqa: B023
+            return ppo.policy_loss(now, acted.log_prob(action), advantage, 0.2)[0]  # noqa: B023
 
         grads = jax.grad(surrogate)(state.params["actor"])
         old, now = state.opt_state["actor"][0], new.opt_state["actor"][0]
@@ -407,6 +406,14 @@ def test_rows_are_drawn_from_the_newest_complete_episodes():
     assert set(t) == set(range(L - H))
     assert set(h) == set(range(L - H + 1))
     assert abs(np.mean(relabel) - 0.5) < 0.08
+
+
+def test_a_share_may_be_a_whole_number():
+    _, found = frozen(her_ratio=(0, 1))
+    learned = [metrics for *_, metrics, _ in found if metrics["brain1/count"]]
+    assert len(learned) > 5
+    for metrics in learned:
+        assert [float(metrics[f"brain{k}/her_fraction"]) for k in (0, 1)] == [0.0, 1.0]
 
 
 def test_likely_actions_are_preferred():
@@ -497,16 +504,21 @@ def test_a_brain_leaves_the_others_alone():
         assert all((old[k] != now[k]).any() for k in old if "log_std" not in k)
 
 
+def inputs_so_far(obs, t):
+    """Observations [N, 4] of step t of an episode [N, L + 1, 4], by the statistics up to it."""
+    seen = np.asarray(obs[:, : t + 1]).reshape(-1, 4)
+    return np.clip((obs[:, t] - seen.mean(0)) / np.sqrt(seen.var(0) + 1e-4), -10, 10)
+
+
 def test_statistics_include_the_observation_that_is_acted_on():
     """In the first episode, in which nothing learns and the noise of the weights stays."""
     config, (start, end, *_), _ = learning()
     policy_of, _ = networks(config)
     obs, acted = end.replay.obs[0], jax.tree.map(lambda x: x[0], end.replay.policy)
     for t in range(L):
-        seen = np.asarray(obs[:, : t + 1]).reshape(-1, 4)
-        inputs = np.clip((obs[:, t] - seen.mean(0)) / np.sqrt(seen.var(0) + 1e-4), -10, 10)
-        expected = policy_of(start.params["actor"], inputs, end.noise)
+        expected = policy_of(start.params["actor"], inputs_so_far(obs, t), end.noise)
         assert_allclose(acted.mean[:, t], expected.mean, atol=1e-4)
+    seen = np.asarray(obs[:, :L]).reshape(-1, 4)
     assert_allclose(end.obs_stats.mean, seen.mean(0))
     assert_allclose(end.obs_stats.var, seen.var(0), atol=1e-6)
 
@@ -519,9 +531,7 @@ def test_noise_changes_within_an_episode():
     end, _ = jax.jit(algo.update)(start)
     obs, mean = np.asarray(end.replay.obs[0]), np.asarray(end.replay.policy.mean[0])
     for t in range(L):
-        seen = obs[:, : t + 1].reshape(-1, 4)
-        inputs = np.clip((obs[:, t] - seen.mean(0)) / np.sqrt(seen.var(0) + 1e-4), -10, 10)
-        policy = networks(config)[0](start.params["actor"], inputs, end.noise)
+        policy = networks(config)[0](start.params["actor"], inputs_so_far(obs, t), end.noise)
         same = np.isclose(mean[:, t], policy.mean, atol=1e-4).all()
         assert same == (t >= 4), t
 

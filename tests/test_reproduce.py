@@ -324,9 +324,8 @@ def test_differences_are_of_equal_steps(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(reproduce, "run", lambda argv: None)
     write_run(tmp_path / "tasks" / reproduce_bnpo.TASK / "a1")
     run = write_run(tmp_path / "ablations" / reproduce_bnpo.TASK / "b1", offset=7.0)
-    evals = {name: x[:2] for name, x in np.load(run / "eval.npz").items() if x.ndim == 1}
-    evals |= {name: x[:, :2] for name, x in np.load(run / "eval.npz").items() if x.ndim == 3}
-    np.savez(run / "eval.npz", **evals)
+    evals = np.load(run / "eval.npz").items()
+    np.savez(run / "eval.npz", **{k: x[:2] if x.ndim == 1 else x[:, :2] for k, x in evals})
     reproduce_bnpo.main(["ablations", "--out", str(tmp_path)])
     *_, header, _, a1, b1 = capsys.readouterr().out.splitlines()
     assert header == f"| {reproduce_bnpo.TASK} | minus a1 |"
@@ -343,6 +342,9 @@ def test_an_interval_of_a_difference_is_a_bootstrap_of_both():
     value, interval = reproduce_bnpo.difference(y, x).split(" ", 1)
     assert float(value) == 10.0
     np.testing.assert_allclose(json.loads(interval), [lo, hi], atol=0.15)
+    dead, alone = np.full(4, np.nan), np.array([7.0])
+    assert reproduce_bnpo.difference(dead, x) == "- [-, -]"
+    assert reproduce_bnpo.difference(alone, x) == "4.5 [-, -]"
 
 
 def test_a_failed_launch_stops_the_program():
