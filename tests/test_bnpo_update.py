@@ -333,11 +333,27 @@ def test_a_minibatch_is_the_reference(variant):
     assert (largest == 100.0) == (variant == "ratio")  # the cap
 
 
+def ppo_alone(**changes):
+    """Fields of the first brain without the second."""
+    both = vars(tiny.config_of("bnpo")) | FROZEN
+    return {name: both[name][:1] for name in bnpo.BRAIN_FIELDS} | changes
+
+
+def test_the_other_denominator_is_the_policy_at_the_start_of_a_turn():
+    """So x of a relabelled row is 1 in the first minibatch of a turn, and no more in the second."""
+    changes = {"lr_actor": (0.01,), "learning_repeat": (2.0,), "is_denominator": "relabelled"}
+    _, found = frozen(**ppo_alone(**changes))
+    turns = [seen for *_, metrics, seen in found if metrics["brain0/count"]]
+    assert len(turns) > 5
+    for (_, (rows, _)), (_, (_, first, _)), (_, (others, _)), (_, (_, second, _)) in turns:
+        assert_allclose(first[rows.relabel], np.zeros(rows.relabel.sum()), atol=1e-5)
+        assert np.abs(second[others.relabel]).min() > 1e-5
+
+
 def test_one_brain_without_hindsight_is_ppo():
     """Its gradient is that of the clipped surrogate of ppo.py, with returns of target networks."""
-    fields = {x: FROZEN.get(x, getattr(tiny.config_of("bnpo"), x))[:1] for x in bnpo.BRAIN_FIELDS}
-    fields["her_ratio"] = (0.0,)
-    config, found = frozen(**fields, ratio_reduce="sum", floating_step=False)
+    changes = {"her_ratio": (0.0,), "ratio_reduce": "sum", "floating_step": False}
+    config, found = frozen(**ppo_alone(**changes))
     policy_of, q_of = networks(config)
     learned = [x for x in found if x[2]["brain0/count"]]
     assert len(learned) > 5
