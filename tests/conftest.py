@@ -11,6 +11,8 @@ import pytest
 CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+# Networks are compared with references to five digits, of which TF32 on NVIDIA's cards keeps three.
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 
 # Most of the suite's time is compilation: half of it without optimisation, for the same semantics.
 FLAGS = "--xla_backend_optimization_level=0"
