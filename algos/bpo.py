@@ -159,7 +159,7 @@ PHYSICS = {
 }
 MANY_ENVS = {
     **PHYSICS, "num_envs": 512, "num_steps": 32, "num_epochs": 4, "hidden": (256, 256),
-    "total_timesteps": 2_000_000,
+    "log_std_init": -1.0, "total_timesteps": 2_000_000,
 }
 PAPER = {  # everything a task's own preset may have changed, back to the published default
     "shuffle": "rows", "learning_rate": 3e-4, "anneal_lr": False, "gamma": 0.99, "gae_lambda": 0.95,

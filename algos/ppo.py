@@ -121,7 +121,7 @@ PHYSICS = {
 FAST = {**PHYSICS, "learning_rate": 1e-3}
 MANY_ENVS = {
     **PHYSICS, "num_envs": 512, "num_steps": 32, "num_epochs": 4, "hidden": (256, 256),
-    "total_timesteps": 2_000_000,
+    "log_std_init": -1.0, "total_timesteps": 2_000_000,
 }
 MINATAR = {
     "total_timesteps": 5_000_000, "num_envs": 128, "num_steps": 32, "num_epochs": 4,
