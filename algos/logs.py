@@ -232,7 +232,8 @@ def surroundings() -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "cores": os.cpu_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "matmul_precision": jax.config.jax_default_matmul_precision,  # of networks; None: jax's own
+        # Of networks; None is jax's own.
+        "matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]
     }
 
 

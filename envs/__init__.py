@@ -5,9 +5,11 @@ Names are `source/Task?option=value&option=value`; ALIASES holds the short ones,
 when one of their tasks is asked for.
 """
 
+import contextlib
 import difflib
 import functools
 import importlib
+import io
 from typing import Any
 
 import jax
@@ -217,7 +219,10 @@ def _load(name: str) -> RawEnv:
             source, task, options = _parse(name)
             if source == "brax":
                 options.setdefault("backend", _default_backend(task))
-            raw = importlib.import_module(MODULES[source]).make(task, **options)
+            # mujoco.mjx prints that warp is missing, which nothing here needs.
+            with contextlib.redirect_stdout(io.StringIO()):
+                adapter = importlib.import_module(MODULES[source])
+            raw = adapter.make(task, **options)
     return raw._replace(name=name, reset=precise(raw.reset), step=precise(raw.step))
 
 

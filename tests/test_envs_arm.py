@@ -1,5 +1,9 @@
 """The arm: physics and observations against MuJoCo C, its target, its goals and rewards."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import mujoco
@@ -183,3 +187,14 @@ def test_it_is_drawn(raw, tmp_path):
     frames = jax.tree.map(lambda x: np.repeat(np.asarray(x)[None], 3, 0), raw.frame(state))
     path = raw.render(frames, tmp_path / "arm")
     assert path.stat().st_size > 1000
+
+
+def test_loading_it_without_warp_prints_nothing():
+    load = "import sys; sys.modules['warp'] = None; import envs; envs.make('arm/reacher-moving', 1)"
+    done = subprocess.run(
+        [sys.executable, "-c", load],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "")
