@@ -357,7 +357,8 @@ def test_physics_is_compiled_in_full_precision():
         seen.append(jax.config.jax_default_matmul_precision)
         return args
 
-    jax.eval_shape(envs.precise(step), 1.0)
+    with jax.default_matmul_precision("bfloat16"):
+        jax.eval_shape(envs.precise(step), 1.0)
     assert seen == ["highest"]
 
 
