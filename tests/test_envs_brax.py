@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import envs
+from algos import bpo, cli, ppo
 from envs import brax, mjx, viewer, wrappers
 from envs.wrappers import raw_state
 
@@ -294,3 +295,13 @@ def test_an_environment_draws_its_own_frames(backend, tmp_path):
     path = raw.render(frames, tmp_path / "c")
     assert path.suffix == ".html"
     assert path.stat().st_size > 100
+
+
+@pytest.mark.parametrize("algo", [ppo, bpo])
+def test_ant_may_stand_and_explore(algo):
+    """Clipped actions cost less at first than standing pays: else an early fall is the best."""
+    config, _ = cli.parse("ant", algo.Config, algo.PRESETS, ["--env", "ant"])
+    noise = np.exp(config.log_std_init) * np.random.default_rng(0).normal(size=100_000)
+    ant = brax.brax_envs.get_environment("ant")
+    cost = ant._ctrl_cost_weight * ant.action_size * np.mean(np.clip(noise, -1, 1) ** 2)
+    assert cost < ant._healthy_reward

@@ -5,6 +5,7 @@ import sys
 import types
 import warnings
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -175,3 +176,8 @@ def test_a_warning_is_told_once_whatever_libraries_do_to_the_filters(monkeypatch
     for text in ("one", "two", "one"):
         warnings.warn(text, stacklevel=1)
     assert capsys.readouterr().err == "warning: one\nwarning: two\n"
+
+
+def test_a_run_knows_its_precision():
+    with jax.default_matmul_precision("bfloat16"):
+        assert logs.surroundings()["matmul_precision"] == "bfloat16"
