@@ -1,41 +1,52 @@
-"""Bellman with (natural and) policy optimisation (BNPO): PPO and DDPG train one Gaussian actor.
+"""Bellman with (natural and) policy optimisation (BNPO): PPO and DDPG train one actor in turns.
 
-After R. Dai's experiments of 2019, https://github.com/rezer0dai/bnpo. The critic does not see the
-action but the policy's parameters, Q(s, g, mean, std): the value of playing this distribution once.
-Several learning rules, called brains, take turns on one actor and one critic; each has its own
-optimiser, window of the replay and target actor. With a lookahead of n steps, Q' and pi' targets:
+After R. Dai's experiments of 2019, https://github.com/rezer0dai/bnpo, for tasks with goals g. The
+critic does not take an action. It takes the parameters of a Gaussian: Q(s, g, mean, std) is the
+expected return of drawing one action from it and following the policy pi afterwards. DDPG then has
+a differentiable critic although pi is stochastic, and PPO has a baseline, Q at pi's own parameters.
 
-    y_j = r_j + gamma ((1 - lambda) Q'_{j+1} + lambda y_{j+1}),   y_{n-1} = r_{n-1} + gamma Q'(pi')
-    PPO:    -E[min(clip(x, 1 - eps, 1 + eps) A, x A)],   A = y - Q(s, g, pi)
-    DDPG:   -E[Q(s, g, pi)]
-    critic:  E[(Q(s, g, mean, std) - y)^2]   at the parameters that acted, as Q'_j
+A learning rule with its own optimiser, target actor, schedule and share of the replay buffer is
+called a brain. The brains take turns; each trains the one actor and the one critic. The n-step
+target y = y_0 of a sampled step, by target networks Q' and pi', and the losses are
 
-where x is the ratio of pi to what acted, by default its geometric mean over dimensions. One update
-is one short episode of all environments; learning in between sees the episodes before it. Hindsight
-gives sampled rows the goals that their episode had at other times ("shift"). If neither target nor
-shift depends on the agent, what acted for the old goals is an episode's exact denominator.
+    V_j     = Q'(s_j, g_j, mean_j, std_j)
+    y_j     = r_j + gamma ((1 - lambda) V_{j+1} + lambda y_{j+1})                     j < n - 1
+    y_{n-1} = r_{n-1} + gamma Q'(s_n, g_n, pi'(s_n, g_n))
+    critic:  E[(Q(s, g, mean, std) - y)^2]
+    PPO:     -E[min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)],   A = y - Q(s, g, pi(s, g))
+    DDPG:    -E[Q(s, g, pi(s, g))]
+
+mean and std are those of the behaviour policy, which the replay buffer holds. The ratio is pi over
+the behaviour policy; by default it is the geometric mean of the ratios of the action's dimensions.
+
+Hindsight relabelling replaces the goals of some sampled steps by goals that the same episode had at
+other times ("shift"), and computes their rewards again. The behaviour policy under the original
+goals stays the correct denominator of the ratio, as long as the new goals do not depend on the
+actions; docs/bnpo.md derives this.
 
 Differences from ppo.py:
 
-1. Q(s, g, mean, std) instead of V(s); rewards may have several parts, each with its own output.
-2. Minibatches are drawn from a replay of whole episodes, and their targets computed anew.
-3. Advantages are not normalised; instead of an entropy bonus the deviation has bounds.
-4. Exploration adds noise to the actor's weights as well, which have no biases.
-5. DDPG climbs the critic; it may take importance ratios too, or a natural gradient step.
-6. Bootstraps, evaluation and the exported policy come from target networks, without that noise.
-7. Observations are standardised by statistics that change with every step of the environments.
+1. The critic is Q(s, g, mean, std), not V(s). A reward may be a vector of m parts: Q has m outputs.
+2. Minibatches come from a replay buffer of whole episodes. Their targets are computed when they are
+   sampled, by target networks. These also give the policy that is evaluated and exported.
+3. An update is one short episode in all environments, from a reset to the time limit. The brains
+   learn during it, from the episodes before it. No target reaches as far as a time limit.
+4. Noise on the actor's weights explores too. The actor has no biases, and its std is bounded.
+5. Observation statistics change at every environment step.
+6. Advantages are not standardised, and there is no entropy bonus.
 
     python algos/bnpo.py --env arm/reacher-moving --num-seeds 10
-    python algos/bnpo.py --preset a4 --num-seeds 10
+    python algos/bnpo.py --env arm/reacher-moving --preset a4 --num-seeds 10
 
 Documentation: docs/bnpo.md
 """
 
 import itertools
 import math
-from collections import namedtuple
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -43,9 +54,66 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+
+if __name__ == "__main__":  # import from this checkout, and nothing by accident from algos/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import envs
 from algos import common, launch
+from algos.common import UnitFloat
+
+
+@dataclass(frozen=True)
+class Brain:
+    """One learning rule, its data and its schedule."""
+
+    # objective
+    # PPO, DDPG, or DDPG whose gradient is weighted by the clipped importance ratio
+    rule: Literal["ppo", "ddpg", "weighted_ddpg"] = "ppo"
+    clip_eps: NonNegativeFloat = 0.2  # clip range of the importance ratio; "ddpg" has no ratio
+    mean_only: bool = False  # DDPG trains the policy's mean only, not its std
+
+    # data
+    buffer_size: PositiveInt = 6_000  # newest environment steps to sample from, as whole episodes
+    batch_size: PositiveInt = 2048  # sampled steps in a minibatch
+    her_ratio: UnitFloat = 0.0  # share of sampled steps that get goals in hindsight
+    importance_resampling: bool = False  # prefer steps whose action is likely under pi
+
+    # schedule
+    learning_starts: PositiveInt = 2048  # steps that must be there to sample before it learns
+    turn_interval: PositiveInt = 60  # steps of each environment between two turns
+    turn_minibatches: PositiveFloat = 6.0  # minibatches of a turn; 1.5: one and two alternately
+
+    # optimiser of the actor: Adam, or natural gradient steps, which need no learning rate
+    learning_rate: NonNegativeFloat = 1e-3  # learning rate of Adam
+    natural_gradient: bool = False  # a natural gradient step in place of Adam's
+
+    # target networks
+    actor_tau: UnitFloat = 0.1  # Polyak step of this brain's target actor
+    actor_tau_interval: PositiveInt = 2  # minibatches between two such steps
+    critic_tau: UnitFloat = 0.1  # Polyak step of the target critic
+    critic_tau_interval: PositiveInt = 1  # minibatches between two such steps
+    own_target_actor: bool = True  # bootstrap from its own target actor, else from a random one
+
+    def validate(self) -> None:
+        """Raise ValueError if a field would have no effect."""
+        if self.mean_only and self.rule == "ppo":
+            raise ValueError("mean_only=True: rule='ppo' has no gradient through the critic")
+
+    def minibatches(self, steps):
+        """Minibatches that are due after so many steps of each environment; `steps` is an array."""
+        return (steps // self.turn_interval * self.turn_minibatches).astype(np.int32)
+
+
+# fmt: off
+PPO_BRAIN = Brain()
+DDPG_BRAIN = Brain(
+    rule="ddpg", mean_only=True, buffer_size=240_000, batch_size=512, her_ratio=0.12,
+    importance_resampling=True, learning_starts=1536, turn_interval=10, turn_minibatches=1.5,
+    learning_rate=3e-5, actor_tau_interval=1, own_target_actor=False,
+)
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -53,54 +121,42 @@ class Config:
     """Settings of a run; `--help --env NAME` shows those of a task's preset."""
 
     env: str = "arm/reacher-moving"  # task, see docs/environments.md
-    total_timesteps: int = 384_000  # environment steps per seed, all parallel environments together
+    total_timesteps: PositiveInt = 384_000  # environment steps per seed, all environments together
 
-    # episodes
-    num_envs: int = 20  # parallel environments per seed
-    num_steps: int = 60  # length of an episode in training
-    reward_kind: Literal["env", "proxy", "proxy_sum", "sparse"] = "proxy"  # what is learned from
+    # brains
+    brains: tuple[Brain, ...] = (PPO_BRAIN, DDPG_BRAIN)  # in the order of their turns
+    share_target_actor: bool = False  # one target actor for all brains instead of one each
 
-    # brains, one entry each: first PPO, then DDPG
-    bellman: tuple[bool, ...] = (False, True)  # climb the critic
-    ppo_eps: tuple[float, ...] = (0.2, 0.0)  # clip range of the ratio; 0: no ratio
-    memory_size: tuple[int, ...] = (6_000, 240_000)  # newest steps that are sampled
-    batch_size: tuple[int, ...] = (2048, 512)  # rows of a minibatch
-    optim_batch_size: tuple[int, ...] = (2048, 1536)  # rows that must be there before it learns
-    learning_delay: tuple[int, ...] = (60, 10)  # steps of each environment between its turns
-    learning_repeat: tuple[float, ...] = (6.0, 1.5)  # minibatches of a turn, on average
-    lr_actor: tuple[float, ...] = (1e-3, 3e-5)  # step size of Adam
-    tau_actor: tuple[float, ...] = (0.1, 0.1)  # step of the brain's target actor
-    tau_critic: tuple[float, ...] = (0.1, 0.1)  # step of the target critic
-    sync_delta_a: tuple[int, ...] = (2, 1)  # minibatches between steps of the target actor
-    sync_delta_c: tuple[int, ...] = (1, 1)  # minibatches between steps of the target critic
-    separate_actors: tuple[bool, ...] = (True, False)  # bootstrap from its own target actor
-    mean_only: tuple[bool, ...] = (False, True)  # no gradient of Q for the deviation
-    natural: tuple[bool, ...] = (False, False)  # natural gradient step instead of Adam
-    her_ratio: tuple[float, ...] = (0.0, 0.12)  # part of the rows that get other goals
-    importance_resampling: tuple[bool, ...] = (False, True)  # prefer rows that pi makes likely
-    detach_actors: bool = True  # a target actor for each brain, not one for all
+    # batch
+    num_envs: PositiveInt = 20  # parallel environments per seed
+    num_steps: PositiveInt = 60  # length of a training episode, which is a rollout
 
-    # targets and ratios
-    gamma: float = 0.99  # discount
-    gae_lambda: float = 0.95  # decay of the trace
-    max_nstep: int = 10  # longest lookahead
-    floating_step: bool = True  # lookaheads of 1 to max_nstep, equally often; or the longest
-    her_strategy: Literal["none", "shift", "future"] = "shift"  # future: goals achieved later
-    her_nstep: bool = False  # relabelled rows keep their lookahead, which is 1 otherwise
-    # of x: what acted, for its own goal; or the policy at the start of the turn, for the new goal
-    is_denominator: Literal["behaviour", "relabelled"] = "behaviour"
-    is_inverted: bool = False  # DDPG with ratios: what acted over pi, as published
-    ratio_reduce: Literal["mean", "sum"] = "mean"  # over the dimensions of log x
+    # optimiser: Adam, after clipping by global norm; each brain has its own for the actor
+    critic_lr: NonNegativeFloat = 3e-4  # learning rate of the critic
+    max_grad_norm: NonNegativeFloat = 1.0  # largest global norm of one network's gradient
 
-    # optimiser: Adam after clipping by global norm
-    lr_critic: float = 3e-4  # step size of the critic
-    max_grad_norm: float = 1.0  # largest global norm of the gradient of one network
+    # objective
+    gamma: UnitFloat = 0.99  # discount
+    gae_lambda: UnitFloat = 0.95  # lambda of the n-step targets
+    max_nstep: PositiveInt = 10  # largest n of the n-step targets
+    floating_nstep: bool = True  # n from 1 to max_nstep, equally often; else always max_nstep
+    # hindsight goals: the goals from another step on, or what was achieved at a later step
+    her_strategy: Literal["shift", "future"] = "shift"
+    # denominator of the ratio for relabelled steps: the behaviour policy under the original goals,
+    # or the policy at the start of the turn under the new goals
+    ratio_denominator: Literal["behaviour", "relabelled"] = "behaviour"
+    ratio_reduce: Literal["mean", "sum"] = "mean"  # of the log-ratios of the action's dimensions
+
+    # observations and rewards
+    reward_kind: Literal["env", "proxy", "proxy_sum", "sparse"] = "proxy"  # reward to learn from
+
+    # exploration
+    param_noise_interval: PositiveInt = 10  # steps of each environment between changes of noise
 
     # networks
-    hidden: tuple[int, ...] = (400, 300)  # hidden layers of the actor and of the critic
-    mean_squash: Literal["none", "tanh"] = "none"  # of the policy's mean
-    critic_input: Literal["distribution", "action"] = "distribution"  # action: an ordinary Q
-    noise_period: int = 10  # steps of each environment between changes of the weights' noise
+    hidden: tuple[PositiveInt, ...] = (400, 300)  # hidden layers of the actor and of the critic
+    tanh_mean: bool = False  # bound the policy's mean to [-1, 1] by tanh
+    critic_input: Literal["distribution", "action"] = "distribution"  # action: Q(s, g, a)
 
     @property
     def steps_per_update(self) -> int:
@@ -113,102 +169,49 @@ class Config:
         return math.ceil(self.total_timesteps / self.steps_per_update)
 
     @property
-    def window(self) -> tuple[int, ...]:
-        """Newest episodes that each brain samples from."""
-        return tuple(max(1, size // self.steps_per_update) for size in self.memory_size)
+    def buffer_episodes(self) -> int:
+        """Number of episodes in the replay buffer, per environment."""
+        return max(map(self.window, self.brains))
 
-    @property
-    def warmup(self) -> tuple[int, ...]:
-        """Episodes that must be complete before each brain learns."""
-        rows = self.num_envs * (self.num_steps - self.max_nstep)
-        return tuple(math.ceil(size / rows) for size in self.optim_batch_size)
+    def window(self, brain: Brain) -> int:
+        """Number of newest episodes, per environment, that a brain samples from."""
+        return max(1, brain.buffer_size // self.steps_per_update)
+
+    def warmup(self, brain: Brain) -> int:
+        """Number of episodes that must be complete before a brain learns."""
+        steps = self.num_envs * (self.num_steps - self.max_nstep)  # of an episode, to sample from
+        return math.ceil(brain.learning_starts / steps)
 
     def validate(self) -> None:
-        """Raise ValueError if a brain contradicts itself or can never learn."""
-        if not 1 <= self.max_nstep < self.num_steps:
-            raise ValueError(f"max_nstep={self.max_nstep}: 1 to {self.num_steps - 1} is needed")
-        brains = max(1, len(self.bellman))
-        for name in BRAIN_FIELDS:
-            values = getattr(self, name)
-            least = int(type(getattr(Config, name)[0]) is int)  # of a count; of a rate 0
-            most = 1 if name in ("her_ratio", "tau_actor", "tau_critic") else math.inf
-            if len(values) != brains or not all(least <= x <= most for x in values):
-                wanted = f"{brains} entries of {least} to {most}, one for each brain, are needed"
-                raise ValueError(f"{name}={values}: {wanted} (bellman={self.bellman})")
-        for k in range(brains):
-            if not self.bellman[k] and not self.ppo_eps[k]:
-                raise ValueError(f"brain {k}: bellman=False needs ppo_eps > 0, not {self.ppo_eps}")
-            delay, repeat, warm = self.learning_delay[k], self.learning_repeat[k], self.warmup[k]
-            steps = self.num_steps * np.array([warm, self.num_updates])
-            first, end = np.floor(steps // delay * repeat)
+        """Raise ValueError if a brain is wrong or can never learn."""
+        if not self.brains:
+            raise ValueError("brains=(): at least one is needed")
+        if self.max_nstep >= self.num_steps:
+            raise ValueError(
+                f"max_nstep={self.max_nstep}: it should be less than num_steps={self.num_steps}"
+            )
+        for k, brain in enumerate(self.brains):
+            try:
+                common.check(brain)
+            except ValueError as error:
+                raise ValueError(f"brains[{k}].{error}") from None
+            warmup = self.warmup(brain)
+            first, end = brain.minibatches(self.num_steps * np.array([warmup, self.num_updates]))
             if first >= end:
-                plan = f"{repeat} minibatches every {delay} steps after {warm} episodes"
-                advice = "lower optim_batch_size or learning_delay, or raise total_timesteps"
-                raise ValueError(f"brain {k} never learns: {plan} of {self.num_updates}: {advice}")
-
-
-# Those that describe brains: the tuples, but for the networks'.
-BRAIN_FIELDS = tuple(x for x, v in vars(Config()).items() if type(v) is tuple and x != "hidden")
-Brain = namedtuple("Brain", ("index", *BRAIN_FIELDS))
-
-# Fields that may be arrays, so that a sweep is one more vmap.
-TRACEABLE = ("gamma", "gae_lambda", "lr_critic", "max_grad_norm")
-
-# --- presets ---
-
-# fmt: off
-# Origins are in docs/presets.md. The defaults are the brains of the author's main notebook, a1.
-ONLY_PPO, ONLY_DPG = ({x: (getattr(Config, x)[k],) for x in BRAIN_FIELDS} for k in (0, 1))
-NO_IR, BOTH = {"importance_resampling": (False, False)}, {"her_ratio": (0.12, 0.12)}
-FIRST = {**NO_IR, "learning_repeat": (6.0, 11 / 6)}
-TWO_PPO = {  # a quick one, and one that seldom learns, but much
-    **NO_IR, "num_steps": 70, "lr_critic": 5e-5, "bellman": (False, False), "ppo_eps": (0.2, 0.2),
-    "memory_size": (14_000, 8_400), "batch_size": (1024, 2048), "optim_batch_size": (2048, 2048),
-    "learning_delay": (10, 210), "learning_repeat": (6.0, 20.0), "lr_actor": (1e-4, 1e-4),
-    "tau_actor": (0.1, 1.0), "tau_critic": (0.0, 1.0), "sync_delta_a": (1, 1),
-    "separate_actors": (False, False), "mean_only": (False, False), "her_ratio": (0.0, 0.0),
-}
-SHORT = {**TWO_PPO, "max_nstep": 4, "learning_delay": (4, 210)}
-DDPG = {
-    **ONLY_DPG, "memory_size": (120_000,), "batch_size": (256,), "optim_batch_size": (512,),
-    "learning_delay": (40,), "learning_repeat": (107.0,), "lr_actor": (1e-3,),
-    "tau_actor": (1e-3,), "tau_critic": (1e-3,), "sync_delta_a": (7,), "sync_delta_c": (7,),
-    "mean_only": (False,), "her_ratio": (0.03,), "importance_resampling": (False,),
-    "max_nstep": 6, "lr_critic": 1e-4, "mean_squash": "tanh", "noise_period": 120,
-}
-RATIO, FIXED = {**DDPG, "ppo_eps": (0.2,)}, {"floating_step": False}
-FUTURE = BOTH | {"env": "arm/reacher-static", "her_strategy": "future"}
-RELABELLED = {"is_denominator": "relabelled"}
-PRESETS: dict[str, dict[str, Any]] = {
-    # the author's comparison, to be run on the arm
-    "a1": {}, "a2": FIRST | {"her_ratio": (0.0, 0.05)}, "a2b": FIRST | {"her_ratio": (0.04, 0.05)},
-    "a3": ONLY_DPG, "a4": ONLY_PPO, "a5": TWO_PPO | {"her_ratio": (0.04, 0.04)}, "a6": TWO_PPO,
-    "a7": SHORT, "a7b": SHORT | FIXED, "a7c": TWO_PPO | FIXED,
-    "a8": DDPG, "a9": RATIO, "a9_inverted": RATIO | {"is_inverted": True},
-    # what the comparison leaves open: a1 with a part changed
-    "b1": {"lr_actor": (1e-3, 0.0)}, "b2": BOTH, "b2_relabelled": BOTH | RELABELLED,
-    "b2_future": FUTURE, "b2_future_relabelled": FUTURE | RELABELLED, "b7": {"reward_kind": "env"},
-    "b3_none": {"her_strategy": "none"}, "b3_half": {"her_ratio": (0.0, 0.5)},
-    "b3_nstep": {"her_nstep": True}, "b4_mean": {"mean_only": (False, False)},
-    "b4_separate": {"separate_actors": (True, True)}, "b4_one_target": {"detach_actors": False},
-    "b5_sum": {"ratio_reduce": "sum"}, "b5_fixed": FIXED, "b8": {"critic_input": "action"},
-    "b6_dpg": {"natural": (False, True)}, "b6_ppo": {"natural": (True, False)},
-}
-# fmt: on
+                raise ValueError(
+                    f"brains[{k}] never learns: it needs {warmup} of {self.num_updates} episodes "
+                    f"before its first turn, and has a turn every {brain.turn_interval} steps: "
+                    "lower its learning_starts or turn_interval, or raise total_timesteps"
+                )
 
 
 # --- networks ---
 
 
-def uniform(bound: float):
-    """Initialiser, uniform in [-bound, bound]."""
-    return lambda key, shape, dtype=float: jax.random.uniform(key, shape, dtype, -bound, bound)
-
-
 class Actor(nn.Module):
-    """Policy network without biases: inputs [..., I] and noise of the weights -> Gaussian.
+    """Policy network without biases: observation [..., obs_size] and parameter noise -> Gaussian.
 
-    Each layer's weights are moved by its noise [in, out] times learned deviations.
+    The noise of a layer [in, out] is scaled by a learned factor for each weight and added to them.
     """
 
     config: Config
@@ -219,30 +222,42 @@ class Actor(nn.Module):
         for i, size in enumerate((*self.config.hidden, self.action_size)):
             x, shape = nn.relu(x) if i else x, (x.shape[-1], size)
             kernel = self.param(f"kernel_{i}", uniform(math.sqrt(3.0 / shape[0])), shape)
-            deviation = self.param(f"deviation_{i}", nn.initializers.constant(0.017), shape)
-            x = x @ (kernel + deviation * noise[i])
-        mean = jnp.tanh(x) if self.config.mean_squash == "tanh" else x
-        # The deviation, the same in all states, stays between 1 / e and e.
+            noise_std = self.param(f"noise_std_{i}", nn.initializers.constant(0.017), shape)
+            x = x @ (kernel + noise_std * noise[i])
+        mean = jnp.tanh(x) if self.config.tanh_mean else x
+        # The std does not depend on the observation and stays between 1 / e and e.
         log_std = jnp.tanh(self.param("log_std", nn.initializers.zeros, (self.action_size,)))
         return common.Gaussian(mean, jnp.broadcast_to(log_std, mean.shape))
 
 
 class Critic(nn.Module):
-    """Q: inputs [..., I], what it is told of the policy [..., P] -> parts [..., num_heads]."""
+    """Q: observation [..., obs_size] and the Gaussian that draws the action -> [..., num_heads].
+
+    With critic_input="action" it is an ordinary Q of `action`, or of the Gaussian's mean.
+    """
 
     config: Config
     num_heads: int
 
     @nn.compact
-    def __call__(self, x, policy):
+    def __call__(self, x, policy, action=None):
+        if self.config.critic_input == "distribution":
+            policy = jnp.concatenate([policy.mean, jnp.exp(policy.log_std)], -1)
+        else:
+            policy = policy.mean if action is None else action
         x = jnp.concatenate([nn.relu(dense(x, x.shape[-1])), dense(policy, x.shape[-1])], -1)
         for size in self.config.hidden:
             x = nn.relu(dense(x, size))
         return dense(x, self.num_heads, 3e-3)
 
 
+def uniform(bound: float):
+    """Initialiser, uniform in [-bound, bound]."""
+    return lambda key, shape, dtype=float: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
 def dense(x, size: int, bound: float | None = None):
-    """Linear layer; weights within `bound`, by default 1 / sqrt(outputs), as published."""
+    """Linear layer; weights within `bound`, by default 1 / sqrt(outputs), as the author has it."""
     init = uniform(bound or 1.0 / math.sqrt(size)), uniform(1.0 / math.sqrt(x.shape[-1]))
     return nn.Dense(size, kernel_init=init[0], bias_init=init[1])(x)
 
@@ -250,33 +265,45 @@ def dense(x, size: int, bound: float | None = None):
 # --- data types ---
 
 
-class Episodes(NamedTuple):
-    """Episodes of all environments; arrays [L, N, ...], in the replay [W, N, L, ...]."""
+class Transition(NamedTuple):
+    """One step of the rollout; arrays [T, N, ...]."""
 
-    obs: jax.Array  # as the environment gave them; in the replay one more, the last true successor
+    obs: jax.Array  # as the environment gave it
     action: jax.Array  # unclipped
-    policy: common.Gaussian  # that acted, with the noise of its weights
-    reward: jax.Array  # the task's; in the replay [..., m], what is learned from
+    policy: common.Gaussian  # the behaviour policy, parameter noise included
+    reward: jax.Array  # the task's
+    terminated: jax.Array
+    next_obs: jax.Array  # true successor, never a reset observation
+
+
+class Trajectory(NamedTuple):
+    """Consecutive steps: the replay buffer [W, N, T, ...], or samples of it [B, H, ...]."""
+
+    obs: jax.Array  # one more than steps; the last is the last true successor
+    action: jax.Array
+    policy: common.Gaussian  # the behaviour policy
+    reward: jax.Array  # [..., m], of the kind that is learned from
     terminated: jax.Array
 
 
 class Rows(NamedTuple):
-    """Where sampled rows are in the replay, and which goals they get; arrays [B]."""
+    """Sampled steps: where they are in the replay buffer, and hindsight; int arrays [B]."""
 
-    slot: jax.Array
+    episode: jax.Array
     env: jax.Array
-    t: jax.Array
-    relabel: jax.Array  # bool
-    h: jax.Array  # where the new goals are
+    step: jax.Array
+    relabel: jax.Array  # bool: replace the goals
+    goal_step: jax.Array  # step of the same episode that the new goals come from
 
 
 class Batch(NamedTuple):
-    """What the losses need of sampled rows; arrays [B, ...]."""
+    """What the losses need of sampled steps; arrays [B, ...]."""
 
-    inputs: jax.Array  # normalised observation, with its goal
+    obs: jax.Array  # normalised; relabelled, if at all
     action: jax.Array
-    policy: common.Gaussian  # that acted
-    log_prob: jax.Array  # [B, A], denominator of x
+    policy: common.Gaussian  # the behaviour policy
+    reward: jax.Array  # [B, m]
+    log_prob: jax.Array  # [B, A], denominator of the ratio
     target: jax.Array  # [B, m]
 
 
@@ -284,56 +311,96 @@ class TrainState(NamedTuple):
     """Everything that a run carries from one update to the next."""
 
     params: dict  # of "actor" and "critic"
-    target_params: dict  # of "actor", one for each brain or one for all, and of "critic"
-    opt_state: dict  # of "actor", one for each brain, and of "critic"
-    noise: tuple  # of the actor's weights, in each layer
+    target_params: dict  # of "critic" and of "actor0", "actor1", ...: one per brain, or one for all
+    opt_state: dict  # of "critic" and of "actor0", "actor1", ...: one per brain
+    noise: tuple  # parameter noise of the actor, [in, out] per layer
     obs_stats: common.Stats
-    replay: Episodes
+    replay: Trajectory
     obs: jax.Array  # [N, obs_size]
     env_state: Any
     key: jax.Array
-    update: jax.Array  # [] int32
+    update: jax.Array  # [] int32, finished updates
 
-
-MEASURED = ("count", "policy_loss", "value_loss", "approx_kl", "ess", "her_fraction", "reward")
-MEASURED += ("actor_grad_norm", "critic_grad_norm", "clip_fraction")  # the last if there is a range
 
 # --- targets and losses ---
 
 
-def relabelled(goals, strategy, obs, rows, ahead):
-    """Observations [B, J, ...] that many steps `ahead` [J] of rows [B], with their goals.
-
-    `obs` [W, N, L + 1, ...] is the replay's. A row that is relabelled gets the goals that its own
-    episode had from step h on ("shift"), or at all times what was achieved at step h ("future").
-    """
-    at = lambda start, ahead: obs[rows.slot[:, None], rows.env[:, None], start[:, None] + ahead]
-    own = at(rows.t, ahead)
-    if strategy == "none":
-        return own
-    goal = goals.desired_goal(own)
-    if strategy == "shift":
-        other = goals.desired_goal(at(rows.h, ahead))
-    else:
-        other = goals.achieved_goal(at(rows.h, 0))[..., : goal.shape[-1]]
-    return goals.with_goal(own, jnp.where(rows.relabel[:, None, None], other, goal))
-
-
 def normalize(obs_stats, obs):
-    """Observations [..., obs_size], goals included, standardised by running `obs_stats`."""
+    """Observations [..., obs_size], goals included, standardised and clipped to [-10, 10]."""
     return jnp.clip((obs - obs_stats.mean) / jnp.sqrt(obs_stats.var + 1e-4), -10.0, 10.0)
 
 
-def lookaheads(size, longest, floating):
-    """Lookaheads [size] of the rows of a minibatch: 1 to `longest` in turn, or the longest."""
-    return 1 + np.arange(size) % longest if floating else np.full(size, longest)
+def reward_of(goals, kind, obs):
+    """Rewards [..., m] for arriving at `obs` [..., obs_size], given the goal in it."""
+    return goals.compute_reward(goals.achieved_goal(obs), goals.desired_goal(obs), kind)
+
+
+def draw_rows(config, brain, update, size, keys) -> Rows:
+    """`size` steps, drawn uniformly from the brain's window before this update; five `keys`.
+
+    More than max_nstep steps of the episode follow, so that no target reaches its time limit.
+    """
+    T, H = config.num_steps, config.max_nstep
+    age = jax.random.randint(keys[0], (size,), 0, jnp.minimum(update, config.window(brain)))
+    step = jax.random.randint(keys[2], (size,), 0, T - H)
+    first, end = (step + 1, T + 1) if config.her_strategy == "future" else (0, T - H + 1)
+    return Rows(
+        episode=(update - 1 - age) % config.buffer_episodes,
+        env=jax.random.randint(keys[1], (size,), 0, config.num_envs),
+        step=step,
+        relabel=jax.random.uniform(keys[3], (size,)) < brain.her_ratio,
+        goal_step=jax.random.randint(keys[4], (size,), first, end),
+    )
+
+
+def resample(key, ratio, size):
+    """Indices [size] of rows, drawn without replacement in proportion to min(ratio [B], 2)^0.666.
+
+    Importance resampling after Schlegel et al. 2019, by adding Gumbel noise to the logarithms.
+    """
+    score = 0.666 * jnp.log(jnp.clip(ratio, 1e-8, 2.0)) + jax.random.gumbel(key, ratio.shape)
+    return jax.lax.top_k(score, size)[1]
+
+
+def gather(replay, rows, num_steps) -> Trajectory:
+    """The `num_steps` steps [B, num_steps, ...] from each row on, as they were recorded."""
+    episode = rows.episode[:, None], rows.env[:, None]
+    step = rows.step[:, None] + np.arange(num_steps + 1)
+    traj = jax.tree.map(lambda x: x[(*episode, step[:, :-1])], replay._replace(obs=None))
+    return traj._replace(obs=replay.obs[(*episode, step)])
+
+
+def relabel(goals, config, replay, rows, traj) -> Trajectory:
+    """Hindsight: other goals for the rows that are to get some, and the rewards for them.
+
+    "shift": the goals that the episode had from `goal_step` on. "future": what was achieved at
+    `goal_step`, as a constant goal.
+    """
+    at = lambda step: replay.obs[rows.episode[:, None], rows.env[:, None], step]
+    goal = goals.desired_goal(traj.obs)
+    if config.her_strategy == "shift":
+        ahead = np.arange(traj.obs.shape[1])
+        new_goal = goals.desired_goal(at(rows.goal_step[:, None] + ahead))
+    else:
+        new_goal = goals.achieved_goal(at(rows.goal_step[:, None]))[..., : goal.shape[-1]]
+    obs = goals.with_goal(traj.obs, jnp.where(rows.relabel[:, None, None], new_goal, goal))
+    # After a terminated step obs is that of the next start, so such a step keeps its reward.
+    renew = rows.relabel[:, None] & ~traj.terminated
+    reward = reward_of(goals, config.reward_kind, obs[:, 1:])
+    return traj._replace(obs=obs, reward=jnp.where(renew[..., None], reward, traj.reward))
+
+
+def lookaheads(config, size):
+    """The n [size] of a minibatch's n-step targets: 1 to max_nstep in turn, or max_nstep."""
+    n = np.arange(size) % config.max_nstep + 1
+    return n if config.floating_nstep else np.full(size, config.max_nstep)
 
 
 def nstep_target(reward, next_value, bootstrap, n, terminated, gamma, lam):
-    """Targets y [B, m] that look n [B] of at most H steps ahead.
+    """n-step targets [B, m]: the value plus the GAE of n steps, in which the value cancels.
 
-    `reward` [B, H, m] and `terminated` [B, H] are those of the steps, `next_value` [B, H, m] and
-    `bootstrap` [B, m] the values after each and the last. GAE plus the first V, which cancels.
+    `reward` [B, H, m], `terminated` [B, H], and `next_value` [B, H, m], the values after each step.
+    `bootstrap` [B, m] takes the place of the value after the last of the n [B] steps.
     """
 
     def backward(target, step):
@@ -353,93 +420,151 @@ def log_prob_of(policy, action):
     return -(0.5 * z**2 + policy.log_std + 0.5 * math.log(2.0 * math.pi))
 
 
-def actor_loss(q, log_ratio, target, bellman, eps, inverted):
-    """Loss of a brain; `q`, `target` [B, m] and `log_ratio` [B]. Only DDPG has a gradient by q."""
-    if bellman and not eps:
-        return -(q - target).sum(-1).mean()
-    if bellman:
-        log_ratio = jax.lax.stop_gradient(-log_ratio if inverted else log_ratio)
-        gain = (q - target).sum(-1)
+def ratio_of(log_ratio):
+    """Importance ratio, at most 100: the gradient of an infinite one would be NaN."""
+    return jnp.exp(jnp.minimum(log_ratio, math.log(100.0)))
+
+
+def actor_loss(brain, q, ratio, target):
+    """Loss of a brain's rule; `q` and `target` [B, m], `ratio` [B].
+
+    PPO has a gradient with respect to `ratio` only, both kinds of DDPG with respect to `q` only.
+    """
+    if brain.rule == "ppo":
+        gain = (target - jax.lax.stop_gradient(q)).sum(-1)  # the advantage
     else:
-        gain = (target - jax.lax.stop_gradient(q)).sum(-1)
-    ratio = jnp.exp(jnp.minimum(log_ratio, math.log(100.0)))  # an infinite one's gradient is nan
-    clipped = jnp.clip(ratio, 1.0 - eps, 1.0 + eps)
-    return -jnp.minimum(clipped * gain, ratio * gain).mean()
+        gain = (q - target).sum(-1)
+        ratio = jax.lax.stop_gradient(ratio)
+    if brain.rule == "ddpg":
+        return -gain.mean()
+    clipped = jnp.clip(ratio, 1.0 - brain.clip_eps, 1.0 + brain.clip_eps)
+    return -jnp.minimum(ratio * gain, clipped * gain).mean()
 
 
-def minibatches(steps, delay, repeat):
-    """Minibatches that a brain has had when each environment has made that many steps."""
-    return jnp.floor(steps // delay * repeat).astype(jnp.int32)
+def gaussian_kl(p: common.Gaussian, q: common.Gaussian):
+    """KL(p || q) [...] of two Gaussians."""
+    moments = jnp.exp(2.0 * p.log_std) + (p.mean - q.mean) ** 2
+    return (q.log_std - p.log_std + 0.5 * moments * jnp.exp(-2.0 * q.log_std) - 0.5).sum(-1)
+
+
+def fisher_product(policy_of, params, vector, damping):
+    """(F + damping I) v, where F is the Fisher matrix of the Gaussians [B, A] of `policy_of`.
+
+    F is the mean over rows of J' M J. J is the derivative of (mean, log std) by the parameters, and
+    M = diag(1 / std^2, 2) is the Fisher matrix of a Gaussian by (mean, log std).
+    """
+    policy, change = jax.jvp(policy_of, (params,), (vector,))
+    change = common.Gaussian(jnp.exp(-2.0 * policy.log_std) * change.mean, 2.0 * change.log_std)
+    (product,) = jax.vjp(policy_of, params)[1](change)
+    return jax.tree.map(lambda p, v: p / len(policy.mean) + damping * v, product, vector)
+
+
+def natural_step(loss_of, policy_of, params, grads, delta=1e-3, damping=1e-3, iterations=10):
+    """Parameters after a natural gradient step (Schulman et al. 2015, appendix C).
+
+    The full step has a mean KL of `delta`, to second order. It is halved up to nine times, until
+    the loss falls by a thousandth of what the gradient predicts for the full step and the KL is at
+    most 1.5 delta. If this never happens, the parameters stay as they are.
+    """
+    product = partial(fisher_product, policy_of, params, damping=damping)
+    downhill = jax.tree.map(jnp.negative, grads)
+    direction, _ = jax.scipy.sparse.linalg.cg(product, downhill, maxiter=iterations)
+    size = jnp.sqrt(2.0 * delta / (optax.tree.vdot(direction, product(direction)) + 1e-12))
+    predicted = size * jnp.abs(optax.tree.vdot(grads, direction))
+    moved = lambda scale: jax.tree.map(lambda p, d: p + scale * size * d, params, direction)
+    policy, loss = policy_of(params), loss_of(params)
+
+    def accepted(scale):
+        new = moved(scale)
+        near = gaussian_kl(policy, policy_of(new)).mean() <= 1.5 * delta
+        return (loss_of(new) < loss - 1e-3 * scale * predicted) & near
+
+    smallest = 0.5**9
+    rejected = lambda scale: (scale >= smallest) & ~accepted(scale)
+    scale = jax.lax.while_loop(rejected, lambda scale: 0.5 * scale, 1.0)
+    return moved(jnp.where(scale >= smallest, scale, 0.0))
 
 
 # --- build ---
 
 
-def build(config: Config) -> common.Algo:
-    """Compose environment, networks and optimiser into the pure functions of a run."""
-    config.validate()
+def make_env(config: Config) -> envs.Env:
+    """The environments that a run learns in; all of them start an episode at the same time."""
     env = envs.make(config.env, config.num_envs, stagger=False, max_steps=config.num_steps)
-    goals, kind, strategy = env.goals, config.reward_kind, config.her_strategy
-    strategy = strategy if any(config.her_ratio) else "none"
-    kinds = goals.kinds if goals else ("env",)
-    for wrong, message in (
-        (env.discrete, "has discrete actions: BNPO needs continuous ones"),
-        (env.privileged_size, "shows the actor what only a critic may see: no privileged=1"),
-        (not goals and strategy != "none", "has no goals to relabel: take her_strategy='none'"),
-        (kind not in kinds, f"has no reward_kind={kind!r}: take one of {', '.join(kinds)}"),
-        (goals and goals.moving and strategy == "future", "moves its goal, and her_strategy="
-         "'future' gives a row one for ever: take 'shift'"),
-    ):  # fmt: skip
-        if wrong:
-            raise ValueError(f"{env.name} {message}")
-    N, L, W, K = config.num_envs, config.num_steps, max(config.window), len(config.bellman)
-    H, A = config.max_nstep, env.action_size
-    U = math.gcd(L, config.noise_period, *config.learning_delay)  # steps between possible turns
-    brains = [Brain(k, *(getattr(config, name)[k] for name in BRAIN_FIELDS)) for k in range(K)]
+    goals, kind = env.goals, config.reward_kind
+    if env.discrete:
+        raise ValueError(f"{env.name} has discrete actions: BNPO needs continuous ones")
+    if not goals and (kind != "env" or any(brain.her_ratio for brain in config.brains)):
+        off = " ".join(f"--brains.{k}.her-ratio 0" for k in range(len(config.brains)))
+        raise ValueError(f"{env.name} has no goals: add --reward-kind env {off}")
+    if goals and kind not in goals.kinds:
+        known = ", ".join(goals.kinds)
+        raise ValueError(f"{env.name} has no reward_kind={kind!r}: choose from {known}")
+    if goals and goals.moving and config.her_strategy == "future":
+        raise ValueError(
+            f"{env.name} moves its goal within an episode, and her_strategy='future' gives "
+            "constant goals: take 'shift'"
+        )
+    return env
 
-    def reward_at(obs):
-        """Rewards [..., m] of arriving at observations, for the goals in them."""
-        return goals.compute_reward(goals.achieved_goal(obs), goals.desired_goal(obs), kind)
 
-    look = partial(relabelled, goals, strategy)
-    sample = jnp.zeros((1, env.obs_size))
-    num_heads = 1 if kind == "env" else reward_at(sample).shape[-1]
+def build(config: Config, env: envs.Env) -> common.Algo:
+    """Compose environments, networks and optimiser into the pure functions of a run."""
+    T, N, H, A = config.num_steps, config.num_envs, config.max_nstep, env.action_size
+    # Parameter noise may change, and brains may learn, after every block of U steps.
+    U = math.gcd(T, config.param_noise_interval, *(x.turn_interval for x in config.brains))
+    goals, kind, K = env.goals, config.reward_kind, len(config.brains)
+    obs_like = jnp.zeros((1, env.obs_size))
+    num_heads = 1 if kind == "env" else reward_of(goals, kind, obs_like).shape[-1]
     actor, critic = Actor(config, A), Critic(config, num_heads)
-    silence = tuple(map(jnp.zeros, itertools.pairwise((env.obs_size, *config.hidden, A))))
-    adam = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
-    optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adam)
+    no_noise = tuple(map(jnp.zeros, itertools.pairwise((env.obs_size, *config.hidden, A))))
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
+    )
 
     def init(key) -> TrainState:
         key_actor, key_critic, key_env, key = jax.random.split(key, 4)
         obs, env_state = env.reset(key_env)
-        params = {"actor": actor.init(key_actor, sample, silence)}
-        policy = actor.apply(params["actor"], sample, silence)
-        params["critic"] = critic.init(key_critic, sample, seen(policy))
-        opt_state = {name: optimizer.init(params[name]) for name in params}
-        zeros = lambda *shape: jnp.zeros((W, N, *shape))
-        policy, reward = common.Gaussian(zeros(L, A), zeros(L, A)), zeros(L, num_heads)
-        replay = Episodes(zeros(L + 1, env.obs_size), zeros(L, A), policy, reward, zeros(L) > 0)
-        several = lambda tree, n: tree | {"actor": dict.fromkeys(range(n), tree["actor"])}
+        params = {"actor": actor.init(key_actor, obs_like, no_noise)}
+        policy = actor.apply(params["actor"], obs_like, no_noise)
+        params["critic"] = critic.init(key_critic, obs_like, policy)
+        num_targets = 1 if config.share_target_actor else K
+        target_actors = {f"actor{k}": params["actor"] for k in range(num_targets)}
+        optimizers = {f"actor{k}": optimizer.init(params["actor"]) for k in range(K)}
+        zeros = lambda *shape: jnp.zeros((config.buffer_episodes, N, *shape))
         return TrainState(
-            params, several(params, K if config.detach_actors else 1), several(opt_state, K),
-            silence, common.Stats.empty((env.obs_size,)), replay, obs, env_state, key, jnp.int32(0),
-        )  # fmt: skip
+            params=params,
+            target_params={"critic": params["critic"], **target_actors},
+            opt_state={"critic": optimizer.init(params["critic"]), **optimizers},
+            noise=no_noise,
+            obs_stats=common.Stats.empty((env.obs_size,)),
+            replay=Trajectory(
+                obs=zeros(T + 1, env.obs_size),
+                action=zeros(T, A),
+                policy=common.Gaussian(zeros(T, A), zeros(T, A)),
+                reward=zeros(T, num_heads),
+                terminated=zeros(T) > 0,
+            ),
+            obs=obs,
+            env_state=env_state,
+            key=key,
+            update=jnp.int32(0),
+        )
 
-    def seen(policy, action=None):
-        """What the critic is told of a policy, and of the action that it took."""
-        if config.critic_input == "action":
-            return policy.mean if action is None else action
-        return jnp.concatenate([policy.mean, jnp.exp(policy.log_std)], -1)
+    def noise_of(key, shape):
+        """Exploration noise for `shape` actions."""
+        return jax.random.normal(key, (*shape, A))
 
-    def disturb(noise, key):
-        """New noise for the weights of one layer, whichever."""
+    def redraw(noise, key, due):
+        """Parameter noise; if `due`, one layer, chosen at random, has new values."""
         key_layer, *keys = jax.random.split(key, 1 + len(noise))
         layer = jax.random.randint(key_layer, (), 0, len(noise))
         draw = lambda i: jax.random.normal(keys[i], noise[i].shape)
-        return tuple(jnp.where(layer == i, draw(i), x) for i, x in enumerate(noise))
+        return tuple(jnp.where(due & (layer == i), draw(i), x) for i, x in enumerate(noise))
 
-    def play(state, key):
-        """Act for a block of U steps; new state, and arrays [U, N, ...]."""
+    def rollout(state, key):
+        """Act for a block of U steps; returns the state, transitions [U, N] and infos [U, N]."""
         key_noise, key_env = jax.random.split(key)
 
         def step(carry, x):
@@ -449,190 +574,247 @@ def build(config: Config) -> common.Algo:
             policy = actor.apply(state.params["actor"], normalize(obs_stats, obs), state.noise)
             action = policy.sample(noise)
             next_obs, env_state, reward, terminated, _, info = env.step(key, env_state, action)
-            transition = Episodes(obs, action, policy, reward, terminated)
+            transition = Transition(
+                obs=obs,
+                action=action,
+                policy=policy,
+                reward=reward,
+                terminated=terminated,
+                next_obs=info.pop("final_observation"),
+            )
             return (next_obs, obs_stats, env_state), (transition, info)
 
         carry = state.obs, state.obs_stats, state.env_state
-        xs = jax.random.normal(key_noise, (U, N, A)), jax.random.split(key_env, U)
+        xs = noise_of(key_noise, (U, N)), jax.random.split(key_env, U)
         (obs, obs_stats, env_state), (traj, info) = jax.lax.scan(step, carry, xs)
         return state._replace(obs=obs, obs_stats=obs_stats, env_state=env_state), traj, info
 
-    def recorded(state, rows):
-        """Action, policy, reward and terminated [B, H, ...] of the steps from each row on."""
-        index = rows.slot[:, None], rows.env[:, None], rows.t[:, None] + np.arange(H)
-        return jax.tree.map(lambda x: x[index], tuple(state.replay[1:]))
-
-    def draw_rows(brain, state, params, key):
-        """Rows of a brain's window, all equally likely, or preferring what pi makes likely."""
-        keys = jax.random.split(key, 6)
-        size = brain.batch_size * (8 if brain.importance_resampling else 1)
-        newest = jnp.minimum(state.update, config.window[brain.index])
-        t = jax.random.randint(keys[2], (size,), 0, L - H)
-        bounds = (t + 1, L + 1) if strategy == "future" else (0, L - H + 1)
-        rows = Rows(
-            slot=(state.update - 1 - jax.random.randint(keys[0], (size,), 0, newest)) % W,
-            env=jax.random.randint(keys[1], (size,), 0, N),
-            t=t,
-            relabel=jax.random.uniform(keys[3], (size,)) < brain.her_ratio * (strategy != "none"),
-            h=jax.random.randint(keys[4], (size,), *bounds),
+    def episode_of(traj) -> Trajectory:
+        """A whole rollout [T, N] as the replay buffer keeps it, with the rewards to learn from."""
+        own = kind == "env"
+        reward = traj.reward[..., None] if own else reward_of(goals, kind, traj.next_obs)
+        return Trajectory(
+            obs=jnp.concatenate([traj.obs, traj.next_obs[-1:]]),
+            action=traj.action,
+            policy=traj.policy,
+            reward=reward,
+            terminated=traj.terminated,
         )
-        if not brain.importance_resampling:
-            return rows
-        inputs = normalize(state.obs_stats, look(state.replay.obs, rows, np.zeros(1, int))[:, 0])
-        action, acted = jax.tree.map(lambda x: x[:, 0], recorded(state, rows)[:2])
-        log_prob = log_prob_of(actor.apply(params["actor"], inputs, state.noise), action)
-        ratio = jnp.exp(log_prob - log_prob_of(acted, action)).mean(-1)
-        score = 0.666 * jnp.log(jnp.clip(ratio, 1e-8, 2.0)) + jax.random.gumbel(keys[5], (size,))
-        chosen = jax.lax.top_k(score, brain.batch_size)[1]
-        return jax.tree.map(lambda x: x[chosen], rows)
 
-    def read(brain, state, targets, acting, rows, key):
-        """The minibatch of these rows, with targets of the target networks."""
-        obs = look(state.replay.obs, rows, np.arange(H + 1))
-        inputs = normalize(state.obs_stats, obs)
-        action, policy, reward, terminated = recorded(state, rows)
-        if strategy != "none":
-            # What follows a step that terminated is not there to be rewarded anew.
-            renew = rows.relabel[:, None] & ~terminated
-            reward = jnp.where(renew[..., None], reward_at(obs[:, 1:]), reward)
-        longest = lookaheads(brain.batch_size, H, config.floating_step)
-        n = longest if config.her_nstep else jnp.where(rows.relabel, 1, longest)
-        # Only values before the end of a lookahead are used: half of them, if it floats.
-        row, j = np.nonzero(np.arange(1, H) < longest[:, None])
-        passed = jax.tree.map(lambda x: x[row, j + 1], (inputs[:, :-1], policy, action))
-        value = critic.apply(targets["critic"], passed[0], seen(*passed[1:]))
-        next_value = jnp.zeros_like(reward).at[row, j].set(value)
-        last = inputs[jnp.arange(len(n)), n]
-        any_of = jax.random.randint(key, (), 0, len(targets["actor"]))
-        which = brain.index % len(targets["actor"]) if brain.separate_actors else any_of
-        chosen = jax.tree.map(lambda *x: jnp.stack(x)[which], *targets["actor"].values())
-        bootstrap = critic.apply(targets["critic"], last, seen(actor.apply(chosen, last, silence)))
-        trace = config.gamma, config.gae_lambda
-        target = nstep_target(reward, next_value, bootstrap, n, terminated, *trace)
+    def learner(k, brain):
+        """How brain number k learns, as a function `turn(state, steps, key)`."""
+        target_actor = "actor0" if config.share_target_actor else f"actor{k}"
+        optimizer_of = {"actor": f"actor{k}", "critic": "critic"}
+        learning_rate = {"actor": brain.learning_rate, "critic": config.critic_lr}
 
-        inputs, action, policy = jax.tree.map(lambda x: x[:, 0], (inputs, action, policy))
-        log_prob = log_prob_of(policy, action)
-        if config.is_denominator == "relabelled":
-            new = log_prob_of(actor.apply(acting, inputs, state.noise), action)
-            log_prob = jnp.where(rows.relabel[:, None], new, log_prob)
-        aux = {"her_fraction": rows.relabel.mean(), "reward": reward[:, 0].sum(-1).mean()}
-        return Batch(inputs, action, policy, log_prob, target), aux
+        def trajectory(state, rows, num_steps) -> Trajectory:
+            """The steps from each row on, relabelled if the brain uses hindsight."""
+            traj = gather(state.replay, rows, num_steps)
+            return relabel(goals, config, state.replay, rows, traj) if brain.her_ratio else traj
 
-    def loss_fn(params, brain, noise, batch):
-        policy, eps = actor.apply(params["actor"], batch.inputs, noise), brain.ppo_eps
-        log_std = jax.lax.stop_gradient(policy.log_std) if brain.mean_only else policy.log_std
-        known, fixed = policy._replace(log_std=log_std), jax.lax.stop_gradient(params["critic"])
-        q = critic.apply(fixed, batch.inputs, seen(known))
-        log_ratio = log_prob_of(policy, batch.action) - batch.log_prob
-        log_ratio = log_ratio.mean(-1) if config.ratio_reduce == "mean" else log_ratio.sum(-1)
-        ratio = jnp.exp(jnp.minimum(log_ratio, math.log(100.0)))
-        pg_loss = actor_loss(q, log_ratio, batch.target, brain.bellman, eps, config.is_inverted)
-        value = critic.apply(params["critic"], batch.inputs, seen(batch.policy, batch.action))
-        vf_loss = ((value - batch.target) ** 2).mean()
-        aux = {"policy_loss": pg_loss, "value_loss": vf_loss, "count": 1.0}
-        aux["approx_kl"] = (ratio - 1.0 - log_ratio).mean()
-        aux["ess"] = ratio.mean() ** 2 / (ratio**2).mean()
-        if eps:
-            aux["clip_fraction"] = (jnp.abs(ratio - 1.0) > eps).mean()
-        return pg_loss + vf_loss, aux
+        def sample(state, key) -> Rows:
+            """Steps of the brain's window, drawn uniformly or by importance resampling."""
+            *keys, key_choice = jax.random.split(key, 6)
+            draw = lambda size: draw_rows(config, brain, state.update, size, keys)
+            if not brain.importance_resampling:
+                return draw(brain.batch_size)
+            rows = draw(8 * brain.batch_size)
+            step = jax.tree.map(lambda x: x[:, 0], trajectory(state, rows, 1))
+            obs = normalize(state.obs_stats, step.obs)
+            policy = actor.apply(state.params["actor"], obs, state.noise)
+            log_ratio = log_prob_of(policy, step.action) - log_prob_of(step.policy, step.action)
+            chosen = resample(key_choice, jnp.exp(log_ratio).mean(-1), brain.batch_size)
+            return jax.tree.map(lambda x: x[chosen], rows)
 
-    def descend(params, grads, opt_state, learning_rate):
-        direction, opt_state = optimizer.update(grads, opt_state)
-        return jax.tree.map(lambda p, u: p - learning_rate * u, params, direction), opt_state
+        def nstep_targets(state, rows, traj, key):
+            """Targets [B, m] of the target networks."""
+            obs = normalize(state.obs_stats, traj.obs)
+            q_of = partial(critic.apply, state.target_params["critic"])
+            longest = lookaheads(config, brain.batch_size)
+            # A relabelled row looks one step ahead: later actions were chosen for the old goal.
+            n = jnp.where(rows.relabel, 1, longest)
+            # The values after the first n - 1 steps; with floating n, half of all are not needed.
+            row, j = np.nonzero(np.arange(1, H) < longest[:, None])
+            policy = jax.tree.map(lambda x: x[row, j + 1], traj.policy)
+            value = q_of(obs[row, j + 1], policy, traj.action[row, j + 1])
+            next_value = jnp.zeros_like(traj.reward).at[row, j].set(value)
+            # The value after step n, at the policy of a target actor.
+            last = obs[jnp.arange(len(n)), n]
+            policy = actor.apply(bootstrap_actor(state, key), last, no_noise)
+            trace = config.gamma, config.gae_lambda
+            return nstep_target(
+                traj.reward, next_value, q_of(last, policy), n, traj.terminated, *trace
+            )
 
-    def learn(brain, state, acting, key, number, learned):
-        """A brain's minibatch of this `number`: new parameters, targets and optimiser states."""
-        params, targets, opt_state = learned
-        k, mine = brain.index, brain.index % len(targets["actor"])
-        key_rows, key_target = jax.random.split(jax.random.fold_in(key, number))
-        rows = draw_rows(brain, state, params, key_rows)
-        batch, aux = read(brain, state, targets, acting, rows, key_target)
-        grads, loss_aux = jax.grad(loss_fn, has_aux=True)(params, brain, state.noise, batch)
-        aux |= loss_aux | {f"{name}_grad_norm": optax.global_norm(grads[name]) for name in grads}
+        def bootstrap_actor(state, key):
+            """Parameters of the target actor whose policy the targets bootstrap from."""
+            if brain.own_target_actor:
+                return state.target_params[target_actor]
+            actors = [x for name, x in state.target_params.items() if name != "critic"]
+            which = jax.random.randint(key, (), 0, len(actors))
+            return jax.tree.map(lambda *x: jnp.stack(x)[which], *actors)
 
-        old, slope, opt_actor = params["actor"], grads["actor"], opt_state["actor"][k]
-        if brain.natural:
-            loss_of = lambda x: loss_fn(params | {"actor": x}, brain, state.noise, batch)[0]
-            policy_of = lambda x: actor.apply(x, batch.inputs, state.noise)
-            new_actor = common.natural_step(loss_of, policy_of, old, slope)
-        else:
-            new_actor, opt_actor = descend(old, slope, opt_actor, brain.lr_actor)
-        old, slope = params["critic"], grads["critic"]
-        new_critic, opt_critic = descend(old, slope, opt_state["critic"], config.lr_critic)
-        opt_state = {"actor": opt_state["actor"] | {k: opt_actor}, "critic": opt_critic}
-        tau_actor = jnp.where(number % brain.sync_delta_a == 0, brain.tau_actor, 0.0)
-        tau_critic = jnp.where(number % brain.sync_delta_c == 0, brain.tau_critic, 0.0)
-        target_actor = optax.incremental_update(new_actor, targets["actor"][mine], tau_actor)
-        target_critic = optax.incremental_update(new_critic, targets["critic"], tau_critic)
-        targets = {"actor": targets["actor"] | {mine: target_actor}, "critic": target_critic}
-        return ({"actor": new_actor, "critic": new_critic}, targets, opt_state), aux
+        def denominator(state, old_actor, rows, step):
+            """Log-probabilities [B, A] of the actions of a `step`, for the ratio's denominator."""
+            log_prob = log_prob_of(step.policy, step.action)
+            if config.ratio_denominator == "behaviour":
+                return log_prob
+            policy = actor.apply(old_actor, normalize(state.obs_stats, step.obs), state.noise)
+            return jnp.where(rows.relabel[:, None], log_prob_of(policy, step.action), log_prob)
 
-    def turn(brain, state, steps, key):
-        """What a brain that is due after that many steps learns; new state, sums of metrics."""
-        plan, warm = (brain.learning_delay, brain.learning_repeat), config.warmup[brain.index]
-        end = minibatches(steps, *plan)
-        first = jnp.where(state.update < warm, end, minibatches(steps - U, *plan))
-        step = partial(learn, brain, state, state.params["actor"], key)
+        def targets(state, old_actor, rows, key) -> Batch:
+            """The minibatch of these rows; `old_actor` is the actor at the start of the turn."""
+            traj = trajectory(state, rows, H)
+            step = jax.tree.map(lambda x: x[:, 0], traj)
+            return Batch(
+                obs=normalize(state.obs_stats, step.obs),
+                action=step.action,
+                policy=step.policy,
+                reward=step.reward,
+                log_prob=denominator(state, old_actor, rows, step),
+                target=nstep_targets(state, rows, traj, key),
+            )
 
-        def add(number, carry):
-            learned, aux = step(number, carry[0])
-            return learned, jax.tree.map(jnp.add, carry[1], aux)
+        def loss_fn(params, state, batch):
+            policy = actor.apply(params["actor"], batch.obs, state.noise)
+            fixed_std = policy._replace(log_std=jax.lax.stop_gradient(policy.log_std))
+            fixed_critic = jax.lax.stop_gradient(params["critic"])
+            q = critic.apply(fixed_critic, batch.obs, fixed_std if brain.mean_only else policy)
+            log_ratio = log_prob_of(policy, batch.action) - batch.log_prob
+            log_ratio = log_ratio.mean(-1) if config.ratio_reduce == "mean" else log_ratio.sum(-1)
+            ratio = ratio_of(log_ratio)
+            pg_loss = actor_loss(brain, q, ratio, batch.target)
+            value = critic.apply(params["critic"], batch.obs, batch.policy, batch.action)
+            vf_loss = ((value - batch.target) ** 2).mean()
+            aux = {
+                "policy_loss": pg_loss,
+                "value_loss": vf_loss,
+                "approx_kl": (ratio - 1.0 - log_ratio).mean(),
+                "ess": ratio.mean() ** 2 / (ratio**2).mean(),
+            }
+            if brain.rule != "ddpg":
+                aux["clip_fraction"] = (jnp.abs(ratio - 1.0) > brain.clip_eps).mean()
+            return pg_loss + vf_loss, aux
 
-        learned = state.params, state.target_params, state.opt_state
-        zeros = dict.fromkeys(MEASURED if brain.ppo_eps else MEASURED[:-1], jnp.zeros(()))
-        (params, targets, opt_state), sums = jax.lax.fori_loop(first, end, add, (learned, zeros))
-        state = state._replace(params=params, target_params=targets, opt_state=opt_state)
-        return state, {f"brain{brain.index}/{name}": x for name, x in sums.items()}
+        def descend(state, grads):
+            """One step of Adam on each network in `grads`; the actor's Adam is the brain's own."""
+            params, opt_state = dict(state.params), dict(state.opt_state)
+            for name in grads:
+                adam, rate = optimizer_of[name], learning_rate[name]
+                direction, opt_state[adam] = optimizer.update(grads[name], opt_state[adam])
+                step = lambda p, u, rate=rate: p - rate * u
+                params[name] = jax.tree.map(step, params[name], direction)
+            return state._replace(params=params, opt_state=opt_state)
+
+        def gradient_step(state, batch):
+            grads, aux = jax.grad(loss_fn, has_aux=True)(state.params, state, batch)
+            aux |= {f"{name}_grad_norm": optax.global_norm(grads[name]) for name in grads}
+            if not brain.natural_gradient:
+                return descend(state, grads), aux
+            loss_of = lambda x: loss_fn(state.params | {"actor": x}, state, batch)[0]
+            policy_of = lambda x: actor.apply(x, batch.obs, state.noise)
+            new = natural_step(loss_of, policy_of, state.params["actor"], grads.pop("actor"))
+            state = descend(state, grads)
+            return state._replace(params=state.params | {"actor": new}), aux
+
+        def follow(state, number):
+            """Polyak steps of the target networks, if they are due after this minibatch."""
+            actor_tau = jnp.where(number % brain.actor_tau_interval == 0, brain.actor_tau, 0.0)
+            critic_tau = jnp.where(number % brain.critic_tau_interval == 0, brain.critic_tau, 0.0)
+            move, old = optax.incremental_update, state.target_params
+            moved = {
+                target_actor: move(state.params["actor"], old[target_actor], actor_tau),
+                "critic": move(state.params["critic"], old["critic"], critic_tau),
+            }
+            return state._replace(target_params=old | moved)
+
+        def turn(state, steps, key):
+            """Learn from the minibatches that are due; returns the state and sums of metrics.
+
+            `steps` are those of each environment since the run began. The last U of them are new.
+            """
+            old_actor = state.params["actor"]
+            end = brain.minibatches(steps)
+            before = brain.minibatches(steps - U)
+            first = jnp.where(state.update < config.warmup(brain), end, before)
+
+            def minibatch(number, state):
+                key_rows, key_targets = jax.random.split(jax.random.fold_in(key, number))
+                rows = sample(state, key_rows)
+                batch = targets(state, old_actor, rows, key_targets)
+                state, aux = gradient_step(state, batch)
+                aux["count"] = jnp.ones(())
+                aux["her_fraction"] = rows.relabel.mean()
+                aux["reward"] = batch.reward.sum(-1).mean()
+                return follow(state, number), aux
+
+            def add(number, carry):
+                state, aux = minibatch(number, carry[0])
+                return state, jax.tree.map(jnp.add, carry[1], aux)
+
+            shapes = jax.eval_shape(minibatch, first, state)[1]
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            state, sums = jax.lax.fori_loop(first, end, add, (state, zeros))
+            return state, {f"brain{k}/{name}": x for name, x in sums.items()}
+
+        return turn
+
+    turns = [learner(k, brain) for k, brain in enumerate(config.brains)]
 
     def update(state):
+        """One episode in every environment, during which the brains learn from earlier ones."""
         key, key_reset, key_blocks = jax.random.split(state.key, 3)
-        obs, env_state = env.reset(key_reset)  # every episode begins anew
+        obs, env_state = env.reset(key_reset)
+        state = state._replace(obs=obs, env_state=env_state)
 
         def block(state, x):
-            tick, key = x
-            key_noise, key_play, *keys = jax.random.split(key, 2 + K)
-            steps = state.update * L + tick
-            renew = partial(jnp.where, steps % config.noise_period == 0)
-            noise = jax.tree.map(renew, disturb(state.noise, key_noise), state.noise)
-            state, traj, info = play(state._replace(noise=noise), key_play)
+            start, key = x
+            key_noise, key_rollout, *keys = jax.random.split(key, 2 + K)
+            steps = state.update * T + start  # of each environment, since the run began
+            noise = redraw(state.noise, key_noise, steps % config.param_noise_interval == 0)
+            state, traj, info = rollout(state._replace(noise=noise), key_rollout)
             metrics = {}
-            for brain in brains:
-                state, sums = turn(brain, state, steps + U, keys[brain.index])
+            for turn, key_turn in zip(turns, keys, strict=True):
+                state, sums = turn(state, steps + U, key_turn)
                 metrics |= sums
             return state, (traj, info, metrics)
 
-        xs = jnp.arange(0, L, U), jax.random.split(key_blocks, L // U)
-        state, out = jax.lax.scan(block, state._replace(obs=obs, env_state=env_state), xs)
-        traj, info = jax.tree.map(lambda x: x.reshape((L, *x.shape[2:])), out[:2])
-        final_obs = info["final_observation"]
-        reward = traj.reward[..., None] if kind == "env" else reward_at(final_obs)
-        traj = traj._replace(obs=jnp.concatenate([traj.obs, final_obs[-1:]]), reward=reward)
-        write = lambda kept, new: kept.at[state.update % W].set(jnp.swapaxes(new, 0, 1))
-        replay = jax.tree.map(write, state.replay, traj)
+        xs = jnp.arange(0, T, U), jax.random.split(key_blocks, T // U)
+        state, (traj, info, sums) = jax.lax.scan(block, state, xs)
+        traj, info = jax.tree.map(lambda x: x.reshape((T, *x.shape[2:])), (traj, info))
+        episode = episode_of(traj)
+        slot = state.update % config.buffer_episodes
+        write = lambda buffer, x: buffer.at[slot].set(jnp.swapaxes(x, 0, 1))
 
-        metrics = jax.tree.map(lambda x: x.sum(0), out[2]) | common.run_metrics(info, state.params)
-        metrics["charts/score"] = reward.mean(-1).sum(0).mean()
+        metrics = {name: x.sum(0) for name, x in sums.items()}
+        metrics |= common.run_metrics(info, state.params)
+        metrics["charts/score"] = episode.reward.mean(-1).sum(0).mean()
         metrics["charts/std"] = jnp.exp(traj.policy.log_std).mean()
         metrics["charts/saturation"] = (jnp.abs(traj.policy.mean) > 1.0).mean()
-        return state._replace(replay=replay, key=key, update=state.update + 1), metrics
+        state = state._replace(
+            replay=jax.tree.map(write, state.replay, episode), key=key, update=state.update + 1
+        )
+        return state, metrics
 
     def act(policy, obs, key, greedy):
-        distribution = actor.apply(policy["actor"], normalize(policy["obs_stats"], obs), silence)
-        noise = 0.0 if greedy else jax.random.normal(key, distribution.mean.shape)
-        return distribution.sample(noise)
+        distribution = actor.apply(policy["actor"], normalize(policy["obs_stats"], obs), no_noise)
+        if greedy:
+            return distribution.mode()
+        return distribution.sample(noise_of(key, obs.shape[:-1]))
 
     def policy_of(state):
-        return {"actor": state.target_params["actor"][0], "obs_stats": state.obs_stats}
+        return {"actor": state.target_params["actor0"], "obs_stats": state.obs_stats}
 
     return common.Algo(init, update, act, policy_of)
 
 
 def make_train(config: Config):
     """The whole run as one pure function; `hparams` overrides fields of TRACEABLE with arrays."""
-    build(config)  # fails here, not while tracing, if the configuration is wrong
+    common.check(config)
+    env = make_env(config)
 
     def train(key, hparams=None):
-        algo = build(replace(config, **common.traceable(hparams or {}, TRACEABLE)))
+        algo = build(common.with_hparams(config, hparams or {}, TRACEABLE), env)
         step = lambda state, _: algo.update(state)
         state, metrics = jax.lax.scan(step, algo.init(key), length=config.num_updates)
         return {"state": state, "metrics": metrics}
@@ -640,10 +822,74 @@ def make_train(config: Config):
     return train
 
 
-def main():
-    """Train from the command line."""
-    launch.main("bnpo", Config, PRESETS, TRACEABLE, build)
+def config_for(env: str, *presets: str, **changes) -> Config:
+    """What the command line would run: defaults, the task's preset, `presets`, `changes`."""
+    return launch.config_for(Config, PRESETS, env, presets, changes)
+
+
+# Fields that may be arrays, so that a sweep is one more vmap.
+TRACEABLE = ("critic_lr", "max_grad_norm", "gamma", "gae_lambda")
+
+# --- presets: values that differ from the defaults; docs/presets.md has their origins ---
+
+# fmt: off
+PPO_HER = replace(PPO_BRAIN, her_ratio=0.12)
+DDPG_FIRST = replace(
+    DDPG_BRAIN, her_ratio=0.05, importance_resampling=False, turn_minibatches=11 / 6,
+)
+# a7 and a6: a PPO brain that learns often, and one that learns seldom from many minibatches
+SELDOM = replace(
+    PPO_BRAIN, buffer_size=8_400, turn_interval=210, turn_minibatches=20.0, learning_rate=1e-4,
+    actor_tau=1.0, actor_tau_interval=1, critic_tau=1.0, own_target_actor=False,
+)
+OFTEN = replace(
+    PPO_BRAIN, buffer_size=14_000, batch_size=1024, turn_interval=10, learning_rate=1e-4,
+    actor_tau_interval=1, critic_tau=0.0, own_target_actor=False,
+)
+TWO_PPO = {"brains": (OFTEN, SELDOM), "num_steps": 70, "critic_lr": 5e-5}
+TWO_PPO_SHORT = {
+    **TWO_PPO, "brains": (replace(OFTEN, turn_interval=4), SELDOM), "max_nstep": 4,
+}
+DDPG_ALONE = replace(
+    DDPG_BRAIN, mean_only=False, buffer_size=120_000, batch_size=256, her_ratio=0.03,
+    importance_resampling=False, learning_starts=512, turn_interval=40, turn_minibatches=107.0,
+    learning_rate=1e-3, actor_tau=1e-3, actor_tau_interval=7, critic_tau=1e-3,
+    critic_tau_interval=7,
+)
+DDPG = {
+    "brains": (DDPG_ALONE,), "critic_lr": 1e-4, "max_nstep": 6, "param_noise_interval": 120,
+    "tanh_mean": True,
+}
+BOTH = {"brains": (PPO_HER, DDPG_BRAIN)}
+FUTURE = {**BOTH, "env": "arm/reacher-static", "her_strategy": "future"}
+PRESETS: dict[str, dict[str, Any]] = {
+    # the author's comparison, on the arm
+    "a1": {},
+    "a2": {"brains": (PPO_BRAIN, DDPG_FIRST)},
+    "a2b": {"brains": (replace(PPO_BRAIN, her_ratio=0.04), DDPG_FIRST)},
+    "a3": {"brains": (DDPG_BRAIN,)},
+    "a4": {"brains": (PPO_BRAIN,)},
+    "a5": {**TWO_PPO, "brains": tuple(replace(x, her_ratio=0.04) for x in TWO_PPO["brains"])},
+    "a6": TWO_PPO,
+    "a7": TWO_PPO_SHORT,
+    "a7b": {**TWO_PPO_SHORT, "floating_nstep": False},
+    "a7c": {**TWO_PPO, "floating_nstep": False},
+    "a8": DDPG,
+    "a9": {**DDPG, "brains": (replace(DDPG_ALONE, rule="weighted_ddpg"),)},
+    # a1 with one part changed
+    "b1": {"brains": (PPO_BRAIN, replace(DDPG_BRAIN, learning_rate=0.0))},
+    "b2": BOTH, "b2_relabelled": {**BOTH, "ratio_denominator": "relabelled"},
+    "b2_future": FUTURE, "b2_future_relabelled": {**FUTURE, "ratio_denominator": "relabelled"},
+    "b3_none": {"brains": (PPO_BRAIN, replace(DDPG_BRAIN, her_ratio=0.0))},
+    "b4_mean": {"brains": (PPO_BRAIN, replace(DDPG_BRAIN, mean_only=False))},
+    "b4_one_target": {"share_target_actor": True},
+    "b5_sum": {"ratio_reduce": "sum"}, "b5_fixed": {"floating_nstep": False},
+    "b6_dpg": {"brains": (PPO_BRAIN, replace(DDPG_BRAIN, natural_gradient=True))},
+    "b6_ppo": {"brains": (replace(PPO_BRAIN, natural_gradient=True), DDPG_BRAIN)},
+    "b7": {"reward_kind": "env"}, "b8": {"critic_input": "action"},
+}
+# fmt: on
 
 
 if __name__ == "__main__":
-    main()
+    launch.main("bnpo")

@@ -1,28 +1,30 @@
-"""Policy-on policy-off policy optimisation (P3O): A2C that also replays, as far as samples allow.
+"""Policy-on policy-off policy optimisation (P3O): A2C that also learns from a replay buffer.
 
 Fakoor, Chaudhari, Smola 2019, https://arxiv.org/abs/1905.01756. One update collects a rollout
-[T, N], takes one step on it, and then a Poisson number of steps on old segments from a replay:
+[T, N] with the current policy, takes one gradient step on it, and then a Poisson number of gradient
+steps on segments of recent rollouts. With beta for the policy that acted (the behaviour policy):
 
-    fresh:     -E[A log pi(a | s)] + vf_coef E[(R - V)^2] - ent_coef H
-    replayed:  -E[min(w, c) A log pi(a | s)] + vf_coef E[(R - V)^2]
-               + (1 - ESS) E[KL(pi || beta)] / K
-    w = pi(a | s) / beta(a | s),   ESS = (sum w)^2 / (M sum w^2),   c = ESS
+    A   = advantages by GAE as in ppo.py,   R = A + V,   both from the present critic V
+    w   = pi(a | s) / beta(a | s),   ESS = (sum w)^2 / (M sum w^2)   over the M steps of a minibatch
 
-where beta is the policy that acted, R the lambda-return and A = R - V under the present V, M the
-steps of the minibatch, and K the number of discrete actions, or 1. Nothing corrects R for what
-beta did later, as published. Deviations from the authors' code: a time limit is bootstrapped, by
-the value that the true successor had when it was collected; c stays the ESS where the ESS is 1.
+    fresh loss    = -E[A log pi(a | s)] + vf_coef E[(R - V)^2] - ent_coef E[H(pi)]
+    replayed loss = -E[min(w, ESS) A log pi(a | s)] + vf_coef E[(R - V)^2]
+                    + (1 - ESS) E[KL(pi || beta)] / K
+
+ESS is the effective sample size. A is not corrected for the difference between beta and pi, as
+published. K is the number of discrete actions, and 1 for continuous ones.
 
 Differences from ppo.py:
 
-1. One full-batch step on each rollout, without a ratio; more steps come from the replay.
-2. A segment is T steps with T + 1 observations, as the agent saw them: normalised at the time. The
-   value after a truncated step is in its reward.
-3. Gradients of actor and critic are clipped together; for images they share a torso.
-4. RMSprop as PyTorch has it; its step size ends a little above 0.
-5. Advantages are not normalised, exploration noise is drawn every step.
-6. Hidden layers start with gain sqrt(2), and observations that are not normalised keep their type.
-7. The exported policy holds the critic too.
+1. A rollout gives one gradient step, without a ratio and without minibatches.
+2. A replay buffer keeps the newest rollouts. A segment is T steps of one environment with T + 1
+   observations, normalised by the statistics of its time.
+3. A time limit bootstraps once: gamma V(s'_t) is added to the reward of the rollout, and in the
+   replay buffer the step then counts as terminated.
+4. One gradient norm for all parameters; actor and critic share their hidden layers for images.
+5. RMSprop as in PyTorch; the learning rate ends a little above 0.
+6. Hidden layers start with gain sqrt(2). Large images have three convolutions (Atari).
+7. Advantages are not standardised.
 
     python algos/p3o.py --env cartpole --num-seeds 16
     python algos/p3o.py --env breakout --preset a2c --num-seeds 4
@@ -31,7 +33,9 @@ Documentation: docs/p3o.md
 """
 
 import math
-from dataclasses import dataclass, replace
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -39,9 +43,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from pydantic import NonNegativeFloat, PositiveInt
+
+if __name__ == "__main__":  # import from this checkout, and nothing by accident from algos/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import envs
 from algos import common, launch
+from algos.common import UnitFloat
 
 
 @dataclass(frozen=True)
@@ -49,44 +58,44 @@ class Config:
     """Settings of a run; `--help --env NAME` shows those of a task's preset."""
 
     env: str = "cartpole"  # task, see docs/environments.md
-    total_timesteps: int = 500_000  # environment steps per seed, all parallel environments together
+    total_timesteps: PositiveInt = 500_000  # environment steps per seed, all environments together
 
     # batch
-    num_envs: int = 16  # parallel environments per seed
-    num_steps: int = 16  # length of a rollout in each environment, and of a segment
+    num_envs: PositiveInt = 16  # parallel environments per seed
+    num_steps: PositiveInt = 16  # length of a rollout in each environment, and of a segment
 
-    # optimiser: RMSprop after clipping by the global norm of all parameters
-    learning_rate: float = 7e-4  # step size of RMSprop
-    anneal_lr: bool = True  # decrease the step size linearly to almost 0 over the run
-    max_grad_norm: float = 0.5  # largest global norm of the gradient
-    rms_decay: float = 0.99  # decay of the mean square
-    rms_eps: float = 1e-5  # added to the root
+    # optimiser: RMSprop, after clipping by global norm
+    learning_rate: NonNegativeFloat = 7e-4  # learning rate of all parameters
+    anneal_lr: bool = True  # decrease the learning rate linearly to almost 0 over the run
+    max_grad_norm: NonNegativeFloat = 0.5  # largest global norm of the gradient
+    rms_decay: UnitFloat = 0.99  # decay of the running mean of squared gradients
+    rms_eps: NonNegativeFloat = 1e-5  # epsilon of RMSprop, added to the square root
 
     # objective
-    gamma: float = 0.99  # discount
-    gae_lambda: float = 0.95  # decay of the advantage's trace; 1: none
-    vf_coef: float = 0.5  # weight of the value loss
-    ent_coef: float = 0.01  # weight of the entropy bonus on fresh rollouts
-    off_policy_entropy: bool = False  # give that bonus to replayed segments too
+    gamma: UnitFloat = 0.99  # discount
+    gae_lambda: UnitFloat = 0.95  # lambda of the returns; 1: discounted sums of rewards
+    ent_coef: float = 0.01  # weight of the entropy bonus
+    vf_coef: NonNegativeFloat = 0.5  # weight of the value loss
+    off_policy_entropy: bool = False  # entropy bonus in the replayed loss too
 
     # replay
-    replay_ratio: float = 2.0  # mean of the Poisson number of steps on replayed segments; 0: A2C
-    replay_fraction: float = 0.0286  # rollouts kept, of all rollouts of the run
-    warmup_fraction: float = 0.3  # part of the replay that is filled before it is used
-    sample_mult: int = 6  # segments of each environment in a replayed minibatch
-    max_ratio: float | None = None  # clip ratios to this; None: to the ESS
-    kl_coef: float | None = None  # weight of the KL; None: 1 - ESS
-    kl_direction: Literal["pi_beta", "beta_pi"] = "pi_beta"  # beta_pi: KL(beta || pi)
-    kl_reduction: Literal["mean", "sum"] = "mean"  # over discrete actions; sum: the plain KL
+    replay_ratio: NonNegativeFloat = 2.0  # replayed minibatches per update, on average; 0: A2C
+    replay_fraction: UnitFloat = 0.0286  # share of the run's rollouts that the buffer keeps
+    warmup_fraction: UnitFloat = 0.3  # share of the buffer that is filled before it is used
+    sample_mult: PositiveInt = 6  # segments of each environment in a replayed minibatch
+    max_ratio: NonNegativeFloat | None = None  # upper limit of the ratio w; None: the ESS
+    kl_coef: NonNegativeFloat | None = None  # weight of the KL; None: 1 - ESS
+    kl_direction: Literal["pi_beta", "beta_pi"] = "pi_beta"  # KL(pi || beta) or KL(beta || pi)
+    # over discrete actions, the KL's terms are averaged (K: their number) or summed (K = 1)
+    kl_reduction: Literal["mean", "sum"] = "mean"
 
     # observations and rewards
     normalize_obs: bool = False  # standardise observations by running statistics
-    normalize_reward: bool = False  # divide rewards by the deviation of the discounted return
+    normalize_reward: bool = False  # divide rewards by the std of the discounted return
 
     # networks
-    torso: Literal["mlp", "minatar", "atari"] = "mlp"  # mlp: one each for the actor and the critic
-    hidden: tuple[int, ...] = (64, 64)  # fully connected layers, after the convolutions if any
-    activation: Literal["tanh", "relu"] = "tanh"  # activation of all hidden layers
+    hidden: tuple[PositiveInt, ...] = (64, 64)  # fully connected hidden layers
+    activation: Literal["tanh", "relu"] = "tanh"  # activation of the hidden layers
     log_std_init: float = 0.0  # initial log standard deviation of a Gaussian policy
 
     @property
@@ -101,91 +110,56 @@ class Config:
 
     @property
     def num_slots(self) -> int:
-        """Rollouts in the replay."""
-        return round(self.replay_fraction * self.num_updates)
+        """Rollouts in the replay buffer: `replay_fraction` of the run's, at least `sample_mult`.
+
+        With fewer, most segments of a replayed minibatch would be copies of others. A run that has
+        fewer rollouts than that keeps all of them.
+        """
+        kept = round(self.replay_fraction * self.num_updates)
+        return min(max(kept, self.sample_mult), self.num_updates)
 
     @property
     def warmup_slots(self) -> int:
-        """Rollouts in the replay when it is first used."""
+        """Rollouts in the replay buffer when it is first used."""
         return min(self.num_slots, max(2, round(self.warmup_fraction * self.num_slots)))
 
     def validate(self) -> None:
-        """Raise ValueError if the replay is too small, or filled only when the run ends."""
-        if not self.replay_ratio:
-            return
-        run = f"{self.num_updates} rollouts of {self.steps_per_update} steps"
-        kept = f"replay_fraction={self.replay_fraction:g} of {run}"
-        if self.num_slots < 1:
-            raise ValueError(f"{kept} is less than one: raise it or total_timesteps")
-        if self.warmup_slots >= self.num_updates:
-            raise ValueError(
-                f"the replay is first used with {self.warmup_slots} rollouts ({kept}, "
-                f"warmup_fraction={self.warmup_fraction:g}), when the run ends: raise "
-                "total_timesteps or lower a fraction"
-            )
-        if self.sample_mult > self.num_slots:
-            raise ValueError(
-                f"sample_mult={self.sample_mult} segments of an environment, and the replay holds "
-                f"{self.num_slots} ({kept}): lower it to {self.num_slots}, or keep more"
-            )
-
-
-# Fields that may be arrays, so that a sweep is one more vmap.
-TRACEABLE = ("learning_rate", "max_grad_norm", "gamma", "gae_lambda", "vf_coef", "ent_coef")
-
-# --- presets ---
-
-# fmt: off
-# Origins are in docs/presets.md.
-MINATAR = {
-    "total_timesteps": 1_000_000, "torso": "minatar", "hidden": (128,), "activation": "relu",
-}
-PHYSICS = {
-    "total_timesteps": 1_000_000, "learning_rate": 3e-4, "ent_coef": 0.0, "normalize_obs": True,
-    "normalize_reward": True, "hidden": (256, 256),
-}
-PRESETS: dict[str, dict[str, Any]] = {
-    # tasks
-    "cartpole": {"normalize_reward": True},
-    "atari": {
-        "total_timesteps": 28_000_000, "torso": "atari", "hidden": (512,), "activation": "relu",
-    },
-    **dict.fromkeys(("breakout", "asterix", "freeway", "seaquest", "space_invaders"), MINATAR),
-    **dict.fromkeys(("ant", "halfcheetah", "hopper", "walker2d", "humanoid"), PHYSICS),
-    # ablations, to follow a task
-    "a2c": {"replay_ratio": 0.0},
-    "fixed_clip": {"max_ratio": 1.0},
-    "no_kl": {"kl_coef": 0.0},
-}
-# fmt: on
+        """All combinations of fields are allowed."""
 
 
 # --- networks ---
 
 
 class Torso(nn.Module):
-    """Hidden layers: observation [..., *obs_shape], flat -> features [..., hidden[-1]]."""
+    """Hidden layers: observation [..., obs_size] -> features [..., hidden[-1]].
+
+    If `obs_shape` is [height, width, channels], convolutions come first: one for small images
+    (MinAtar), three for images of at least 36 x 36 pixels (Atari). Bytes are divided by 255.
+    """
 
     config: Config
     obs_shape: tuple[int, ...]
 
     @nn.compact
     def __call__(self, obs):
-        activation, torso = getattr(nn, self.config.activation), self.config.torso
+        activation, init = getattr(nn, self.config.activation), nn.initializers.orthogonal(2**0.5)
         x = obs.astype(jnp.float32)
-        if torso != "mlp":
-            x = x.reshape((-1, *self.obs_shape)) / (255.0 if torso == "atari" else 1.0)
-            layers = [(16, 3, 1)] if torso == "minatar" else [(32, 8, 4), (64, 4, 2), (32, 3, 1)]
-            for features, size, stride in layers:
-                x = activation(dense(features, math.sqrt(2))(patches(x, size, stride)))
+        if obs.dtype == jnp.uint8:
+            x = x / 255.0
+        if len(self.obs_shape) == 3:
+            small = min(self.obs_shape[:2]) < 36
+            layers = [(16, 3, 1)] if small else [(32, 8, 4), (64, 4, 2), (32, 3, 1)]
+            x = x.reshape((*obs.shape[:-1], *self.obs_shape))
+            for channels, size, stride in layers:
+                x = activation(nn.Dense(channels, kernel_init=init)(patches(x, size, stride)))
             x = x.reshape((*obs.shape[:-1], -1))
         for size in self.config.hidden:
-            x = activation(dense(size, math.sqrt(2))(x))
+            x = activation(nn.Dense(size, kernel_init=init)(x))
         return x
 
 
 class ActorCritic(nn.Module):
-    """Observation [..., obs_size] -> Categorical or Gaussian, and its value [...]."""
+    """Observation [..., obs_size] -> policy (Categorical or Gaussian) and state value [...]."""
 
     config: Config
     obs_shape: tuple[int, ...]
@@ -194,33 +168,30 @@ class ActorCritic(nn.Module):
 
     @nn.compact
     def __call__(self, obs):
-        shared = self.config.torso != "mlp"
-        x = Torso(self.config, self.obs_shape, name="torso" if shared else "actor_torso")(obs)
-        out = dense(self.action_size, 0.01, "actor")(x)
-        x = x if shared else Torso(self.config, self.obs_shape, name="critic_torso")(obs)
-        value = dense(1, 1.0 if shared else math.sqrt(2), "critic")(x)[..., 0]
+        config, size = self.config, self.action_size
+        shared = len(self.obs_shape) == 3
+        x = Torso(config, self.obs_shape, name="torso" if shared else "actor_torso")(obs)
+        out = nn.Dense(size, kernel_init=nn.initializers.orthogonal(0.01), name="actor")(x)
+        if not shared:
+            x = Torso(config, self.obs_shape, name="critic_torso")(obs)
+        init = nn.initializers.orthogonal(1.0 if shared else 2**0.5)
+        value = nn.Dense(1, kernel_init=init, name="critic")(x)[..., 0]
         if self.discrete:
             return common.Categorical(out), value
-        init = nn.initializers.constant(self.config.log_std_init)
-        log_std = self.param("log_std", init, (self.action_size,))
+        log_std = self.param("log_std", nn.initializers.constant(config.log_std_init), (size,))
         return common.Gaussian(out, jnp.broadcast_to(log_std, out.shape)), value
 
 
 def patches(x, size: int, stride: int):
-    """Squares [..., h, w, size * size * C] of images [..., H, W, C], for a convolution.
+    """Squares [..., h, w, size size C] of images [..., H, W, C], one every `stride` pixels.
 
-    On the CPU, XLA is far slower at convolutions in a loop than at these and a matrix product.
+    A dense layer of them is a convolution; XLA's own are slow in a loop on a CPU.
     """
     for axis in (-2, -3):
         stop = x.shape[axis] - size + 1
         parts = [jax.lax.slice_in_dim(x, i, stop + i, stride, axis) for i in range(size)]
         x = jnp.concatenate(parts, -1)
     return x
-
-
-def dense(size: int, gain: float, name: str | None = None):
-    """Linear layer with orthogonal weights."""
-    return nn.Dense(size, kernel_init=nn.initializers.orthogonal(gain), name=name)
 
 
 # --- data types ---
@@ -233,7 +204,7 @@ class Transition(NamedTuple):
     action: jax.Array  # unclipped
     policy: common.Categorical | common.Gaussian  # beta
     reward: jax.Array
-    truncated: jax.Array
+    terminated: jax.Array
     done: jax.Array  # terminated or truncated
     next_obs: jax.Array  # true successor, never a reset observation
 
@@ -241,10 +212,10 @@ class Transition(NamedTuple):
 class Segments(NamedTuple):
     """T steps of B environments each, as the agent saw them; arrays [B, T, ...]."""
 
-    obs: jax.Array  # [B, T + 1, ...]
+    obs: jax.Array  # [B, T + 1, ...], normalised
     action: jax.Array
     policy: common.Categorical | common.Gaussian  # beta
-    reward: jax.Array  # with the discounted value of what follows a truncated step
+    reward: jax.Array  # scaled; gamma V(s') is added at a time limit
     done: jax.Array
 
 
@@ -253,33 +224,42 @@ class TrainState(NamedTuple):
 
     params: dict
     opt_state: tuple
-    replay: Segments | None  # [S N, ...], S rollouts; None if it is never used
+    replay: Segments | None  # [S N, T, ...], S rollouts; None if replay_ratio is 0
     obs_stats: common.Stats
     reward_scale: common.RewardScale
     obs: jax.Array  # [N, obs_size]
     env_state: Any
     key: jax.Array
-    update: jax.Array  # [] int32
+    update: jax.Array  # [] int32, finished updates
 
 
 # --- targets and losses ---
 
 
-def lambda_return(reward, value, done, gamma, lam):
-    """Lambda-returns R [B, T], GAE plus V; `reward` and `done` [B, T], `value` [B, T + 1].
+def gae(reward, value, next_value, terminated, done, gamma, lam):
+    """Generalised advantage estimates [T, N] (Schulman et al. 2016, eq. 16); arrays [T, N].
 
-    A `done` step is followed by nothing but what its reward says. No gradient passes.
+    `next_value` is the value of the true successor. It counts unless the step terminated; the trace
+    ends at every `done`.
     """
-    value = jax.lax.stop_gradient(value)
-    going_on = jnp.where(done, 0.0, gamma)
+    delta = reward + gamma * jnp.where(terminated, 0.0, next_value) - value
 
-    def backward(target, step):
-        reward, going_on, next_value = step
-        target = reward + going_on * ((1.0 - lam) * next_value + lam * target)
-        return target, target
+    def backward(advantage, step):
+        delta, done = step
+        advantage = delta + gamma * lam * jnp.where(done, 0.0, advantage)
+        return advantage, advantage
 
-    steps = reward.T, going_on.T, value[:, 1:].T
-    return jax.lax.scan(backward, value[:, -1], steps, reverse=True)[1].T
+    return jax.lax.scan(backward, jnp.zeros_like(delta[0]), (delta, done), reverse=True)[1]
+
+
+def policy_loss(log_prob, advantage, weight=1.0):
+    """Policy gradient loss; advantages and weights get no gradient."""
+    return -(jax.lax.stop_gradient(weight * advantage) * log_prob).mean()
+
+
+def value_loss(value, target):
+    """Mean squared error to the lambda-return."""
+    return ((value - target) ** 2).mean()
 
 
 def effective_sample_size(log_weight):
@@ -298,29 +278,24 @@ def kl_divergence(p, q):
 
 
 def estimates(policy, value, segments, config):
-    """What both losses need of T steps: policy, log pi(a | s), V and R, arrays [B, T].
+    """Policy, log pi(a | s), V and the value target R of the T steps; arrays [B, T].
 
-    `policy` and `value` are those of the T + 1 observations.
+    `policy` and `value` are those of the T + 1 observations. Every done step counts as terminated
+    here, because the reward of a truncated step holds the value of its successor.
     """
-    target = lambda_return(segments.reward, value, segments.done, config.gamma, config.gae_lambda)
     policy = jax.tree.map(lambda x: x[:, :-1], policy)
-    return policy, policy.log_prob(segments.action), value[:, :-1], target
-
-
-def policy_loss(log_prob, advantage, weight=1.0):
-    """Policy gradient loss; neither advantages nor weights have a gradient."""
-    return -(jax.lax.stop_gradient(weight * advantage) * log_prob).mean()
-
-
-def value_loss(value, target):
-    """Mean squared error to the lambda-return."""
-    return ((value - target) ** 2).mean()
+    value, next_value = value[:, :-1], value[:, 1:]
+    steps = segments.reward, value, next_value, segments.done, segments.done
+    advantage = gae(*(x.T for x in steps), config.gamma, config.gae_lambda).T
+    target = jax.lax.stop_gradient(advantage + value)
+    return policy, policy.log_prob(segments.action), value, target
 
 
 def fresh_loss(policy, value, segments, config):
-    """Loss on the segments of the last rollout (A2C), with its diagnostics."""
+    """Loss of the last rollout, which is that of A2C, and its metrics."""
     policy, log_prob, value, target = estimates(policy, value, segments, config)
-    pg_loss, vf_loss = policy_loss(log_prob, target - value), value_loss(value, target)
+    pg_loss = policy_loss(log_prob, target - value)
+    vf_loss = value_loss(value, target)
     entropy = policy.entropy().mean()
     loss = pg_loss + config.vf_coef * vf_loss - config.ent_coef * entropy
     return loss, {
@@ -332,22 +307,25 @@ def fresh_loss(policy, value, segments, config):
 
 
 def replay_loss(policy, value, segments, config):
-    """Loss on replayed segments (eq. 14 without its first term, and V's), with its diagnostics."""
+    """Loss of replayed segments (second and third term of eq. 14, and value loss), and its metrics.
+
+    The ratio, the ESS and what follows from them get no gradient.
+    """
     policy, log_prob, value, target = estimates(policy, value, segments, config)
-    log_weight = log_prob - segments.policy.log_prob(segments.action)
-    log_weight = jax.lax.stop_gradient(log_weight)
-    weight, ess = jnp.exp(jnp.minimum(log_weight, 20.0)), effective_sample_size(log_weight)
+    beta = segments.policy
+    log_ratio = jax.lax.stop_gradient(log_prob - beta.log_prob(segments.action))
+    ratio = jnp.exp(jnp.minimum(log_ratio, 20.0))  # finite in any case
+    ess = effective_sample_size(log_ratio)
     max_ratio = ess if config.max_ratio is None else config.max_ratio
     kl_coef = 1.0 - ess if config.kl_coef is None else config.kl_coef
-    p, q = policy, segments.policy
-    if config.kl_direction == "beta_pi":
-        p, q = q, p
-    kl = kl_divergence(p, q).mean()
+    pair = (policy, beta) if config.kl_direction == "pi_beta" else (beta, policy)
+    kl = kl_divergence(*pair).mean()
     averaged = isinstance(policy, common.Categorical) and config.kl_reduction == "mean"
-    penalty = kl / policy.logits.shape[-1] if averaged else kl
-    pg_loss = policy_loss(log_prob, target - value, jnp.minimum(weight, max_ratio))
-    vf_loss, entropy = value_loss(value, target), policy.entropy().mean()
-    loss = pg_loss + config.vf_coef * vf_loss + kl_coef * penalty
+    K = policy.logits.shape[-1] if averaged else 1
+    pg_loss = policy_loss(log_prob, target - value, jnp.minimum(ratio, max_ratio))
+    vf_loss = value_loss(value, target)
+    entropy = policy.entropy().mean()
+    loss = pg_loss + config.vf_coef * vf_loss + kl_coef * kl / K
     if config.off_policy_entropy:
         loss -= config.ent_coef * entropy
     return loss, {
@@ -358,9 +336,9 @@ def replay_loss(policy, value, segments, config):
         "replay/kl_coef": kl_coef,
         "replay/ess": ess,
         "replay/max_ratio": max_ratio,
-        "replay/mean_ratio": weight.mean(),
-        "replay/largest_ratio": weight.max(),
-        "replay/clip_fraction": (weight > max_ratio).mean(),
+        "replay/mean_ratio": ratio.mean(),
+        "replay/largest_ratio": ratio.max(),
+        "replay/clip_fraction": (ratio > max_ratio).mean(),
     }
 
 
@@ -372,9 +350,11 @@ def sample_segments(replay, key, filled, num_envs, sample_mult):
 
 
 def replay_counts(config: Config) -> np.ndarray:
-    """Steps on replayed segments of each update [num_updates], drawn on the host.
+    """Gradient steps on replayed segments in each update, [num_updates] Poisson numbers.
 
-    They are the same for all seeds, so that under `vmap` no seed waits for another.
+    numpy draws them before the program is compiled, so that all seeds have the same ones. With
+    numbers of its own, each seed would wait for the largest, because `vmap` runs a loop until its
+    last row has finished.
     """
     counts = np.random.default_rng(0).poisson(config.replay_ratio, config.num_updates)
     counts[: config.warmup_slots - 1] = 0
@@ -384,22 +364,13 @@ def replay_counts(config: Config) -> np.ndarray:
 # --- build ---
 
 
-def build(config: Config) -> common.Algo:
-    """Compose environment, networks and optimiser into the pure functions of a run."""
-    config.validate()
-    env = envs.make(config.env, config.num_envs)
-    if env.privileged_size:
-        raise ValueError(f"{env.name}: the actor would see what only a critic may: no privileged=1")
-    if config.torso != "mlp" and len(env.obs_shape) != 3:
-        raise ValueError(
-            f"torso={config.torso!r} needs images, and {env.name} observes {env.obs_shape}: "
-            "take torso='mlp'"
-        )
-    if config.torso == "atari" and min(env.obs_shape[:2]) < 36:
-        raise ValueError(
-            f"torso='atari' needs images of 36 x 36 or more, and {env.name} observes "
-            f"{env.obs_shape}: take torso='minatar'"
-        )
+def make_env(config: Config) -> envs.Env:
+    """The environments that a run learns in."""
+    return envs.make(config.env, config.num_envs)
+
+
+def build(config: Config, env: envs.Env) -> common.Algo:
+    """Compose environments, networks and optimiser into the pure functions of a run."""
     network = ActorCritic(config, env.obs_shape, env.action_size, env.discrete)
     optimizer = optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
@@ -411,7 +382,7 @@ def build(config: Config) -> common.Algo:
     def init(key) -> TrainState:
         key_params, key_env, key = jax.random.split(key, 3)
         obs, env_state = env.reset(key_env)
-        params = network.init(key_params, obs)
+        params = network.init(key_params, obs[:1])
         state = TrainState(
             params=params,
             opt_state=optimizer.init(params),
@@ -421,13 +392,13 @@ def build(config: Config) -> common.Algo:
             obs=obs,
             env_state=env_state,
             key=key,
-            update=jnp.zeros((), jnp.int32),
+            update=jnp.int32(0),
         )
         if not config.replay_ratio:
             return state
-        fresh = jax.eval_shape(collect, state, key)[1]
+        segments = jax.eval_shape(lambda: segments_of(*rollout(state, key)[:2]))
         empty = lambda x: jnp.zeros((S * N, *x.shape[1:]), x.dtype)
-        return state._replace(replay=jax.tree.map(empty, fresh))
+        return state._replace(replay=jax.tree.map(empty, segments))
 
     def normalize(obs_stats, obs):
         return obs_stats.normalize(obs.astype(jnp.float32)) if config.normalize_obs else obs
@@ -437,8 +408,8 @@ def build(config: Config) -> common.Algo:
         draw = jax.random.gumbel if env.discrete else jax.random.normal
         return draw(key, (*shape, env.action_size))
 
-    def collect(state, key):
-        """Act for T steps; returns the new state, N segments, and infos [T, N]."""
+    def rollout(state, key):
+        """Act for T steps; returns the state, transitions [T, N] and infos [T, N]."""
         key_noise, key_env, key_refresh = jax.random.split(key, 3)
         env_state = env.refresh(key_refresh, state.env_state)
 
@@ -450,90 +421,100 @@ def build(config: Config) -> common.Algo:
             next_obs, env_state, reward, terminated, truncated, info = env.step(
                 key, env_state, action
             )
-            done = terminated | truncated
-            final_obs = info.pop("final_observation")
-            transition = Transition(obs, action, policy, reward, truncated, done, final_obs)
+            transition = Transition(
+                obs=obs,
+                action=action,
+                policy=policy,
+                reward=reward,
+                terminated=terminated,
+                done=terminated | truncated,
+                next_obs=info.pop("final_observation"),
+            )
             return (next_obs, env_state), (transition, info)
 
         xs = noise_of(key_noise, (T, N)), jax.random.split(key_env, T)
         (obs, env_state), (traj, info) = jax.lax.scan(step, (state.obs, env_state), xs)
+        return state._replace(obs=obs, env_state=env_state), traj, info
 
+    def segments_of(state, traj) -> Segments:
+        """The N segments of a rollout; `state` is the one after it."""
         reward = traj.reward
         if config.normalize_reward:
             reward = reward * state.reward_scale.factor()
-        _, value = network.apply(state.params, normalize(state.obs_stats, traj.next_obs))
-        reward += jnp.where(traj.truncated, config.gamma * value, 0.0)
-        seen = normalize(state.obs_stats, jnp.concatenate([traj.obs, obs[None]]))
-        segments = Segments(seen, traj.action, traj.policy, reward, traj.done)
-        segments = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), segments)
+        _, next_value = network.apply(state.params, normalize(state.obs_stats, traj.next_obs))
+        truncated = traj.done & ~traj.terminated
+        reward += jnp.where(truncated, config.gamma * next_value, 0.0)
+        obs = normalize(state.obs_stats, jnp.concatenate([traj.obs, state.obs[None]]))
+        segments = Segments(obs, traj.action, traj.policy, reward, traj.done)
+        return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), segments)
+
+    def remaining(state):
+        """The share of the run that is still to come, for schedules; never 0, as published."""
+        return 1.0 - (state.update + 1) / (config.num_updates + 1)
+
+    def loss_fn(params, segments, replayed):
+        loss = replay_loss if replayed else fresh_loss
+        return loss(*network.apply(params, segments.obs), segments, config)
+
+    def learning_rate(state):
+        return config.learning_rate * (remaining(state) if config.anneal_lr else 1.0)
+
+    def descend(state, grads):
+        """One step of the optimiser on all parameters."""
+        rate = learning_rate(state)
+        direction, opt_state = optimizer.update(grads, state.opt_state)
+        params = jax.tree.map(lambda p, u: p - rate * u, state.params, direction)
+        return state._replace(params=params, opt_state=opt_state)
+
+    def gradient_step(state, segments, replayed):
+        grads, aux = jax.grad(loss_fn, has_aux=True)(state.params, segments, replayed)
+        aux["replay/grad_norm" if replayed else "losses/grad_norm"] = optax.global_norm(grads)
+        return descend(state, grads), aux
+
+    def store(state, segments):
+        """Write the segments over the oldest rollout of the replay buffer."""
+        row = (state.update % S) * N
+        write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, row, 0)
+        return state._replace(replay=jax.tree.map(write, state.replay, segments))
+
+    def replay_steps(state, key):
+        """The update's gradient steps on replayed segments; the sums of their metrics."""
+        filled, count = jnp.minimum(state.update + 1, S), jnp.asarray(counts)[state.update]
+
+        def step(i, carry):
+            state, sums = carry
+            key_i = jax.random.fold_in(key, i)
+            segments = sample_segments(state.replay, key_i, filled, N, config.sample_mult)
+            state, aux = gradient_step(state, segments, replayed=True)
+            return state, jax.tree.map(jnp.add, sums, aux)
+
+        aux = jax.eval_shape(lambda: gradient_step(state, state.replay, replayed=True)[1])
+        sums = jax.tree.map(lambda x: jnp.zeros(()), aux)
+        state, sums = jax.lax.fori_loop(0, count, step, (state, sums))
+        sums |= {"replay/count": count, "charts/replay_steps": count}
+        return state, sums | {"charts/replay_filled": filled}
+
+    def update(state):
+        key, key_rollout, key_replay = jax.random.split(state.key, 3)
+        state, traj, info = rollout(state, key_rollout)
+        segments = segments_of(state, traj)
+        state, metrics = gradient_step(state, segments, replayed=False)
+        if config.replay_ratio:
+            state, sums = replay_steps(store(state, segments), key_replay)
+            metrics |= sums
+
+        metrics |= common.run_metrics(info, (state.params, metrics["losses/value_loss"]))
+        metrics["charts/learning_rate"] = jnp.asarray(learning_rate(state))
         state = state._replace(
             obs_stats=state.obs_stats.add(traj.obs),
             reward_scale=state.reward_scale.add(traj.reward, traj.done, config.gamma),
-            obs=obs,
-            env_state=env_state,
+            key=key,
+            update=state.update + 1,
         )
-        return state, segments, info
-
-    def fresh_loss_fn(params, segments):
-        return fresh_loss(*network.apply(params, segments.obs), segments, config)
-
-    def replay_loss_fn(params, segments):
-        return replay_loss(*network.apply(params, segments.obs), segments, config)
-
-    def descend(loss_fn, params, opt_state, segments, learning_rate):
-        """One step of the optimiser: params, opt_state, metrics and norm of the gradient."""
-        grads, aux = jax.grad(loss_fn, has_aux=True)(params, segments)
-        direction, opt_state = optimizer.update(grads, opt_state)
-        params = jax.tree.map(lambda p, u: p - learning_rate * u, params, direction)
-        return params, opt_state, aux, optax.global_norm(grads)
-
-    def replay_steps(state, learning_rate, key):
-        """The update's steps on replayed segments: params, opt_state, sums of metrics."""
-        filled = jnp.minimum(state.update + 1, S)
-
-        def step(i, carry):
-            params, opt_state, sums = carry
-            key_i = jax.random.fold_in(key, i)
-            segments = sample_segments(state.replay, key_i, filled, N, config.sample_mult)
-            params, opt_state, aux, grad_norm = descend(
-                replay_loss_fn, params, opt_state, segments, learning_rate
-            )
-            aux["replay/grad_norm"] = grad_norm
-            return params, opt_state, jax.tree.map(jnp.add, sums, aux)
-
-        aux = jax.eval_shape(replay_loss_fn, state.params, state.replay)[1]
-        sums = {name: jnp.zeros(()) for name in (*aux, "replay/grad_norm")}
-        count = jnp.asarray(counts)[state.update]
-        carry = state.params, state.opt_state, sums
-        params, opt_state, sums = jax.lax.fori_loop(0, count, step, carry)
-        counted = {"replay/count": count, "charts/replay_steps": count}
-        return params, opt_state, sums | counted | {"charts/replay_filled": filled}
-
-    def update(state):
-        key, key_collect, key_replay = jax.random.split(state.key, 3)
-        remaining = 1.0 - (state.update + 1) / (config.num_updates + 1)
-        learning_rate = config.learning_rate * (remaining if config.anneal_lr else 1.0)
-
-        state, segments, info = collect(state, key_collect)
-        params, opt_state, metrics, grad_norm = descend(
-            fresh_loss_fn, state.params, state.opt_state, segments, learning_rate
-        )
-        metrics["losses/grad_norm"] = grad_norm
-        state = state._replace(params=params, opt_state=opt_state)
-        if config.replay_ratio:
-            row = (state.update % S) * N
-            write = lambda kept, new: jax.lax.dynamic_update_slice_in_dim(kept, new, row, 0)
-            state = state._replace(replay=jax.tree.map(write, state.replay, segments))
-            params, opt_state, sums = replay_steps(state, learning_rate, key_replay)
-            state, metrics = state._replace(params=params, opt_state=opt_state), metrics | sums
-
-        metrics |= common.run_metrics(info, (params, metrics["losses/value_loss"]))
-        metrics["charts/learning_rate"] = jnp.asarray(learning_rate)
-        return state._replace(key=key, update=state.update + 1), metrics
+        return state, metrics
 
     def act(policy, obs, key, greedy):
-        obs = normalize(policy["obs_stats"], obs)
-        distribution, _ = network.apply(policy["network"], obs)
+        distribution, _ = network.apply(policy["network"], normalize(policy["obs_stats"], obs))
         if greedy:
             return distribution.mode()
         return distribution.sample(noise_of(key, obs.shape[:-1]))
@@ -546,10 +527,11 @@ def build(config: Config) -> common.Algo:
 
 def make_train(config: Config):
     """The whole run as one pure function; `hparams` overrides fields of TRACEABLE with arrays."""
-    build(config)  # fails here, not while tracing, if the configuration is wrong
+    common.check(config)
+    env = make_env(config)
 
     def train(key, hparams=None):
-        algo = build(replace(config, **common.traceable(hparams or {}, TRACEABLE)))
+        algo = build(common.with_hparams(config, hparams or {}, TRACEABLE), env)
         step = lambda state, _: algo.update(state)
         state, metrics = jax.lax.scan(step, algo.init(key), length=config.num_updates)
         return {"state": state, "metrics": metrics}
@@ -557,10 +539,36 @@ def make_train(config: Config):
     return train
 
 
-def main():
-    """Train from the command line."""
-    launch.main("p3o", Config, PRESETS, TRACEABLE, build)
+def config_for(env: str, *presets: str, **changes) -> Config:
+    """What the command line would run: defaults, the task's preset, `presets`, `changes`."""
+    return launch.config_for(Config, PRESETS, env, presets, changes)
+
+
+# Fields that may be arrays, so that a sweep is one more vmap.
+TRACEABLE = ("learning_rate", "max_grad_norm", "gamma", "gae_lambda", "ent_coef", "vf_coef")
+
+# --- presets ---
+
+# fmt: off
+# Values that differ from the defaults; docs/presets.md has their origins.
+MINATAR = {"total_timesteps": 1_000_000, "hidden": (128,), "activation": "relu"}
+PHYSICS = {
+    "total_timesteps": 1_000_000, "learning_rate": 3e-4, "ent_coef": 0.0, "normalize_obs": True,
+    "normalize_reward": True, "hidden": (256, 256),
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    # tasks
+    "cartpole": {"normalize_reward": True},
+    "atari": {"total_timesteps": 28_000_000, "hidden": (512,), "activation": "relu"},
+    **dict.fromkeys(("breakout", "asterix", "freeway", "seaquest", "space_invaders"), MINATAR),
+    **dict.fromkeys(("ant", "halfcheetah", "hopper", "walker2d", "humanoid"), PHYSICS),
+    # ablations, to follow a task
+    "a2c": {"replay_ratio": 0.0},
+    "fixed_clip": {"max_ratio": 1.0},
+    "no_kl": {"kl_coef": 0.0},
+}
+# fmt: on
 
 
 if __name__ == "__main__":
-    main()
+    launch.main("p3o")

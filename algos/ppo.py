@@ -1,24 +1,21 @@
-"""Proximal policy optimisation (PPO), the reference that every other file is read against.
+"""Proximal policy optimisation (PPO), the reference against which every other file is read.
 
 Schulman et al. 2017, https://arxiv.org/abs/1707.06347. One update collects a rollout [T, N] with
-the policy pi_old and takes several epochs of minibatch steps on
+the current policy, pi_old, and takes several epochs of minibatch gradient steps on
 
     delta_t = r_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)
-    A_t     = delta_t + gamma lambda (1 - done_t) A_{t+1}                 (GAE)
-    x       = pi(a_t | s_t) / pi_old(a_t | s_t)
-    loss    = -E[min(x A, clip(x, 1 - eps, 1 + eps) A)] + vf_coef E[(A + V_old - V)^2] - ent_coef H
+    A_t     = delta_t + gamma lambda (1 - done_t) A_{t+1}                             (GAE)
+    ratio_t = pi(a_t | s_t) / pi_old(a_t | s_t)
+    loss    = -E[min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)]
+              + vf_coef E[(V - (V_old + A))^2] - ent_coef E[H(pi)]
 
-where s'_t is the true successor, so a time limit (truncated) is bootstrapped and a failure
-(terminated) is not. Choices that the equations leave open:
+s'_t is the true successor of s_t, taken before any reset. A time limit (truncated) therefore
+bootstraps from V(s'_t), and a failure (terminated) does not; both end the trace (done).
 
-1. Actor and critic share nothing; each gradient is clipped by its own global norm.
-2. The value loss is a plain mean square, without 1/2 and without clipping.
-3. Advantages are normalised per minibatch.
-4. Schedules follow training progress (finished updates over all updates), not optimiser counts.
-5. Observation and reward statistics are in the train state; one snapshot serves a whole update.
-6. Actions are stored unclipped; the environment clips them to [-1, 1].
-7. Exploration noise of continuous actions is independent per step ("iid"), held for a few steps
-   ("sticky"), or a function of the state ("gsde", Raffin et al. 2021).
+Choices that the equations leave open: actor and critic share no parameters, and the gradient of
+each is clipped by its own norm; the value loss has neither 1/2 nor clipping; advantages are
+standardised within each minibatch; observation and reward statistics change once per update;
+actions are stored unclipped, and the environment clips them to [-1, 1].
 
     python algos/ppo.py --env cartpole --num-seeds 16
     python algos/ppo.py --env hopper --preset mujoco_ppo_gsde --num-seeds 4
@@ -27,16 +24,23 @@ Documentation: docs/ppo.md
 """
 
 import math
-from dataclasses import dataclass, replace
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from pydantic import NonNegativeFloat, PositiveInt
+
+if __name__ == "__main__":  # import from this checkout, and nothing by accident from algos/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import envs
 from algos import common, launch
+from algos.common import UnitFloat
 
 
 @dataclass(frozen=True)
@@ -44,44 +48,42 @@ class Config:
     """Settings of a run; `--help --env NAME` shows those of a task's preset."""
 
     env: str = "cartpole"  # task, see docs/environments.md
-    total_timesteps: int = 500_000  # environment steps per seed, all parallel environments together
+    total_timesteps: PositiveInt = 500_000  # environment steps per seed, all environments together
 
     # batch
-    num_envs: int = 16  # parallel environments per seed
-    num_steps: int = 64  # length of a rollout in each environment
-    num_epochs: int = 8  # passes over a rollout
-    num_minibatches: int = 4  # gradient steps per pass
-    shuffle: Literal["transitions", "rows"] = "transitions"  # rows: of all environments at a time
+    num_envs: PositiveInt = 16  # parallel environments per seed
+    num_steps: PositiveInt = 64  # length of a rollout in each environment
+    num_epochs: PositiveInt = 8  # epochs per rollout
+    num_minibatches: PositiveInt = 4  # gradient steps per epoch
+    # draw minibatches from single transitions, or from time steps of all environments
+    shuffle: Literal["transitions", "rows"] = "transitions"
 
-    # optimiser: Adam after clipping by global norm, for the actor and the critic alike
-    learning_rate: float = 3e-4  # step size of Adam
-    anneal_lr: bool = False  # decrease the step size linearly to 0 over the run
-    max_grad_norm: float = 0.5  # largest global norm of the gradient of one network
-    adam_eps: float = 1e-5  # epsilon of Adam
+    # optimiser: Adam, after clipping by global norm
+    learning_rate: NonNegativeFloat = 3e-4  # learning rate of every network
+    anneal_lr: bool = False  # decrease the learning rate linearly to 0 over the run
+    max_grad_norm: NonNegativeFloat = 0.5  # largest global norm of one network's gradient
+    adam_eps: NonNegativeFloat = 1e-5  # epsilon of Adam
 
     # objective
-    gamma: float = 0.99  # discount
-    gae_lambda: float = 0.95  # decay of the advantage's trace
-    clip_eps: float = 0.2  # clip range of the ratio
+    gamma: UnitFloat = 0.99  # discount
+    gae_lambda: UnitFloat = 0.95  # lambda of GAE
+    clip_eps: NonNegativeFloat = 0.2  # clip range of the ratio
     anneal_clip: bool = False  # decrease the clip range linearly to 0 over the run
     ent_coef: float = 0.0  # weight of the entropy bonus
-    vf_coef: float = 0.5  # weight of the value loss
-    normalize_advantage: bool = True  # standardise advantages within each minibatch
+    vf_coef: NonNegativeFloat = 0.5  # weight of the value loss
 
     # observations and rewards
     normalize_obs: bool = False  # standardise observations by running statistics
-    normalize_reward: bool = False  # divide rewards by the deviation of the discounted return
+    normalize_reward: bool = False  # divide rewards by the std of the discounted return
 
-    # exploration, continuous actions only
-    # noise drawn every step, held for some steps, or linear in the actor's last hidden layer
-    exploration: Literal["iid", "sticky", "gsde"] = "iid"
-    noise_interval: int = 1  # steps for which noise is held; -1: the whole rollout
+    # exploration
+    noise_interval: PositiveInt = 1  # steps for which an environment's noise is held
 
     # networks
-    hidden: tuple[int, ...] = (64, 64)  # hidden layers of the actor and of the critic
-    activation: Literal["tanh", "relu", "swish"] = "tanh"  # activation of the hidden layers
+    hidden: tuple[PositiveInt, ...] = (64, 64)  # fully connected hidden layers of each network
+    activation: Literal["tanh", "relu"] = "tanh"  # activation of the hidden layers
     kernel_init: Literal["orthogonal", "lecun_normal"] = "orthogonal"  # of every layer
-    policy_gain: float = 0.01  # factor on the initial weights of the policy's output layer
+    policy_gain: NonNegativeFloat = 0.01  # factor on the initial weights of the policy's last layer
     log_std_init: float = 0.0  # initial log standard deviation of a Gaussian policy
 
     @property
@@ -95,7 +97,7 @@ class Config:
         return math.ceil(self.total_timesteps / self.steps_per_update)
 
     def validate(self) -> None:
-        """Raise ValueError if a rollout cannot be cut into equal minibatches or noise not held."""
+        """Raise ValueError if a rollout cannot be cut into equal minibatches."""
         size = self.steps_per_update if self.shuffle == "transitions" else self.num_steps
         if size % self.num_minibatches:
             raise ValueError(
@@ -103,93 +105,29 @@ class Config:
                 f"of a rollout (num_envs={self.num_envs}, num_steps={self.num_steps}): "
                 "change one of them"
             )
-        if self.noise_interval != -1 and self.noise_interval < 1:
-            raise ValueError(f"noise_interval={self.noise_interval}: at least 1, or -1, is needed")
-
-
-# Fields that may be arrays, so that a sweep is one more vmap.
-TRACEABLE = ("learning_rate", "max_grad_norm", "gamma", "gae_lambda", "clip_eps", "ent_coef")
-
-# --- presets ---
-
-# fmt: off
-# Origins are in docs/presets.md. First the two families that several presets share.
-PHYSICS = {
-    "num_envs": 64, "num_steps": 64, "num_epochs": 8, "num_minibatches": 16, "anneal_lr": True,
-    "normalize_obs": True, "normalize_reward": True, "total_timesteps": 1_000_000,
-}
-FAST = {**PHYSICS, "learning_rate": 1e-3}
-MINATAR = {
-    "total_timesteps": 5_000_000, "num_envs": 128, "num_steps": 32, "num_epochs": 4,
-    "num_minibatches": 8, "learning_rate": 1e-3, "anneal_lr": True, "ent_coef": 0.01,
-    "hidden": (128, 128), "activation": "relu",
-}
-PAPER = {  # everything a task's own preset may have changed, back to the published default
-    "shuffle": "rows", "learning_rate": 3e-4, "anneal_lr": False, "gamma": 0.99, "gae_lambda": 0.95,
-    "clip_eps": 0.2, "anneal_clip": False, "ent_coef": 0.0, "vf_coef": 0.5, "normalize_obs": False,
-    "normalize_reward": False, "exploration": "iid", "noise_interval": 1, "hidden": (64, 64),
-    "policy_gain": 1.0, "log_std_init": 0.0,
-}
-PRESETS: dict[str, dict[str, Any]] = {
-    # tasks
-    "cartpole": {
-        "total_timesteps": 200_000, "num_envs": 32, "num_steps": 32, "num_epochs": 4,
-        "num_minibatches": 4, "learning_rate": 2.5e-3, "anneal_lr": True,
-    },
-    "pendulum": {
-        "total_timesteps": 200_000, "num_envs": 16, "num_steps": 128, "num_epochs": 10,
-        "num_minibatches": 16, "gamma": 0.9, "learning_rate": 1e-3, "anneal_lr": True,
-        "normalize_reward": True,
-    },
-    "inverted_pendulum": {**FAST, "total_timesteps": 300_000},
-    "inverted_double_pendulum": {**FAST, "total_timesteps": 300_000},
-    **dict.fromkeys(("CartpoleBalance", "CartpoleSwingup", "ReacherEasy", "CheetahRun"), FAST),
-    **dict.fromkeys(("hopper", "walker2d", "halfcheetah"), PHYSICS),
-    "reacher": {**PHYSICS, "gamma": 0.95}, "arm": FAST,
-    "ant": {  # a deviation of 1 at first, and actions would cost more than standing pays
-        **PHYSICS, "num_envs": 512, "num_steps": 32, "num_epochs": 4, "hidden": (256, 256),
-        "log_std_init": -1.0, "total_timesteps": 2_000_000,
-    },
-    **dict.fromkeys(("breakout", "asterix", "freeway", "space_invaders"), MINATAR),
-    # the PPO baselines of Goodall et al. 2026 (BPO), their published values
-    "cartpole_ppo": {
-        **PAPER, "total_timesteps": 100_000, "num_envs": 8, "num_steps": 32, "num_epochs": 20,
-        "num_minibatches": 1, "gamma": 0.98, "gae_lambda": 0.8, "learning_rate": 1e-3,
-        "anneal_lr": True, "anneal_clip": True, "activation": "tanh", "kernel_init": "lecun_normal",
-    },
-    "mujoco_ppo": {
-        **PAPER, "total_timesteps": 1_500_000, "num_envs": 1, "num_steps": 2048, "num_epochs": 10,
-        "num_minibatches": 32, "ent_coef": 0.001, "activation": "relu", "kernel_init": "orthogonal",
-    },
-    "mujoco_ppo_gsde": {
-        **PAPER, "total_timesteps": 2_000_000, "num_envs": 16, "num_steps": 512, "num_epochs": 20,
-        "num_minibatches": 64, "gae_lambda": 0.9, "clip_eps": 0.4, "learning_rate": 3e-5,
-        "exploration": "sticky", "noise_interval": 4, "hidden": (256, 256), "activation": "relu",
-        "kernel_init": "lecun_normal", "log_std_init": -1.0,
-    },
-    # the PPO baseline of Voelcker et al. 2025 (REPPO), without its clipping of values
-    "dmc_ppo": {
-        **PAPER, "total_timesteps": 50_000_000, "shuffle": "transitions", "num_envs": 2048,
-        "num_steps": 64, "num_epochs": 16, "num_minibatches": 32, "normalize_obs": True,
-        "activation": "tanh", "kernel_init": "orthogonal", "policy_gain": 0.01,
-    },
-}
-# fmt: on
 
 
 # --- networks ---
 
 
 class Torso(nn.Module):
-    """Fully connected hidden layers."""
+    """Hidden layers: observation [..., obs_size] -> features [..., hidden[-1]].
+
+    If `obs_shape` is [height, width, channels], a 3 x 3 convolution with 16 channels comes first.
+    """
 
     config: Config
+    obs_shape: tuple[int, ...]
 
     @nn.compact
-    def __call__(self, x):
-        activation = getattr(nn, self.config.activation)
+    def __call__(self, obs):
+        activation, init = getattr(nn, self.config.activation), initializer(self.config)
+        x = obs.astype(jnp.float32)
+        if len(self.obs_shape) == 3:
+            x = patches(x.reshape((*obs.shape[:-1], *self.obs_shape)))
+            x = activation(nn.Dense(16, kernel_init=init)(x)).reshape((*obs.shape[:-1], -1))
         for size in self.config.hidden:
-            x = activation(nn.Dense(size, kernel_init=initializer(self.config))(x))
+            x = activation(nn.Dense(size, kernel_init=init)(x))
         return x
 
 
@@ -197,23 +135,18 @@ class Actor(nn.Module):
     """Policy network: observation [..., obs_size] -> Categorical or Gaussian."""
 
     config: Config
+    obs_shape: tuple[int, ...]
     action_size: int
     discrete: bool
 
     @nn.compact
     def __call__(self, obs):
         config, size = self.config, self.action_size
-        x = Torso(config)(obs)
-        out = nn.Dense(size, kernel_init=initializer(config, config.policy_gain))(x)
+        init = initializer(config, config.policy_gain)
+        out = nn.Dense(size, kernel_init=init)(Torso(config, self.obs_shape)(obs))
         if self.discrete:
             return common.Categorical(out)
-        shape = (x.shape[-1], size) if config.exploration == "gsde" else (size,)
-        log_std = self.param("log_std", nn.initializers.constant(config.log_std_init), shape)
-        if config.exploration == "gsde":
-            # The features are constants here: exploration must not bend the representation.
-            features, weight_std = jax.lax.stop_gradient(x), jnp.exp(log_std)
-            variance = features**2 @ weight_std**2
-            return common.Gaussian(out, 0.5 * jnp.log(variance + 1e-6), features, weight_std)
+        log_std = self.param("log_std", nn.initializers.constant(config.log_std_init), (size,))
         return common.Gaussian(out, jnp.broadcast_to(log_std, out.shape))
 
 
@@ -221,10 +154,11 @@ class Critic(nn.Module):
     """State value: observation [..., obs_size] -> [...]."""
 
     config: Config
+    obs_shape: tuple[int, ...]
 
     @nn.compact
     def __call__(self, obs):
-        x = Torso(self.config)(obs)
+        x = Torso(self.config, self.obs_shape)(obs)
         return nn.Dense(1, kernel_init=initializer(self.config))(x)[..., 0]
 
 
@@ -233,6 +167,18 @@ def initializer(config: Config, gain: float = 1.0):
     if config.kernel_init == "orthogonal":
         return nn.initializers.orthogonal(gain)
     return nn.initializers.variance_scaling(gain**2, "fan_in", "truncated_normal")
+
+
+def patches(x):
+    """3 x 3 squares [..., H - 2, W - 2, 9 C] of images [..., H, W, C].
+
+    A dense layer of them is a convolution; XLA's own are slow in a loop on a CPU.
+    """
+    for axis in (-2, -3):
+        size = x.shape[axis] - 2
+        parts = [jax.lax.slice_in_dim(x, i, i + size, axis=axis) for i in range(3)]
+        x = jnp.concatenate(parts, -1)
+    return x
 
 
 # --- data types ---
@@ -251,7 +197,7 @@ class Transition(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What the losses need of a transition."""
+    """What the loss needs of a transition; arrays [T N, ...], or [T, N, ...] to shuffle rows."""
 
     obs: jax.Array  # normalised
     action: jax.Array
@@ -270,17 +216,17 @@ class TrainState(NamedTuple):
     obs: jax.Array  # [N, obs_size]
     env_state: Any
     key: jax.Array
-    update: jax.Array  # [] int32
+    update: jax.Array  # [] int32, finished updates
 
 
 # --- targets and losses ---
 
 
 def gae(reward, value, next_value, terminated, done, gamma, lam):
-    """Generalised advantage estimates [T, N] (Schulman et al. 2016), arrays [T, N].
+    """Generalised advantage estimates [T, N] (Schulman et al. 2016, eq. 16); arrays [T, N].
 
-    `next_value` is the value of the true successor: it counts unless the step terminated. The trace
-    is cut at every `done`.
+    `next_value` is the value of the true successor. It counts unless the step terminated; the trace
+    ends at every `done`.
     """
     delta = reward + gamma * jnp.where(terminated, 0.0, next_value) - value
 
@@ -293,16 +239,15 @@ def gae(reward, value, next_value, terminated, done, gamma, lam):
 
 
 def policy_loss(log_prob, old_log_prob, advantage, clip_eps):
-    """Clipped surrogate loss (Schulman et al. 2017, eq. 7), with its diagnostics."""
+    """Clipped surrogate loss (Schulman et al. 2017, eq. 7) and its metrics."""
     log_ratio = log_prob - old_log_prob
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1.0 - clip_eps, 1.0 + clip_eps)
     loss = -jnp.minimum(ratio * advantage, clipped * advantage).mean()
-    aux = {
+    return loss, {
         "losses/approx_kl": (ratio - 1.0 - log_ratio).mean(),
         "losses/clip_fraction": (jnp.abs(ratio - 1.0) > clip_eps).mean(),
     }
-    return loss, aux
 
 
 def value_loss(value, target):
@@ -313,30 +258,27 @@ def value_loss(value, target):
 # --- build ---
 
 
-def build(config: Config) -> common.Algo:
-    """Compose environment, networks and optimiser into the pure functions of a run."""
-    config.validate()
-    env = envs.make(config.env, config.num_envs)
-    if env.privileged_size:
-        raise ValueError(f"{env.name}: the actor would see what only a critic may: no privileged=1")
-    actor = Actor(config, env.action_size, env.discrete)
-    critic = Critic(config)
+def make_env(config: Config) -> envs.Env:
+    """The environments that a run learns in."""
+    return envs.make(config.env, config.num_envs)
+
+
+def build(config: Config, env: envs.Env) -> common.Algo:
+    """Compose environments, networks and optimiser into the pure functions of a run."""
+    actor = Actor(config, env.obs_shape, env.action_size, env.discrete)
+    critic = Critic(config, env.obs_shape)
     optimizer = optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.scale_by_adam(b1=0.9, b2=0.999, eps=config.adam_eps),
     )
     T, N = config.num_steps, config.num_envs
-    held = config.noise_interval if config.noise_interval > 0 else T
-    if config.exploration == "iid" or env.discrete:
-        held = 1
 
     def init(key) -> TrainState:
         key_actor, key_critic, key_env, key = jax.random.split(key, 4)
         obs, env_state = env.reset(key_env)
-        sample = jnp.zeros((1, env.obs_size))
         params = {
-            "actor": actor.init(key_actor, sample),
-            "critic": critic.init(key_critic, sample),
+            "actor": actor.init(key_actor, obs[:1]),
+            "critic": critic.init(key_critic, obs[:1]),
         }
         return TrainState(
             params=params,
@@ -346,31 +288,28 @@ def build(config: Config) -> common.Algo:
             obs=obs,
             env_state=env_state,
             key=key,
-            update=jnp.zeros((), jnp.int32),
+            update=jnp.int32(0),
         )
 
     def normalize(obs_stats, obs):
-        obs = obs.astype(jnp.float32)
-        return obs_stats.normalize(obs) if config.normalize_obs else obs
+        return obs_stats.normalize(obs.astype(jnp.float32)) if config.normalize_obs else obs
 
     def noise_of(key, shape):
-        """Exploration noise for `shape` actions: a vector or, under gSDE, a matrix for each."""
-        if env.discrete:
-            return jax.random.gumbel(key, (*shape, env.action_size))
-        features = config.hidden[-1:] if config.exploration == "gsde" else ()
-        return jax.random.normal(key, (*shape, *features, env.action_size))
+        """Exploration noise for `shape` actions."""
+        draw = jax.random.gumbel if env.discrete else jax.random.normal
+        return draw(key, (*shape, env.action_size))
 
     def rollout(state, key):
-        """Act for T steps; returns the next observation and state, and arrays [T, N]."""
+        """Act for T steps; returns the state, transitions [T, N] and infos [T, N]."""
         key_noise, key_env, key_refresh = jax.random.split(key, 3)
-        noise = noise_of(key_noise, (math.ceil(T / held), N))
+        noise = noise_of(key_noise, (math.ceil(T / config.noise_interval), N))
         env_state = env.refresh(key_refresh, state.env_state)
 
         def step(carry, x):
             obs, env_state = carry
             t, key = x
             policy = actor.apply(state.params["actor"], normalize(state.obs_stats, obs))
-            action = policy.sample(noise[t // held])
+            action = policy.sample(noise[t // config.noise_interval])
             next_obs, env_state, reward, terminated, truncated, info = env.step(
                 key, env_state, action
             )
@@ -387,84 +326,81 @@ def build(config: Config) -> common.Algo:
 
         xs = jnp.arange(T), jax.random.split(key_env, T)
         (obs, env_state), (traj, info) = jax.lax.scan(step, (state.obs, env_state), xs)
-        return obs, env_state, traj, info
+        return state._replace(obs=obs, env_state=env_state), traj, info
 
-    def loss_fn(params, batch, clip_eps):
-        policy = actor.apply(params["actor"], batch.obs)
-        advantage = batch.advantage
-        if config.normalize_advantage:
-            advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-        pg_loss, aux = policy_loss(
-            policy.log_prob(batch.action), batch.log_prob, advantage, clip_eps
+    def targets(state, traj) -> Batch:
+        """Advantages and value targets of a rollout."""
+        obs, next_obs = (normalize(state.obs_stats, x) for x in (traj.obs, traj.next_obs))
+        value, next_value = (critic.apply(state.params["critic"], x) for x in (obs, next_obs))
+        reward = traj.reward
+        if config.normalize_reward:
+            reward = reward * state.reward_scale.factor()
+        advantage = gae(
+            reward, value, next_value, traj.terminated, traj.done, config.gamma, config.gae_lambda
         )
-        vf_loss = value_loss(critic.apply(params["critic"], batch.obs), batch.target)
+        batch = Batch(obs, traj.action, traj.log_prob, advantage, advantage + value)
+        if config.shuffle == "transitions":
+            batch = jax.tree.map(lambda x: x.reshape((T * N, *x.shape[2:])), batch)
+        return batch
+
+    def remaining(state):
+        """The share of the run that is still to come, for schedules."""
+        return 1.0 - state.update / config.num_updates
+
+    def loss_fn(params, state, batch):
+        policy = actor.apply(params["actor"], batch.obs)
+        value = critic.apply(params["critic"], batch.obs)
+        advantage = (batch.advantage - batch.advantage.mean()) / (batch.advantage.std() + 1e-8)
+        clip_eps = config.clip_eps * (remaining(state) if config.anneal_clip else 1.0)
+        log_prob = policy.log_prob(batch.action)
+        pg_loss, aux = policy_loss(log_prob, batch.log_prob, advantage, clip_eps)
+        vf_loss = value_loss(value, batch.target)
         entropy = policy.entropy().mean()
         loss = pg_loss + config.vf_coef * vf_loss - config.ent_coef * entropy
-        aux |= {
+        return loss, aux | {
             "losses/policy_loss": pg_loss,
             "losses/value_loss": vf_loss,
             "losses/entropy": entropy,
         }
-        return loss, aux
+
+    def learning_rate(state):
+        return config.learning_rate * (remaining(state) if config.anneal_lr else 1.0)
+
+    def descend(state, grads):
+        """One step of the optimiser on each network in `grads`."""
+        params, opt_state = dict(state.params), dict(state.opt_state)
+        rate = learning_rate(state)
+        for name in grads:
+            direction, opt_state[name] = optimizer.update(grads[name], opt_state[name])
+            params[name] = jax.tree.map(lambda p, u: p - rate * u, params[name], direction)
+        return state._replace(params=params, opt_state=opt_state)
+
+    def gradient_step(state, batch):
+        grads, aux = jax.grad(loss_fn, has_aux=True)(state.params, state, batch)
+        aux["losses/grad_norm"] = optax.global_norm(grads)
+        return descend(state, grads), aux
+
+    def epoch(state, batch, key):
+        """Gradient steps on all of the batch, in shuffled minibatches."""
+        index = jax.random.permutation(key, len(batch.obs)).reshape(config.num_minibatches, -1)
+        step = lambda state, i: gradient_step(state, jax.tree.map(lambda x: x[i], batch))
+        return jax.lax.scan(step, state, index)
 
     def update(state):
-        key, key_rollout, key_shuffle = jax.random.split(state.key, 3)
-        remaining = 1.0 - state.update / config.num_updates
-        learning_rate = config.learning_rate * (remaining if config.anneal_lr else 1.0)
-        clip_eps = config.clip_eps * (remaining if config.anneal_clip else 1.0)
-
-        obs, env_state, traj, info = rollout(state, key_rollout)
-
-        reward = traj.reward
-        if config.normalize_reward:
-            reward = reward * state.reward_scale.factor()
-        normalized_obs = normalize(state.obs_stats, traj.obs)
-        value, next_value = (
-            critic.apply(state.params["critic"], x)
-            for x in (normalized_obs, normalize(state.obs_stats, traj.next_obs))
-        )
-        advantage = gae(
-            reward, value, next_value, traj.terminated, traj.done, config.gamma, config.gae_lambda
-        )
-        batch = Batch(normalized_obs, traj.action, traj.log_prob, advantage, advantage + value)
-
-        if config.shuffle == "transitions":
-            batch = jax.tree.map(lambda x: x.reshape((T * N, *x.shape[2:])), batch)
-        size = len(batch.obs)
-
-        def gradient_step(carry, index):
-            params, opt_state = carry
-            minibatch = jax.tree.map(lambda x: x[index], batch)
-            grads, aux = jax.grad(loss_fn, has_aux=True)(params, minibatch, clip_eps)
-            aux["losses/grad_norm"] = optax.global_norm(grads)
-            steps = {name: optimizer.update(grads[name], opt_state[name]) for name in params}
-            params = {
-                name: jax.tree.map(lambda p, u: p - learning_rate * u, params[name], steps[name][0])
-                for name in params
-            }
-            return (params, {name: steps[name][1] for name in params}), aux
-
-        def epoch(carry, key):
-            index = jax.random.permutation(key, size).reshape(config.num_minibatches, -1)
-            return jax.lax.scan(gradient_step, carry, index)
-
-        (params, opt_state), aux = jax.lax.scan(
-            epoch,
-            (state.params, state.opt_state),
-            jax.random.split(key_shuffle, config.num_epochs),
-        )
+        key, key_rollout, key_epochs = jax.random.split(state.key, 3)
+        state, traj, info = rollout(state, key_rollout)
+        batch = targets(state, traj)
+        keys = jax.random.split(key_epochs, config.num_epochs)
+        state, aux = jax.lax.scan(lambda state, key: epoch(state, batch, key), state, keys)
 
         metrics = {name: x.mean() for name, x in aux.items()}
-        metrics |= common.run_metrics(info, (params, metrics["losses/value_loss"]))
-        metrics["losses/explained_variance"] = 1.0 - advantage.var() / (batch.target.var() + 1e-8)
-        metrics["charts/learning_rate"] = jnp.asarray(learning_rate)
+        metrics |= common.run_metrics(info, (state.params, metrics["losses/value_loss"]))
+        unexplained = batch.advantage.var() / (batch.target.var() + 1e-8)
+        metrics["losses/explained_variance"] = 1.0 - unexplained
+        metrics["charts/learning_rate"] = jnp.asarray(learning_rate(state))
         state = state._replace(
-            params=params,
-            opt_state=opt_state,
             obs_stats=state.obs_stats.add(traj.obs),
             reward_scale=state.reward_scale.add(traj.reward, traj.done, config.gamma),
-            obs=obs,
-            env_state=env_state,
             key=key,
             update=state.update + 1,
         )
@@ -484,10 +420,11 @@ def build(config: Config) -> common.Algo:
 
 def make_train(config: Config):
     """The whole run as one pure function; `hparams` overrides fields of TRACEABLE with arrays."""
-    build(config)  # fails here, not while tracing, if the configuration is wrong
+    common.check(config)
+    env = make_env(config)
 
     def train(key, hparams=None):
-        algo = build(replace(config, **common.traceable(hparams or {}, TRACEABLE)))
+        algo = build(common.with_hparams(config, hparams or {}, TRACEABLE), env)
         step = lambda state, _: algo.update(state)
         state, metrics = jax.lax.scan(step, algo.init(key), length=config.num_updates)
         return {"state": state, "metrics": metrics}
@@ -495,10 +432,80 @@ def make_train(config: Config):
     return train
 
 
-def main():
-    """Train from the command line."""
-    launch.main("ppo", Config, PRESETS, TRACEABLE, build)
+def config_for(env: str, *presets: str, **changes) -> Config:
+    """What the command line would run: defaults, the task's preset, `presets`, `changes`."""
+    return launch.config_for(Config, PRESETS, env, presets, changes)
+
+
+# Fields that may be arrays, so that a sweep is one more vmap.
+TRACEABLE = ("learning_rate", "max_grad_norm", "gamma", "gae_lambda", "clip_eps", "ent_coef")
+
+# --- presets ---
+
+# fmt: off
+# Values that differ from the defaults; docs/presets.md has their origins.
+PHYSICS = {
+    "total_timesteps": 1_000_000, "num_envs": 64, "num_steps": 64, "num_epochs": 8,
+    "num_minibatches": 16, "anneal_lr": True, "normalize_obs": True, "normalize_reward": True,
+}
+FAST = {**PHYSICS, "learning_rate": 1e-3}
+MINATAR = {
+    "total_timesteps": 5_000_000, "num_envs": 128, "num_steps": 32, "num_epochs": 4,
+    "num_minibatches": 8, "learning_rate": 1e-3, "anneal_lr": True, "ent_coef": 0.01,
+    "hidden": (128,), "activation": "relu",
+}
+PAPER = {  # everything that a task's preset may have changed, back to the published value
+    "shuffle": "rows", "learning_rate": 3e-4, "anneal_lr": False, "gamma": 0.99, "gae_lambda": 0.95,
+    "clip_eps": 0.2, "anneal_clip": False, "ent_coef": 0.0, "vf_coef": 0.5, "normalize_obs": False,
+    "normalize_reward": False, "noise_interval": 1, "hidden": (64, 64),
+    "policy_gain": 1.0, "log_std_init": 0.0,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    # tasks
+    "cartpole": {
+        "total_timesteps": 200_000, "num_envs": 32, "num_steps": 32, "num_epochs": 4,
+        "num_minibatches": 4, "learning_rate": 2.5e-3, "anneal_lr": True,
+    },
+    "pendulum": {
+        "total_timesteps": 200_000, "num_envs": 16, "num_steps": 128, "num_epochs": 10,
+        "num_minibatches": 16, "learning_rate": 1e-3, "anneal_lr": True, "gamma": 0.9,
+        "normalize_reward": True,
+    },
+    "inverted_pendulum": {**FAST, "total_timesteps": 300_000},
+    "inverted_double_pendulum": {**FAST, "total_timesteps": 300_000},
+    **dict.fromkeys(("CartpoleBalance", "CartpoleSwingup", "ReacherEasy", "CheetahRun"), FAST),
+    **dict.fromkeys(("hopper", "walker2d", "halfcheetah"), PHYSICS),
+    "reacher": {**PHYSICS, "gamma": 0.95}, "arm": FAST,
+    "ant": {  # with an initial std of 1, actions cost more than standing still earns
+        **PHYSICS, "total_timesteps": 2_000_000, "num_envs": 512, "num_steps": 32, "num_epochs": 4,
+        "hidden": (256, 256), "log_std_init": -1.0,
+    },
+    **dict.fromkeys(("breakout", "asterix", "freeway", "space_invaders"), MINATAR),
+    # the PPO baselines of Goodall et al. 2026 (BPO)
+    "cartpole_ppo": {
+        **PAPER, "total_timesteps": 100_000, "num_envs": 8, "num_steps": 32, "num_epochs": 20,
+        "num_minibatches": 1, "learning_rate": 1e-3, "anneal_lr": True, "gamma": 0.98,
+        "gae_lambda": 0.8, "anneal_clip": True, "activation": "tanh", "kernel_init": "lecun_normal",
+    },
+    "mujoco_ppo": {
+        **PAPER, "total_timesteps": 1_500_000, "num_envs": 1, "num_steps": 2048, "num_epochs": 10,
+        "num_minibatches": 32, "ent_coef": 0.001, "activation": "relu", "kernel_init": "orthogonal",
+    },
+    "mujoco_ppo_gsde": {
+        **PAPER, "total_timesteps": 2_000_000, "num_envs": 16, "num_steps": 512, "num_epochs": 20,
+        "num_minibatches": 64, "learning_rate": 3e-5, "gae_lambda": 0.9, "clip_eps": 0.4,
+        "noise_interval": 4, "hidden": (256, 256), "activation": "relu",
+        "kernel_init": "lecun_normal", "log_std_init": -1.0,
+    },
+    # the PPO baseline of Voelcker et al. 2025 (REPPO), without its clipping of values
+    "dmc_ppo": {
+        **PAPER, "total_timesteps": 50_000_000, "num_envs": 2048, "num_steps": 64, "num_epochs": 16,
+        "num_minibatches": 32, "shuffle": "transitions", "normalize_obs": True,
+        "activation": "tanh", "kernel_init": "orthogonal", "policy_gain": 0.01,
+    },
+}
+# fmt: on
 
 
 if __name__ == "__main__":
-    main()
+    launch.main("ppo")

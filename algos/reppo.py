@@ -1,28 +1,29 @@
-"""Relative entropy pathwise policy optimisation (REPPO): climb a Q that only knows the rollout.
+"""Relative entropy pathwise policy optimisation (REPPO): an on-policy critic, climbed by the actor.
 
 Voelcker et al. 2025, https://arxiv.org/abs/2507.11019. One update collects a rollout [T, N] with
-pi_old and fits Q(s, a) to soft TD(lambda) targets G of that rollout alone. The policy maximises
-E[Q(s, a) + alpha H], a ~ pi, through the action, subject to E[KL(pi_old || pi)] <= bound,
-by a loss that climbs in states whose KL is below the bound and pulls back in the others:
+the current policy, pi_old, and takes several epochs of minibatch gradient steps. The critic Q is
+fitted to soft TD(lambda) targets G of this rollout alone. The policy follows the gradient of Q with
+respect to the action in states where its KL from pi_old is below a bound, and returns towards
+pi_old in the others:
 
-    KL(s) <  bound:  alpha log pi(a | s) - Q(s, a)
-    KL(s) >= bound:  beta KL(s)
-    G_t = r_t + (1 - terminated_t) (b_t + gamma ((1 - c_t) V'_t + c_t G_{t+1})),  V'_t = Q(s'_t, a')
-    b_t = -gamma alpha log pi(a' | s'_t),  a' ~ pi,  c_t = lambda w_{t+1}, or 0 at an end
+    G_t   = r_t + (1 - terminated_t) (b_t + gamma ((1 - c_t) V'_t + c_t G_{t+1}))
+    V'_t  = Q(s'_t, a'),  b_t = -gamma alpha log pi(a' | s'_t),  a' ~ pi(. | s'_t)
+    c_t   = 0 if truncated_t or t = T - 1, else lambda
+    KL(s) = KL(pi_old(. | s) || pi(. | s))
+    loss  = E[alpha log pi(a | s) - Q(s, a) if KL(s) < bound else beta KL(s)],  a ~ pi(. | s)
 
-where w is 1 without scaled exploration, an end is that of an episode or of the rollout, and the
-multipliers alpha and beta follow mean entropy and mean KL. Actions are continuous.
-Deviations from the authors' code: targets of the true successors, no entropy bonus where an episode
-terminates, and independent noise for every draw.
+Two multipliers are learned as well: alpha keeps the mean entropy above a target, beta keeps the
+mean KL below the bound. s'_t is the true successor of s_t, taken before any reset. A time limit
+(truncated) therefore bootstraps from V'_t, and a failure (terminated) does not; both end the trace.
 
 Differences from ppo.py:
 
-1. The gradient goes through Q and the action; there is no ratio and no advantage.
-2. Q is categorical: cross-entropy to a histogram of each target (HL-Gauss). It also predicts the
-   reward and its own next features. It may see privileged observations; the actor sees none.
-3. Actions are squashed by tanh, and stored as the environment gets them: clipped to +-0.999.
-4. Observations are normalised when they arrive, by statistics that include them.
-5. A gradient that is not finite is skipped and counted; a step of broken physics teaches nothing.
+1. There is no ratio and no advantage: the gradient reaches the policy through the action and Q.
+2. An action is tanh of a Gaussian sample. It is stored as the environment gets it, within +-0.999.
+3. Q is a histogram over a fixed support, trained by cross-entropy (HL-Gauss). The critic also
+   predicts the reward and its own features of the next step, and sees privileged observations.
+4. Observations are standardised when they arrive, by statistics that include them.
+5. A gradient that is not finite is skipped and counted; steps of broken physics are left out.
 
     python algos/reppo.py --env pendulum --num-seeds 16
     python algos/reppo.py --env CheetahRun --preset dmc_small --num-seeds 4
@@ -31,18 +32,25 @@ Documentation: docs/reppo.md
 """
 
 import math
+import sys
 import warnings
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from annotated_types import Ge
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+
+if __name__ == "__main__":  # import from this checkout, and nothing by accident from algos/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import envs
 from algos import common, launch
+from algos.common import UnitFloat
 
 
 @dataclass(frozen=True)
@@ -50,64 +58,55 @@ class Config:
     """Settings of a run; `--help --env NAME` shows those of a task's preset."""
 
     env: str = "pendulum"  # task, see docs/environments.md
-    total_timesteps: int = 50_000_000  # environment steps per seed, all environments together
+    total_timesteps: PositiveInt = 50_000_000  # environment steps per seed, in all environments
 
     # batch
-    num_envs: int = 1024  # parallel environments per seed
-    num_steps: int = 128  # length of a rollout in each environment
-    num_epochs: int = 4  # passes over a rollout
-    num_minibatches: int = 128  # gradient steps of the critic and of the actor per pass
+    num_envs: PositiveInt = 1024  # parallel environments per seed
+    num_steps: PositiveInt = 128  # length of a rollout in each environment
+    num_epochs: PositiveInt = 4  # epochs per rollout
+    num_minibatches: PositiveInt = 128  # gradient steps per epoch
 
-    # optimiser: Adam after clipping by global norm, for the actor and the critic alike
-    learning_rate: float = 3e-4  # step size of Adam
-    anneal_lr: bool = False  # decrease the step size linearly to 0 over the run
-    max_grad_norm: float = 0.5  # largest global norm of one gradient; the actor's has the duals
-    dual_lr_mult: float = 1.0  # factor on the step size of the two multipliers
+    # optimiser: Adam, after clipping by global norm
+    learning_rate: NonNegativeFloat = 3e-4  # learning rate of every network
+    anneal_lr: bool = False  # decrease the learning rate linearly to 0 over the run
+    max_grad_norm: NonNegativeFloat = 0.5  # largest global norm of one network's gradient
+    dual_lr_mult: NonNegativeFloat = 1.0  # factor on the learning rate of the two multipliers
 
-    # targets and critic loss
-    gamma: float = 0.99  # discount
-    td_lambda: float = 0.95  # decay of the target's trace
-    target_mode: Literal["aligned", "shifted"] = "aligned"  # shifted: the true successor is unknown
-    value_samples: int = 1  # actions that the value of a successor is averaged over
-    critic_loss: Literal["hl_gauss", "mse"] = "hl_gauss"  # mse: a plain scalar critic
-    num_bins: int = 151  # bins of the categorical critic
-    vmin: float = 0.0  # centre of the first bin, at most the smallest value
-    vmax: float = 150.0  # centre of the last bin, at least the largest value
-    aux_loss_mult: float = 1.0  # weight of predicting reward and next features; 0: no prediction
-
-    # actor loss
-    # clipped: climb or pull back, by the state's KL; full: both everywhere; value: climb everywhere
+    # objective
+    gamma: UnitFloat = 0.99  # discount
+    td_lambda: UnitFloat = 0.95  # lambda of TD(lambda)
+    # next observations in targets: true successors, or as published, what follows a reset
+    target_mode: Literal["aligned", "shifted"] = "aligned"
+    value_samples: PositiveInt = 1  # actions drawn for the value of a next state
+    # loss of a state: Q or KL by the bound (clipped), both (full), Q alone (value)
     kl_mode: Literal["clipped", "full", "value"] = "clipped"
-    kl_bound: float = 0.1  # largest KL of a state, in nats summed over action dimensions
-    # log-densities at clipped samples as published, at the samples themselves, or in closed form
-    kl_estimator: Literal["sampled", "unclipped", "exact"] = "sampled"
-    kl_samples: int = 16  # samples of an estimate
-    reverse_kl: bool = False  # bound KL(pi || pi_old) instead of KL(pi_old || pi)
-    kl_coef_init: float = 0.01  # initial multiplier of the KL (beta)
-    tune_kl_coef: bool = True  # let it follow the mean KL
-    temperature_init: float = 0.01  # initial multiplier of the entropy (alpha)
-    tune_temperature: bool = True  # let it follow the mean entropy
-    target_entropy_mult: float = 0.5  # smallest mean entropy is minus this for each action
+    kl_bound: NonNegativeFloat = 0.1  # largest KL of a state, in nats
+    kl_estimator: Literal["sampled", "exact"] = "sampled"  # mean over samples, or closed form
+    kl_samples: PositiveInt = 16  # samples of that mean
+    kl_coef_init: PositiveFloat = 0.01  # initial multiplier of the KL (beta)
+    temperature_init: PositiveFloat = 0.01  # initial multiplier of the entropy (alpha)
+    target_entropy_mult: float = 0.5  # the entropy's target is minus this, per action dimension
+
+    # critic
+    critic_loss: Literal["hl_gauss", "mse"] = "hl_gauss"  # Q is a histogram, or a scalar
+    num_bins: Annotated[int, Ge(2)] = 151  # bins of the histogram
+    vmin: float = 0.0  # centre of the first bin; targets below are clipped to it
+    vmax: float = 150.0  # centre of the last bin; targets above are clipped to it
+    aux_loss_mult: NonNegativeFloat = 1.0  # weight of predicting the reward and next features
 
     # observations and rewards
     normalize_obs: bool = True  # standardise observations by running statistics
-    obs_eps: float = 1e-2  # added to the variances
-    reward_scale: float = 1.0  # factor on the rewards, not on the logged returns
-    reward_range: tuple[float, float] = (0.0, 0.0)  # of a raw reward if known, to check vmin, vmax
-
-    # exploration: environments act with the policy's deviation times a factor
-    noise_min: float = 1.0  # factor in the first environment
-    noise_max: float = 1.0  # factor that the others rise to, which none has
-    trace_min: float = 0.5  # smallest weight of an action on the trace that other noise drew
+    obs_eps: NonNegativeFloat = 1e-2  # added to the variance of an observation
+    reward_scale: PositiveFloat = 1.0  # factor on rewards; logged returns are not scaled
+    reward_range: tuple[float, float] = (0.0, 0.0)  # of one step, unscaled; to check vmin and vmax
 
     # networks
-    hidden: tuple[int, ...] = (512, 512)  # hidden layers of the actor
-    critic_width: int = 512  # features, and units of every hidden layer of the critic
-    encoder_layers: int = 2  # layers of the critic up to the features
-    encoder_output: Literal["linear", "block"] = "linear"  # last of these layers
+    hidden: tuple[PositiveInt, ...] = (512, 512)  # hidden layers of the actor
+    critic_width: PositiveInt = 512  # units of each hidden layer of the critic, and features
+    encoder_layers: PositiveInt = 2  # layers from the critic's input to its features
+    encoder_output: Literal["linear", "block"] = "linear"  # the last of these layers
     norm: Literal["rms", "layer", "none"] = "rms"  # normalisation in every hidden layer
-    zero_init: bool = True  # a categorical critic starts at 0, not in the middle of its support
-    min_std: float = 0.1  # added to the policy's standard deviation before tanh
+    min_std: NonNegativeFloat = 0.1  # added to the policy's standard deviation before tanh
 
     @property
     def steps_per_update(self) -> int:
@@ -120,114 +119,50 @@ class Config:
         return math.ceil(self.total_timesteps / self.steps_per_update)
 
     def validate(self) -> None:
-        """Raise ValueError for impossible sizes; warn if the support is too small for the task."""
-        size, support = self.steps_per_update, f"vmin={self.vmin:g} to vmax={self.vmax:g}"
+        """Raise ValueError for sizes that do not fit; warn if values may leave the support."""
+        size = self.steps_per_update
         if size % self.num_minibatches:
             raise ValueError(
-                f"num_minibatches={self.num_minibatches} does not divide the {size} transitions of "
-                f"a rollout (num_envs={self.num_envs}, num_steps={self.num_steps}): change one"
+                f"num_minibatches={self.num_minibatches} does not divide the {size} transitions "
+                f"of a rollout (num_envs={self.num_envs}, num_steps={self.num_steps}): "
+                "change one of them"
             )
-        if self.num_bins < 2 or self.vmin >= self.vmax:
-            raise ValueError(f"num_bins={self.num_bins}, {support}: 2 bins and a range are needed")
-        if self.critic_loss == "mse" or isinstance(self.gamma * self.reward_scale, jax.Array):
-            return  # a swept value is no number yet
-        horizon = 1.0 / max(1.0 - self.gamma, 1e-8)
-        low, high = (self.reward_scale * horizon * x for x in self.reward_range)
-        if min(low, 0.0) < self.vmin or max(high, 0.0) > self.vmax:
+        if self.vmin >= self.vmax:
+            raise ValueError(f"vmin={self.vmin:g}: it must be below vmax={self.vmax:g}")
+        low, high = (self.reward_scale * x / max(1.0 - self.gamma, 1e-8) for x in self.reward_range)
+        low, high = min(low, 0.0), max(high, 0.0)  # an episode may end at any step
+        if self.critic_loss == "hl_gauss" and (low < self.vmin or high > self.vmax):
             warnings.warn(
-                f"values can be {low:g} to {high:g} (reward_range={self.reward_range}, "
-                f"reward_scale={self.reward_scale:g}, gamma={self.gamma:g}): {support} clips them",
+                f"values can be {low:g} to {high:g} by reward_range, reward_scale and gamma, "
+                f"but are clipped to vmin={self.vmin:g}, vmax={self.vmax:g}",
                 stacklevel=2,
             )
-
-
-# Fields that may be arrays, so that a sweep is one more vmap.
-TRACEABLE = ("learning_rate", "max_grad_norm", "dual_lr_mult", "gamma", "td_lambda", "kl_bound")
-TRACEABLE += ("kl_coef_init", "temperature_init", "target_entropy_mult", "reward_scale")
-
-# --- presets ---
-
-# fmt: off
-# Origins are in docs/presets.md. What follows is published, but for the tasks sized for a CPU.
-RECIPE = {  # everything a task's own preset may have changed, rewards and support aside
-    "total_timesteps": 50_000_000, "num_envs": 1024, "num_steps": 128, "num_epochs": 4,
-    "num_minibatches": 128, "hidden": (512, 512), "critic_width": 512, "dual_lr_mult": 1.0,
-    "learning_rate": 3e-4, "anneal_lr": False, "kl_bound": 0.1, "target_entropy_mult": 0.5,
-    "critic_loss": "hl_gauss",
-}
-UNIT = {"vmin": 0.0, "vmax": 150.0, "reward_scale": 1.0, "reward_range": (0.0, 1.0), "gamma": 0.99}
-DMC = {**RECIPE, **UNIT, "num_epochs": 8}
-JOYSTICK = {"vmin": -10.0, "vmax": 10.0, "reward_range": (0.0, 0.0), "gamma": 0.97}
-HUMANOID = {**DMC, **JOYSTICK, "critic_width": 1024}
-BRAX = {**UNIT, "reward_scale": 0.1, "reward_range": (0.0, 0.0)}
-HUMANOID_BRAX = {**BRAX, "vmax": 200.0}
-CPU = {
-    "total_timesteps": 500_000, "num_envs": 32, "num_steps": 32, "num_epochs": 8,
-    "num_minibatches": 16, "hidden": (128, 128), "critic_width": 128, "dual_lr_mult": 3.0,
-    "learning_rate": 1e-3, "anneal_lr": True, "kl_bound": 0.2, "target_entropy_mult": 0.0,
-}
-CPU_DMC = {**CPU, **UNIT, "total_timesteps": 1_000_000}
-MANY_GOALS = {  # an episode has one goal: more environments, and smaller steps of the policy
-    **CPU_DMC, "num_envs": 512, "num_steps": 16, "num_minibatches": 32, "kl_bound": 0.1,
-    "target_entropy_mult": 0.5, "critic_loss": "mse",
-}
-PRESETS: dict[str, dict[str, Any]] = {
-    # tasks
-    "pendulum": {
-        **CPU, "reward_scale": 0.1, "reward_range": (-16.28, 0.0), "vmin": -168.0, "vmax": 12.0,
-    },
-    "inverted_pendulum": {**CPU, **UNIT}, "ReacherEasy": MANY_GOALS,
-    "CartpoleBalance": CPU_DMC, "CartpoleSwingup": CPU_DMC, "CheetahRun": CPU_DMC,
-    # rewards and support of Brax's tasks
-    "ant": BRAX, "halfcheetah": BRAX, "hopper": BRAX, "walker2d": BRAX, "humanoid": HUMANOID_BRAX,
-    "brax": BRAX, "humanoid_brax": HUMANOID_BRAX,
-    # published sizes; those of DMC and of the robots on a joystick have a support as well
-    "default": RECIPE,
-    "dmc_large": {**DMC, "num_minibatches": 64},
-    "dmc_medium": {**DMC, "num_steps": 64, "num_minibatches": 32},
-    "dmc_small": {**DMC, "num_steps": 32, "num_minibatches": 16},
-    "tiny": {**RECIPE, "num_envs": 128, "num_steps": 32, "num_minibatches": 8},
-    "really_tiny": {
-        **RECIPE, "num_envs": 128, "num_steps": 8, "num_minibatches": 4, "num_epochs": 2,
-    },
-    "humanoid_large": {**HUMANOID, "num_minibatches": 16},
-    "humanoid_small": {**HUMANOID, "num_steps": 32, "num_minibatches": 4},
-    # the later variant in one file, to follow one of these
-    "single_file": {
-        **RECIPE, "total_timesteps": 32_768_000, "num_steps": 32, "num_minibatches": 32,
-        "value_samples": 64, "aux_loss_mult": 0.0, "kl_samples": 4, "temperature_init": 0.001,
-        "obs_eps": 1e-8, "min_std": 1e-6, "hidden": (512, 512, 512), "encoder_layers": 3,
-        "encoder_output": "block", "norm": "layer",
-    },
-}
-# fmt: on
 
 
 # --- networks ---
 
 MAX_ACTION = 0.999  # actions are clipped to this before the environment and the critic see them
-MAX_SAMPLE = math.atanh(1.0 - 1e-4)  # where the published estimate of the KL clips its samples
-linear = partial(nn.Dense, kernel_init=nn.initializers.lecun_normal())
+MAX_SAMPLE = math.atanh(1.0 - 1e-4)  # the published estimate of the KL clips its samples to this
 
 
 class Prediction(NamedTuple):
-    """What the critic says of observations and actions; None: not asked for."""
+    """What the critic returns for observations and actions."""
 
     value: jax.Array  # [...], Q
-    logits: jax.Array | None  # [..., num_bins]
-    features: jax.Array  # [..., critic_width]
-    predicted: jax.Array | None  # [..., 1 + critic_width], reward and next features
+    logits: jax.Array | None  # [..., num_bins] of the histogram; None: Q is a scalar
+    features: jax.Array  # [..., critic_width], output of the encoder
+    predicted: jax.Array  # [..., 1 + critic_width], reward and next features
 
 
 class Block(nn.Module):
-    """Hidden layer: linear, normalised, swish."""
+    """Hidden layer: linear, normalisation, swish."""
 
     config: Config
     size: int
 
     @nn.compact
     def __call__(self, x):
-        x = linear(self.size)(x)
+        x = nn.Dense(self.size)(x)
         if self.config.norm == "rms":
             x = nn.RMSNorm(epsilon=1e-6)(x)
         elif self.config.norm == "layer":
@@ -236,10 +171,10 @@ class Block(nn.Module):
 
 
 class Actor(nn.Module):
-    """Policy network: the first `obs_size` entries of an observation -> common.TanhGaussian."""
+    """Policy network: observation [..., obs_size or more] -> TanhGaussian."""
 
     config: Config
-    obs_size: int  # without what only the critic may see
+    obs_size: int  # without the privileged entries, which come last
     action_size: int
 
     @nn.compact
@@ -247,7 +182,7 @@ class Actor(nn.Module):
         x = obs[..., : self.obs_size]
         for size in self.config.hidden:
             x = Block(self.config, size)(x)
-        mean, log_std = jnp.split(linear(2 * self.action_size)(x), 2, -1)
+        mean, log_std = jnp.split(nn.Dense(2 * self.action_size)(x), 2, -1)
         return common.TanhGaussian(mean, jnp.exp(log_std) + self.config.min_std)
 
 
@@ -262,20 +197,21 @@ class Critic(nn.Module):
         x = jnp.concatenate([obs, action], -1)
         for _ in range(config.encoder_layers - 1):
             x = Block(config, width)(x)
-        plain = config.encoder_output == "linear"
-        features = linear(width)(x) if plain else Block(config, width)(x)
-        x = nn.swish(features) if plain else features
-        categorical = config.critic_loss == "hl_gauss"
-        out = linear(config.num_bins if categorical else 1)(Block(config, width)(x))
-        logits, value = None, out[..., 0]
-        if categorical:
+        if config.encoder_output == "linear":
+            features = nn.Dense(width)(x)
+            x = nn.swish(features)
+        else:
+            features = x = Block(config, width)(x)
+        head = Block(config, width)(x)
+        if config.critic_loss == "mse":
+            logits, value = None, nn.Dense(1)(head)[..., 0]
+        else:
             support = config.vmin, config.vmax, config.num_bins
-            if config.zero_init:
-                # The code of 0, trained like any weight: it outweighs everything else at first.
-                out += 40.0 * self.param("zero_code", lambda _: hl_gauss(jnp.zeros(()), *support))
-            logits, value = out, (jax.nn.softmax(out) * jnp.linspace(*support)).sum(-1)
-        ahead = Block(config, width)(x) if config.aux_loss_mult else None
-        predicted = None if ahead is None else linear(1 + width)(ahead)
+            # Q starts at 0: the histogram of 0 outweighs the other logits. It is trained like them.
+            zero = self.param("zero_code", lambda _: hl_gauss(jnp.zeros(()), *support))
+            logits = nn.Dense(config.num_bins)(head) + 40.0 * zero
+            value = (jax.nn.softmax(logits) * jnp.linspace(*support)).sum(-1)
+        predicted = nn.Dense(1 + width)(Block(config, width)(x))
         return Prediction(value, logits, features, predicted)
 
 
@@ -286,28 +222,21 @@ class Transition(NamedTuple):
     """One step of the rollout; arrays [T, N, ...]."""
 
     obs: jax.Array  # normalised
-    action: jax.Array  # as the environment and the critic see it
-    policy: common.TanhGaussian  # pi_old, without the factor on its deviation
-    weight: jax.Array  # of the action on the trace, 1 if pi_old drew it
-    reward: jax.Array
-    terminated: jax.Array
-    truncated: jax.Array
-    valid: jax.Array  # the physics was finite
-    next_obs: jax.Array  # normalised: true successor, or what follows the reset if shifted
-
-
-class Batch(NamedTuple):
-    """What the losses need of a transition."""
-
-    obs: jax.Array
-    action: jax.Array
+    action: jax.Array  # as the environment got it
     policy: common.TanhGaussian  # pi_old
     reward: jax.Array  # scaled
     terminated: jax.Array
-    valid: jax.Array
-    has_target: jax.Array  # valid, and there is a correct target
+    truncated: jax.Array
+    valid: jax.Array  # the physics was finite
+    next_obs: jax.Array  # normalised; true successor, or after a reset if shifted
+
+
+class Batch(NamedTuple):
+    """What the losses need of a transition; arrays [T N, ...]."""
+
+    step: Transition
     target: jax.Array
-    next_features: jax.Array | None
+    next_features: jax.Array
 
 
 class TrainState(NamedTuple):
@@ -319,48 +248,45 @@ class TrainState(NamedTuple):
     obs: jax.Array  # [N, obs_size]
     env_state: Any
     key: jax.Array
-    update: jax.Array  # [] int32
+    update: jax.Array  # [] int32, finished updates
 
 
 # --- targets and losses ---
 
 
-def trace_weight(policy, behaviour, u, trace_min):
-    """min(1, pi / behaviour) [...] of the action tanh(u), and not less than `trace_min`."""
-    u = jnp.clip(u, -math.atanh(MAX_ACTION), math.atanh(MAX_ACTION))
-    ratio = jnp.exp(policy.log_prob(u) - behaviour.log_prob(u))
-    return jnp.where(jnp.isnan(ratio), trace_min, jnp.clip(ratio, trace_min, 1.0))
+def soft_td_lambda(reward, bonus, next_value, terminated, truncated, gamma, lam):
+    """Soft TD(lambda) targets [T, N]; arrays [T, N]. `bonus` is that of the next state's entropy.
 
-
-def soft_td_lambda(reward, bonus, next_value, terminated, truncated, weight, gamma, lam, mode):
-    """Soft TD(lambda) targets [T, N]; arrays [T, N], `bonus` is for the next state's entropy.
-
-    aligned: from true successors. A terminated step has neither bonus nor bootstrap; a truncated
-    one, as the last of the rollout, does not look at the next step. shifted: from what follows the
-    reset, as in the authors' code. A truncated step has no correct target and is for the loss to
-    leave out; the one before it, as the last of the rollout, takes its bootstrap though terminated.
+    A terminated step has neither bonus nor bootstrap. A truncated step and the last step bootstrap
+    from `next_value` alone.
     """
-    aligned = mode == "aligned"
+    soft_reward = reward + jnp.where(terminated, 0.0, bonus)
 
-    def backward(carry, step):
-        target, next_truncated, next_weight = carry
-        reward, bonus, next_value, terminated, truncated, weight = step
-        alone = truncated if aligned else next_truncated
-        decay = jnp.where(alone, 0.0, lam * next_weight)
-        future = bonus + gamma * (decay * target + (1.0 - decay) * next_value)
-        if aligned:
-            target = reward + jnp.where(terminated, 0.0, future)
-        else:
-            target = reward + jnp.where((terminated | truncated) & ~alone, bonus, future)
-        return (target, truncated, weight), target
+    def backward(target, step):
+        soft_reward, next_value, terminated, truncated = step
+        decay = jnp.where(truncated, 0.0, lam)
+        future = decay * target + (1.0 - decay) * next_value
+        target = soft_reward + gamma * jnp.where(terminated, 0.0, future)
+        return target, target
 
-    steps = (reward, bonus, next_value, terminated, truncated, weight)
-    start = next_value[-1], jnp.ones_like(truncated[-1]), jnp.zeros_like(weight[-1])
-    return jax.lax.scan(backward, start, steps, reverse=True)[1]
+    steps = soft_reward, next_value, terminated, truncated
+    return jax.lax.scan(backward, next_value[-1], steps, reverse=True)[1]
+
+
+def shift(reward, bonus, terminated, truncated):
+    """Reward and flags that give `soft_td_lambda` the published targets (target_mode="shifted").
+
+    There the next state of an ended step is that after the reset. A truncated step has no correct
+    target and is left out of the loss. The step before it, and the last step, bootstrap from
+    `next_value` alone, even if they ended. Other ended steps have no bootstrap, but the bonus.
+    """
+    before = jnp.append(truncated[1:], jnp.ones_like(truncated[:1]), 0)
+    ended = (terminated | truncated) & ~before
+    return reward + jnp.where(ended, bonus, 0.0), ended, before
 
 
 def hl_gauss(value, vmin, vmax, num_bins):
-    """HL-Gauss code [..., num_bins]: histogram of a Gaussian 0.75 bins wide about `value`."""
+    """Histogram [..., num_bins] of a Gaussian around `value` whose std is 0.75 bins (HL-Gauss)."""
     width = (vmax - vmin) / (num_bins - 1)
     edges = vmin + width * (jnp.arange(num_bins + 1) - 0.5)
     value = jnp.clip(value, vmin, vmax)[..., None]
@@ -368,104 +294,119 @@ def hl_gauss(value, vmin, vmax, num_bins):
     return jnp.maximum(jnp.diff(below), 0.0) / (below[..., -1:] - below[..., :1])
 
 
-def critic_loss(prediction, batch, vmin, vmax, aux_loss_mult):
-    """Cross-entropy, or squared error of a scalar critic, and auxiliary error: a mean over all."""
-    squared = (prediction.value - batch.target) ** 2
-    error, aux_error = squared, jnp.zeros_like(squared)
-    if prediction.logits is not None:
-        wanted = hl_gauss(batch.target, vmin, vmax, prediction.logits.shape[-1])
-        error = -(wanted * jax.nn.log_softmax(prediction.logits)).sum(-1)
-    if prediction.predicted is not None:
-        wanted = jnp.append(batch.reward[:, None], batch.next_features, 1)
-        aux_error = ((prediction.predicted - wanted) ** 2).mean(1)
-        aux_error = jnp.where(batch.terminated, 0.0, aux_error)
-    mean = lambda x: jnp.where(batch.has_target, x, 0.0).mean()
-    loss = mean(error + aux_loss_mult * aux_error)
-    return loss, {
-        "losses/qf_loss": loss,
-        "losses/aux_loss": mean(aux_error),
-        "losses/value_error": mean(squared),
-        "losses/q_value": prediction.value.mean(),
-    }
+def critic_loss(prediction, target, vmin, vmax):
+    """Loss [...] of Q: cross-entropy of its histogram, or squared error if it is a scalar."""
+    if prediction.logits is None:
+        return (prediction.value - target) ** 2
+    wanted = hl_gauss(target, vmin, vmax, prediction.logits.shape[-1])
+    return -(wanted * jax.nn.log_softmax(prediction.logits)).sum(-1)
 
 
-def kl_divergence(p, q, noise, estimator):
-    """KL(p || q) [...], "exact" or from the samples of p that normal noise [M, ..., A] gives.
+def aux_loss(predicted, batch):
+    """Mean squared error [...] of the predicted reward and next features; 0 if terminated."""
+    wanted = jnp.append(batch.step.reward[:, None], batch.next_features, 1)
+    return jnp.where(batch.step.terminated, 0.0, ((predicted - wanted) ** 2).mean(1))
 
-    "sampled" takes q's density at clipped samples, as published: two equal policies that are
-    saturated then have a positive KL. The exact one is that of the Gaussians: tanh is a bijection.
+
+def kl_divergence(p, q):
+    """KL(p || q) [...] of two TanhGaussians: that of the Gaussians, as tanh is a bijection."""
+    moments = (p.std**2 + (p.mean - q.mean) ** 2) / (2.0 * q.std**2)
+    return (jnp.log(q.std / p.std) + moments - 0.5).sum(-1)
+
+
+def kl_estimate(p, q, noise):
+    """Estimate of KL(p || q) [...] from the samples of p that `noise` [M, ..., A] gives.
+
+    As published, the density of q is taken at clipped samples, so two equal policies that are
+    saturated have a positive KL.
     """
-    if estimator == "exact":
-        moments = (p.std**2 + (p.mean - q.mean) ** 2) / (2.0 * q.std**2)
-        return (jnp.log(q.std / p.std) + moments - 0.5).sum(-1)
     u = p.sample(noise)
-    v = jnp.clip(u, -MAX_SAMPLE, MAX_SAMPLE) if estimator == "sampled" else u
-    return (p.log_prob(u) - q.log_prob(v)).mean(0)
+    return (p.log_prob(u) - q.log_prob(jnp.clip(u, -MAX_SAMPLE, MAX_SAMPLE))).mean(0)
 
 
-def policy_loss(value, log_prob, kl, temperature, kl_coef, kl_bound, mode):
-    """Loss [...] of each state, and which are gated: their KL has reached the bound."""
-    climb = jax.lax.stop_gradient(temperature) * log_prob - value
-    pull = jax.lax.stop_gradient(kl_coef) * kl
+def policy_loss(sac_loss, kl, kl_coef, kl_bound, mode):
+    """Loss [...] of each state, and whether it is gated: its KL has reached the bound.
+
+    `sac_loss` is temperature times log-probability minus Q, the loss of SAC's actor.
+    """
     gated = ~(kl < kl_bound)
-    loss = {"clipped": jnp.where(gated, pull, climb), "full": climb + pull, "value": climb}[mode]
-    return loss, gated
+    kl_loss = jax.lax.stop_gradient(kl_coef) * kl
+    full = sac_loss + kl_loss
+    clipped = jnp.where(gated, kl_loss, sac_loss)
+    return {"clipped": clipped, "full": full, "value": sac_loss}[mode], gated
 
 
-def dual_losses(temperature, kl_coef, surplus, slack):
-    """Losses of the multipliers; they put no force on the policy.
+def dual_loss(temperature, kl_coef, surplus, slack):
+    """Loss of the multipliers: each one falls while its constraint holds, and rises otherwise.
 
-    `surplus` is the mean of the entropy above its target, `slack` that of the KL below its bound.
+    `surplus` is the mean entropy above its target, `slack` the mean KL below its bound. The policy
+    gets no gradient.
     """
     surplus, slack = jax.lax.stop_gradient((surplus, slack))
-    return temperature * surplus, kl_coef * slack
+    return temperature * surplus + kl_coef * slack
 
 
 # --- build ---
 
 
-def build(config: Config) -> common.Algo:
-    """Compose environment, networks and optimiser into the pure functions of a run."""
-    config.validate()
-    env = envs.make(config.env, config.num_envs)
+def make_env(config: Config) -> envs.Env:
+    """The environments that a run learns in; their privileged observations are for the critic."""
+    env = envs.make(config.env, config.num_envs, privileged=True)
     if env.discrete:
         raise ValueError(f"{env.name} has discrete actions: run it with algos/reppo_discrete.py")
+    return env
+
+
+def build(config: Config, env: envs.Env) -> common.Algo:
+    """Compose environments, networks and optimiser into the pure functions of a run."""
     actor = Actor(config, env.obs_size - env.privileged_size, env.action_size)
     critic = Critic(config)
     optimizer = optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
     )
-    T, N, A = config.num_steps, config.num_envs, env.action_size
+    T, N = config.num_steps, config.num_envs
     aligned = config.target_mode == "aligned"
-    scales = jnp.linspace(config.noise_min, config.noise_max, N, endpoint=False)
+    target_entropy = -config.target_entropy_mult * env.action_size
 
     def init(key) -> TrainState:
         key_actor, key_critic, key_env, key = jax.random.split(key, 4)
         obs, env_state = env.reset(key_env)
-        sample, action = jnp.zeros((1, env.obs_size)), jnp.zeros((1, A))
         duals = {"temperature": config.temperature_init, "kl_coef": config.kl_coef_init}
         duals = {name: jnp.log(jnp.float32(x)) for name, x in duals.items()}
+        action = jnp.zeros((1, env.action_size))
         params = {
-            "actor": {"net": actor.init(key_actor, sample), "duals": duals},
-            "critic": critic.init(key_critic, sample, action),
+            "actor": {"net": actor.init(key_actor, obs[:1]), "duals": duals},
+            "critic": critic.init(key_critic, obs[:1], action),
         }
-        obs_stats = common.Stats.empty((env.obs_size,)).add(obs)
-        opt_state = {name: optimizer.init(params[name]) for name in params}
-        return TrainState(params, opt_state, obs_stats, obs, env_state, key, jnp.int32(0))
+        return TrainState(
+            params=params,
+            opt_state={name: optimizer.init(params[name]) for name in params},
+            obs_stats=common.Stats.empty((env.obs_size,)).add(obs),
+            obs=obs,
+            env_state=env_state,
+            key=key,
+            update=jnp.int32(0),
+        )
 
     def normalize(obs_stats, obs):
-        """Standardised observations; the privileged entries at their end may be missing."""
+        """Standardised observations; an exported policy may get them without privileged entries."""
         obs = obs.astype(jnp.float32)
         mean, var = (x[: obs.shape[-1]] for x in (obs_stats.mean, obs_stats.var))
         return (obs - mean) / jnp.sqrt(var + config.obs_eps) if config.normalize_obs else obs
 
-    to_action = lambda u: jnp.clip(jnp.tanh(u), -MAX_ACTION, MAX_ACTION)
+    def noise_of(key, shape):
+        """Exploration noise for `shape` actions."""
+        return jax.random.normal(key, (*shape, env.action_size))
+
+    def to_action(u):
+        """What the environment gets, and what the critic is trained on."""
+        return jnp.clip(jnp.tanh(u), -MAX_ACTION, MAX_ACTION)
 
     def rollout(state, key):
-        """Act for T steps; returns state, transitions and infos [T, N] of the environments."""
+        """Act for T steps; returns the state, transitions [T, N] and infos [T, N]."""
         key_noise, key_env, key_refresh = jax.random.split(key, 3)
-        noise = jax.random.normal(key_noise, (T, N, A))
+        noise = noise_of(key_noise, (T, N))
         env_state = env.refresh(key_refresh, state.env_state)
 
         def step(carry, x):
@@ -473,19 +414,22 @@ def build(config: Config) -> common.Algo:
             noise, key = x
             inputs = normalize(obs_stats, obs)
             policy = actor.apply(state.params["actor"]["net"], inputs)
-            behaviour = policy._replace(std=scales[:, None] * policy.std)
-            u = behaviour.sample(noise)
+            action = to_action(policy.sample(noise))
             next_obs, env_state, reward, terminated, truncated, info = env.step(
-                key, env_state, to_action(u)
+                key, env_state, action
             )
             obs_stats = obs_stats.add(next_obs)
             final_obs = info.pop("final_observation")
             transition = Transition(
-                obs=inputs, action=to_action(u), policy=policy,
-                weight=trace_weight(policy, behaviour, u, config.trace_min),
-                reward=reward, terminated=terminated, truncated=truncated, valid=~info["env_nan"],
+                obs=inputs,
+                action=action,
+                policy=policy,
+                reward=config.reward_scale * reward,
+                terminated=terminated,
+                truncated=truncated,
+                valid=~info["env_nan"],
                 next_obs=normalize(obs_stats, final_obs if aligned else next_obs),
-            )  # fmt: skip
+            )
             return (next_obs, obs_stats, env_state), (transition, info)
 
         carry = state.obs, state.obs_stats, env_state
@@ -493,133 +437,144 @@ def build(config: Config) -> common.Algo:
         (obs, obs_stats, env_state), (traj, info) = jax.lax.scan(step, carry, xs)
         return state._replace(obs=obs, obs_stats=obs_stats, env_state=env_state), traj, info
 
-    def bootstrap(params, next_obs, key):
-        """Values [T, N] and features of the successors, and log-probabilities of actions there."""
-        policy = actor.apply(params["actor"]["net"], next_obs)
+    def evaluate(critic_params, policy, obs, key):
+        """Value and entropy of the policy, estimated by one action, and the critic's features."""
+        u = policy.sample(noise_of(key, obs.shape[:-1]))
+        prediction = critic.apply(critic_params, obs, jnp.tanh(u))
+        return prediction.value, -policy.log_prob(u), prediction.features
 
-        def draw(_, key):
-            u = policy.sample(jax.random.normal(key, policy.mean.shape))
-            prediction = critic.apply(params["critic"], next_obs, jnp.tanh(u))
-            features = prediction.features if config.aux_loss_mult else None
-            return features, (prediction.value, policy.log_prob(u))
+    def targets(state, traj, key) -> Batch:
+        """Targets of a rollout."""
+        policy = actor.apply(state.params["actor"]["net"], traj.next_obs)
+        next_value, entropy, features = jax.lax.map(
+            lambda key: evaluate(state.params["critic"], policy, traj.next_obs, key),
+            jax.random.split(key, config.value_samples),
+        )
+        next_value, entropy, features = next_value.mean(0), entropy.mean(0), features[-1]
+        temperature = jnp.exp(state.params["actor"]["duals"]["temperature"])
+        bonus = config.gamma * temperature * entropy
+        reward, terminated, truncated = traj.reward, traj.terminated, traj.truncated
+        if config.target_mode == "shifted":
+            reward, terminated, truncated = shift(reward, bonus, terminated, truncated)
+        target = soft_td_lambda(
+            reward, bonus, next_value, terminated, truncated, config.gamma, config.td_lambda
+        )
+        batch = Batch(traj, target, features)
+        return jax.tree.map(lambda x: x.reshape((T * N, *x.shape[2:])), batch)
 
-        # Of the features only those of the last action are kept, so that they are stored once.
-        features = jnp.zeros((T, N, config.critic_width)) if config.aux_loss_mult else None
-        keys = jax.random.split(key, config.value_samples)
-        features, (value, log_prob) = jax.lax.scan(draw, features, keys)
-        return value.mean(0), log_prob.mean(0), features
+    def remaining(state):
+        """The share of the run that is still to come, for schedules."""
+        return 1.0 - state.update / config.num_updates
 
-    def critic_loss_fn(params, batch):
-        prediction = critic.apply(params, batch.obs, batch.action)
-        return critic_loss(prediction, batch, config.vmin, config.vmax, config.aux_loss_mult)
+    def critic_loss_fn(params, state, batch):
+        step = batch.step
+        prediction = critic.apply(params, step.obs, step.action)
+        error = critic_loss(prediction, batch.target, config.vmin, config.vmax)
+        aux_error = jnp.zeros_like(error)
+        if config.aux_loss_mult:
+            aux_error = aux_loss(prediction.predicted, batch)
+        has_target = step.valid & (aligned | ~step.truncated)
+        mean = lambda x: jnp.where(has_target, x, 0.0).mean()
+        loss = mean(error + config.aux_loss_mult * aux_error)
+        return loss, {
+            "losses/qf_loss": loss,
+            "losses/aux_loss": mean(aux_error),
+            "losses/value_error": mean((prediction.value - batch.target) ** 2),
+            "losses/q_value": prediction.value.mean(),
+        }
 
-    def actor_loss_fn(params, critic_params, batch, key):
+    def actor_loss_fn(params, state, batch, key):
         key_action, key_kl = jax.random.split(key)
-        policy = actor.apply(params["net"], batch.obs)
-        u = policy.sample(jax.random.normal(key_action, policy.mean.shape))
-        log_prob = policy.log_prob(u)
-        value = critic.apply(critic_params, batch.obs, jnp.tanh(u)).value
-        noise = jax.random.normal(key_kl, (config.kl_samples, *u.shape))
-        pair = (policy, batch.policy) if config.reverse_kl else (batch.policy, policy)
-        kl = kl_divergence(*pair, noise, config.kl_estimator)
-        dual = jax.tree.map(jnp.exp, params["duals"])
-        mean = lambda x: jnp.where(batch.valid, x, 0.0).mean()
-        losses, gated = policy_loss(
-            value, log_prob, kl, **dual, kl_bound=config.kl_bound, mode=config.kl_mode
-        )
-        surplus = mean(-log_prob + config.target_entropy_mult * A)
-        temperature_loss, kl_coef_loss = dual_losses(
-            **dual, surplus=surplus, slack=mean(config.kl_bound - kl)
-        )
-        loss = mean(losses) + config.tune_temperature * temperature_loss
-        loss += config.tune_kl_coef * kl_coef_loss
+        step = batch.step
+        policy = actor.apply(params["net"], step.obs)
+        value, entropy, _ = evaluate(state.params["critic"], policy, step.obs, key_action)
+        if config.kl_estimator == "exact":
+            kl = kl_divergence(step.policy, policy)
+        else:
+            noise = noise_of(key_kl, (config.kl_samples, len(step.obs)))
+            kl = kl_estimate(step.policy, policy, noise)
+        duals = jax.tree.map(jnp.exp, params["duals"])
+        sac_loss = -jax.lax.stop_gradient(duals["temperature"]) * entropy - value
+        losses, gated = policy_loss(sac_loss, kl, duals["kl_coef"], config.kl_bound, config.kl_mode)
+        mean = lambda x: jnp.where(step.valid, x, 0.0).mean()
+        surplus, slack = mean(entropy - target_entropy), mean(config.kl_bound - kl)
+        loss = mean(losses) + dual_loss(**duals, surplus=surplus, slack=slack)
         return loss, {
             "losses/policy_loss": mean(losses),
-            "losses/entropy": mean(-log_prob),
+            "losses/entropy": mean(entropy),
             "losses/kl": mean(kl),
             "losses/gated_fraction": mean(gated),
             "losses/std": policy.std.mean(),
         }
 
-    def descend(params, grads, opt_state, learning_rate):
-        """One step of the optimiser on one network, skipped if a gradient is not finite."""
-        direction, new_opt_state = optimizer.update(grads, opt_state)
-        if "duals" in direction:
-            scaled = jax.tree.map(lambda u: config.dual_lr_mult * u, direction["duals"])
-            direction = direction | {"duals": scaled}
-        new_params = jax.tree.map(lambda p, u: p - learning_rate * u, params, direction)
-        finite = common.all_finite(grads)
-        choose = partial(jax.tree.map, partial(jnp.where, finite))
-        return choose(new_params, params), choose(new_opt_state, opt_state), finite
+    def learning_rate(state):
+        return config.learning_rate * (remaining(state) if config.anneal_lr else 1.0)
 
-    def fit(state, batch, learning_rate, key):
-        """All gradient steps of an update: params, opt_state, metrics."""
+    def descend(state, grads):
+        """One step of the optimiser on each network in `grads` whose gradient is finite."""
+        params, opt_state = dict(state.params), dict(state.opt_state)
+        rate = learning_rate(state)
+        for name in grads:
+            direction, new_opt_state = optimizer.update(grads[name], opt_state[name])
+            if name == "actor":
+                duals = jax.tree.map(lambda u: config.dual_lr_mult * u, direction["duals"])
+                direction = direction | {"duals": duals}
+            new_params = jax.tree.map(lambda p, u: p - rate * u, params[name], direction)
+            new, old = (new_params, new_opt_state), (params[name], opt_state[name])
+            finite = common.all_finite(grads[name])
+            params[name], opt_state[name] = optax.tree.where(finite, new, old)
+        return state._replace(params=params, opt_state=opt_state)
 
-        def gradient_step(carry, x):
-            params, opt_state = carry
-            index, key = x
-            minibatch = jax.tree.map(lambda x: x[index], batch)
-            grad = partial(jax.grad, has_aux=True)
-            grads, aux = grad(critic_loss_fn)(params["critic"], minibatch)
-            aux["losses/critic_grad_norm"] = optax.global_norm(grads)
-            critic_step = descend(params["critic"], grads, opt_state["critic"], learning_rate)
-            grads, actor_aux = grad(actor_loss_fn)(params["actor"], critic_step[0], minibatch, key)
-            actor_aux["losses/actor_grad_norm"] = optax.global_norm(grads)
-            actor_step = descend(params["actor"], grads, opt_state["actor"], learning_rate)
-            params = {"actor": actor_step[0], "critic": critic_step[0]}
-            opt_state = {"actor": actor_step[1], "critic": critic_step[1]}
-            return (params, opt_state), (aux | actor_aux, actor_step[2] & critic_step[2])
+    def gradient_step(state, batch, key):
+        """One step of the critic, then one of the actor on the critic just updated."""
+        critic_grads, critic_aux = jax.grad(critic_loss_fn, has_aux=True)(
+            state.params["critic"], state, batch
+        )
+        state = descend(state, {"critic": critic_grads})
+        actor_grads, actor_aux = jax.grad(actor_loss_fn, has_aux=True)(
+            state.params["actor"], state, batch, key
+        )
+        state = descend(state, {"actor": actor_grads})
+        return state, critic_aux | actor_aux | {
+            "losses/critic_grad_norm": optax.global_norm(critic_grads),
+            "losses/actor_grad_norm": optax.global_norm(actor_grads),
+            "health/skipped_steps": ~common.all_finite((critic_grads, actor_grads)),
+        }
 
-        def epoch(carry, key):
-            key_order, key_steps = jax.random.split(key)
-            K = config.num_minibatches
-            index = jax.random.permutation(key_order, T * N).reshape(K, -1)
-            return jax.lax.scan(gradient_step, carry, (index, jax.random.split(key_steps, K)))
-
-        carry, keys = (state.params, state.opt_state), jax.random.split(key, config.num_epochs)
-        (params, opt_state), (aux, finite) = jax.lax.scan(epoch, carry, keys)
-        # Skipped steps are left out of the means; if all are, these are NaN, and the seed is dead.
-        metrics = {name: x.mean(where=finite) for name, x in aux.items()}
-        return params, opt_state, metrics | {"health/skipped_steps": (~finite).sum()}
+    def epoch(state, batch, key):
+        """Gradient steps on all of the batch, in shuffled minibatches."""
+        key_order, key_steps = jax.random.split(key)
+        K = config.num_minibatches
+        index = jax.random.permutation(key_order, len(batch.target)).reshape(K, -1)
+        step = lambda state, x: gradient_step(state, jax.tree.map(lambda y: y[x[0]], batch), x[1])
+        return jax.lax.scan(step, state, (index, jax.random.split(key_steps, K)))
 
     def update(state):
-        key, key_rollout, key_bootstrap, key_fit = jax.random.split(state.key, 4)
-        remaining = 1.0 - state.update / config.num_updates
-        learning_rate = config.learning_rate * (remaining if config.anneal_lr else 1.0)
-
+        key, key_rollout, key_targets, key_epochs = jax.random.split(state.key, 4)
         state, traj, info = rollout(state, key_rollout)
+        batch = targets(state, traj, key_targets)
+        keys = jax.random.split(key_epochs, config.num_epochs)
+        state, aux = jax.lax.scan(lambda state, key: epoch(state, batch, key), state, keys)
 
-        reward = config.reward_scale * traj.reward
-        value, log_prob, features = bootstrap(state.params, traj.next_obs, key_bootstrap)
-        temperature = jnp.exp(state.params["actor"]["duals"]["temperature"])
-        bonus = -config.gamma * temperature * log_prob
-        target = soft_td_lambda(
-            reward, bonus, value, traj.terminated, traj.truncated, traj.weight, config.gamma,
-            config.td_lambda, config.target_mode,
-        )  # fmt: skip
-        batch = Batch(
-            traj.obs, traj.action, traj.policy, reward, traj.terminated, traj.valid,
-            has_target=traj.valid & (aligned | ~traj.truncated),
-            target=target, next_features=features,
-        )  # fmt: skip
-        batch = jax.tree.map(lambda x: x.reshape((T * N, *x.shape[2:])), batch)
-        params, opt_state, metrics = fit(state, batch, learning_rate, key_fit)
-
-        metrics |= common.run_metrics(info, (params, metrics["losses/qf_loss"]))
-        metrics |= {f"losses/{n}": jnp.exp(x) for n, x in params["actor"]["duals"].items()}
-        unexplained = metrics["losses/value_error"] / (target.var() + 1e-8)
+        # Means leave skipped steps out. If all are skipped they are NaN, and the seed has failed.
+        skipped = aux.pop("health/skipped_steps")
+        metrics = {name: x.mean(where=~skipped) for name, x in aux.items()}
+        metrics |= common.run_metrics(info, (state.params, metrics["losses/qf_loss"]))
+        metrics["health/skipped_steps"] = skipped.sum()
+        metrics |= {f"losses/{k}": jnp.exp(x) for k, x in state.params["actor"]["duals"].items()}
+        unexplained = metrics["losses/value_error"] / (batch.target.var() + 1e-8)
         metrics["losses/explained_variance"] = 1.0 - unexplained
-        outside = (target < config.vmin) | (target > config.vmax)
-        outside &= config.critic_loss == "hl_gauss"
-        metrics["charts/learning_rate"] = jnp.asarray(learning_rate)
-        metrics["health/target_clip_fraction"] = outside.mean()
-        state = state._replace(params=params, opt_state=opt_state, key=key, update=state.update + 1)
-        return state, metrics
+        clipped = (batch.target < config.vmin) | (batch.target > config.vmax)
+        clipped &= config.critic_loss == "hl_gauss"
+        metrics["health/target_clip_fraction"] = clipped.mean()
+        metrics["charts/learning_rate"] = jnp.asarray(learning_rate(state))
+        return state._replace(key=key, update=state.update + 1), metrics
 
     def act(policy, obs, key, greedy):
         distribution = actor.apply(policy["actor"], normalize(policy["obs_stats"], obs))
-        noise = 0.0 if greedy else jax.random.normal(key, distribution.mean.shape)
-        return to_action(distribution.sample(noise))
+        if greedy:
+            return to_action(distribution.mean)
+        return to_action(distribution.sample(noise_of(key, obs.shape[:-1])))
 
     def policy_of(state):
         return {"actor": state.params["actor"]["net"], "obs_stats": state.obs_stats}
@@ -629,10 +584,11 @@ def build(config: Config) -> common.Algo:
 
 def make_train(config: Config):
     """The whole run as one pure function; `hparams` overrides fields of TRACEABLE with arrays."""
-    build(config)  # fails here, not while tracing, if the configuration is wrong
+    common.check(config)
+    env = make_env(config)
 
     def train(key, hparams=None):
-        algo = build(replace(config, **common.traceable(hparams or {}, TRACEABLE)))
+        algo = build(common.with_hparams(config, hparams or {}, TRACEABLE), env)
         step = lambda state, _: algo.update(state)
         state, metrics = jax.lax.scan(step, algo.init(key), length=config.num_updates)
         return {"state": state, "metrics": metrics}
@@ -640,10 +596,71 @@ def make_train(config: Config):
     return train
 
 
-def main():
-    """Train from the command line."""
-    launch.main("reppo", Config, PRESETS, TRACEABLE, build)
+def config_for(env: str, *presets: str, **changes) -> Config:
+    """What the command line would run: defaults, the task's preset, `presets`, `changes`."""
+    return launch.config_for(Config, PRESETS, env, presets, changes)
+
+
+# Fields that may be arrays, so that a sweep is one more vmap.
+TRACEABLE = ("learning_rate", "max_grad_norm", "dual_lr_mult", "gamma", "td_lambda", "kl_bound")
+TRACEABLE += ("kl_coef_init", "temperature_init", "target_entropy_mult", "reward_scale")
+
+# --- presets: values that differ from the defaults; docs/presets.md has their origins ---
+
+# fmt: off
+UNIT = {"gamma": 0.99, "vmin": 0.0, "vmax": 150.0, "reward_scale": 1.0, "reward_range": (0.0, 1.0)}
+CPU = {
+    "total_timesteps": 500_000, "num_envs": 32, "num_steps": 32, "num_epochs": 8,
+    "num_minibatches": 16, "learning_rate": 1e-3, "anneal_lr": True, "dual_lr_mult": 3.0,
+    "kl_bound": 0.2, "target_entropy_mult": 0.0, "hidden": (128, 128), "critic_width": 128,
+}
+CPU_DMC = {**CPU, **UNIT, "total_timesteps": 1_000_000}
+BRAX = {**UNIT, "reward_scale": 0.1, "reward_range": (0.0, 0.0)}
+PAPER = {  # everything that a task's preset may have changed, except rewards and support
+    "total_timesteps": 50_000_000, "num_envs": 1024, "num_steps": 128, "num_epochs": 4,
+    "num_minibatches": 128, "learning_rate": 3e-4, "anneal_lr": False, "dual_lr_mult": 1.0,
+    "critic_loss": "hl_gauss", "kl_bound": 0.1, "target_entropy_mult": 0.5, "hidden": (512, 512),
+    "critic_width": 512,
+}
+DMC = {**PAPER, **UNIT, "num_epochs": 8}
+HUMANOID = {
+    **DMC, "gamma": 0.97, "vmin": -10.0, "vmax": 10.0, "reward_range": (0.0, 0.0),
+    "critic_width": 1024,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    # tasks
+    "pendulum": {
+        **CPU, "vmin": -168.0, "vmax": 12.0, "reward_scale": 0.1, "reward_range": (-16.28, 0.0),
+    },
+    "inverted_pendulum": {**CPU, **UNIT},
+    **dict.fromkeys(("CartpoleBalance", "CartpoleSwingup", "CheetahRun"), CPU_DMC),
+    "ReacherEasy": {  # an episode has one goal: more environments see more goals per update
+        **CPU_DMC, "num_envs": 512, "num_steps": 16, "num_minibatches": 32, "critic_loss": "mse",
+        "kl_bound": 0.1, "target_entropy_mult": 0.5,
+    },
+    # Brax's tasks: the authors' rewards and supports, published without results
+    **dict.fromkeys(("ant", "halfcheetah", "hopper", "walker2d"), BRAX),
+    "humanoid": {**BRAX, "vmax": 200.0},
+    # the authors' sizes; those of DeepMind Control and of the humanoid robots have a support too
+    "default": PAPER,
+    "dmc_large": {**DMC, "num_minibatches": 64},
+    "dmc_medium": {**DMC, "num_steps": 64, "num_minibatches": 32},
+    "dmc_small": {**DMC, "num_steps": 32, "num_minibatches": 16},
+    "humanoid_large": {**HUMANOID, "num_minibatches": 16},
+    "humanoid_small": {**HUMANOID, "num_steps": 32, "num_minibatches": 4},
+    "tiny": {**PAPER, "num_envs": 128, "num_steps": 32, "num_minibatches": 8},
+    "really_tiny": {
+        **PAPER, "num_envs": 128, "num_steps": 8, "num_epochs": 2, "num_minibatches": 4,
+    },
+    "single_file": {  # the authors' later variant in one file
+        **PAPER, "total_timesteps": 32_768_000, "num_steps": 32, "num_minibatches": 32,
+        "value_samples": 64, "aux_loss_mult": 0.0, "kl_samples": 4, "temperature_init": 0.001,
+        "obs_eps": 1e-8, "hidden": (512, 512, 512), "encoder_layers": 3, "encoder_output": "block",
+        "norm": "layer", "min_std": 1e-6,
+    },
+}
+# fmt: on
 
 
 if __name__ == "__main__":
-    main()
+    launch.main("reppo")

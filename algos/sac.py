@@ -1,27 +1,30 @@
-"""Soft actor-critic (SAC): a replay of everything, two critics, a temperature that follows entropy.
+"""Soft actor-critic (SAC): off-policy, with two critics and a temperature that is learned.
 
-Haarnoja et al. 2018, https://arxiv.org/abs/1812.05905, in the form that the behaviour regularised
-methods of Wu et al. 2019 (https://arxiv.org/abs/1911.11361) build on. One update collects a rollout
-[T, N] into a ring of transitions and then takes `updates_per_step` gradient steps for each of its
-environment steps, each on a minibatch drawn uniformly with replacement, in this order:
+Haarnoja et al. 2018, https://arxiv.org/abs/1812.05905, in the form that Wu et al. 2019
+(https://arxiv.org/abs/1911.11361) use to collect data. One update collects a rollout [T, N], writes
+it into the replay buffer, and takes `updates_per_step` gradient steps for each of its environment
+steps. A gradient step draws a minibatch uniformly with replacement and updates, in this order,
 
-    Qbar_i  <- (1 - tau) Qbar_i + tau Q_i
-    y       =  r + gamma (1 - terminated) (min_i Qbar_i(s', a') - alpha log pi(a' | s'))
-    Q:         sum_i E[(Q_i(s, a) - y)^2]
-    pi:        E[alpha log pi(b | s) - min_i Q_i(s, b)]
-    alpha:     alpha E[-log pi(c | s) + m A]
+    targets      Qbar_i <- (1 - tau) Qbar_i + tau Q_i
+    critics      sum_i E[(Q_i(s, a) - y)^2],
+                 y = r + gamma (1 - terminated) (min_i Qbar_i(s', a') - alpha log pi(a' | s'))
+    actor        E[alpha log pi(b | s) - min_i Q_i(s, b)]
+    temperature  alpha E[-log pi(c | s) + m A]
 
-where a', b and c are drawn anew from the policy as it then is, a = tanh(u) with Gaussian u, A is
-the dimension of actions, and alpha is trained as its logarithm. Actions are continuous.
+a', b and c are new draws from the current policy, a = tanh(u) with Gaussian u; A is the number of
+action dimensions. The last line is minimised over log alpha.
+
+s' is the true successor of s. A time limit (truncated) therefore bootstraps from it, and a failure
+(terminated) does not.
 
 Differences from ppo.py:
 
-1. Data are replayed, so that there is no ratio, no advantage and no epoch.
-2. The gradient of the policy goes through the action into the critics.
-3. Only a failure ends a return: s' is the true successor, whose value a time limit does not cut.
-4. The first `learning_starts` steps act uniformly, and nothing is learned during them.
-5. Glorot-uniform weights, ReLU, log-deviations squashed into [-5, 0]; gradients are not clipped.
-6. The replay keeps observations as the environment gave them.
+1. Minibatches come from a replay buffer, so there is no ratio, no advantage and no epoch.
+2. The gradient of the policy passes through the action into the critics.
+3. The first `learning_starts` steps take uniform actions, and nothing is learned during them.
+4. Actions are continuous. Layers are ReLU with Glorot-uniform weights, the log standard deviation
+   is squashed into [-5, 0], and gradients are not clipped.
+5. Observations are stored as the environment gave them, and standardised when they are drawn.
 
     python algos/sac.py --env pendulum --num-seeds 8
     python algos/sac.py --env hopper --num-seeds 4 --stop-at-return 1000
@@ -30,16 +33,23 @@ Documentation: docs/sac.md
 """
 
 import math
-from dataclasses import dataclass, replace
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+if __name__ == "__main__":  # import from this checkout, and nothing by accident from algos/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import envs
 from algos import common, launch
+from algos.common import UnitFloat
 
 
 @dataclass(frozen=True)
@@ -47,34 +57,34 @@ class Config:
     """Settings of a run; `--help --env NAME` shows those of a task's preset."""
 
     env: str = "pendulum"  # task, see docs/environments.md
-    total_timesteps: int = 1_000_000  # environment steps per seed, all environments together
+    total_timesteps: PositiveInt = 1_000_000  # environment steps per seed, all environments
 
     # batch
-    num_envs: int = 16  # parallel environments per seed
-    num_steps: int = 8  # length of a rollout in each environment
-    updates_per_step: float = 0.5  # gradient steps per environment step (update-to-data ratio)
-    batch_size: int = 256  # transitions of a gradient step
+    num_envs: PositiveInt = 16  # parallel environments per seed
+    num_steps: PositiveInt = 8  # length of a rollout in each environment
+    updates_per_step: PositiveFloat = 0.5  # gradient steps per environment step
+    batch_size: PositiveInt = 256  # transitions in a minibatch
 
-    # replay
-    buffer_size: int = 1_000_000  # most recent transitions that are kept
-    learning_starts: int = 10_000  # steps with uniform actions before the first gradient step
+    # replay buffer
+    buffer_size: PositiveInt = 1_000_000  # transitions that it holds, the most recent ones
+    learning_starts: NonNegativeInt = 10_000  # steps with uniform actions, before any gradient step
 
-    # optimiser: Adam, for the critics, the actor and the temperature alike
-    learning_rate: float = 5e-4  # step size of Adam
-    polyak_tau: float = 0.005  # step of the target critics towards the critics
+    # optimiser: Adam
+    learning_rate: NonNegativeFloat = 5e-4  # learning rate of every network and of the temperature
+    polyak_tau: UnitFloat = 0.005  # how far target critics move towards the critics in a step
 
     # objective
-    gamma: float = 0.99  # discount
-    temperature_init: float = 1.0  # initial weight of the entropy (alpha)
-    target_entropy_mult: float = 1.0  # mean entropy is held at minus this for each action
+    gamma: UnitFloat = 0.99  # discount
+    temperature_init: PositiveFloat = 1.0  # initial weight of the entropy (alpha)
+    target_entropy_mult: float = 1.0  # the target of the entropy is minus this per action dimension
 
     # observations and rewards
     normalize_obs: bool = False  # standardise observations by running statistics
-    reward_scale: float = 1.0  # factor on the rewards, not on the logged returns
+    reward_scale: NonNegativeFloat = 1.0  # factor on rewards in the targets
 
     # networks
-    hidden: tuple[int, ...] = (200, 200)  # hidden layers of the actor
-    critic_hidden: tuple[int, ...] = (300, 300)  # hidden layers of each critic
+    hidden: tuple[PositiveInt, ...] = (200, 200)  # fully connected hidden layers of the actor
+    critic_hidden: tuple[PositiveInt, ...] = (300, 300)  # hidden layers of each critic
 
     @property
     def steps_per_update(self) -> int:
@@ -93,16 +103,16 @@ class Config:
 
     @property
     def num_slots(self) -> int:
-        """Rollouts in the replay."""
+        """Rollouts that the replay buffer holds."""
         return self.buffer_size // self.steps_per_update
 
     @property
     def random_updates(self) -> int:
-        """Updates that act uniformly and learn nothing."""
+        """Updates at the start that act uniformly and learn nothing."""
         return math.ceil(self.learning_starts / self.steps_per_update)
 
     def validate(self) -> None:
-        """Raise ValueError if nothing would be learned, or the replay holds no rollout."""
+        """Raise ValueError if nothing would be learned, or the replay buffer holds no rollout."""
         rollout = f"a rollout of {self.num_envs} x {self.num_steps} steps"
         steps = self.updates_per_step * self.steps_per_update
         if self.gradient_steps < 1 or not math.isclose(steps, self.gradient_steps):
@@ -122,50 +132,28 @@ class Config:
             )
 
 
-# Fields that may be arrays, so that a sweep is one more vmap.
-TRACEABLE = ("learning_rate", "polyak_tau", "gamma", "temperature_init", "target_entropy_mult")
-TRACEABLE += ("reward_scale",)
-
-# --- presets ---
-
-# fmt: off
-# Origins are in docs/presets.md.
-SMALL = {
-    "total_timesteps": 100_000, "num_envs": 8, "num_steps": 4, "updates_per_step": 0.25,
-    "batch_size": 128, "buffer_size": 100_000, "learning_starts": 1_000, "learning_rate": 1e-3,
-    "hidden": (64, 64), "critic_hidden": (64, 64),
-}
-PHYSICS = {"num_envs": 128, "updates_per_step": 0.25}
-PRESETS: dict[str, dict[str, Any]] = {
-    # tasks
-    "pendulum": SMALL, "inverted_pendulum": SMALL, "reacher": SMALL,
-    # A touch pays 0.04, here 1, and all steps are kept.
-    "arm": {**SMALL, "buffer_size": 400_000, "normalize_obs": True, "reward_scale": 25.0},
-    **dict.fromkeys(("hopper", "walker2d", "halfcheetah", "ant"), PHYSICS),
-}
-# fmt: on
-
-
 # --- networks ---
 
 MIN_LOG_STD, MAX_LOG_STD = -5.0, 0.0
 
 
 class MLP(nn.Module):
-    """Fully connected: hidden layers with ReLU, then a linear layer of `out` units."""
+    """Hidden layers and a linear layer: inputs [..., any size], side by side -> [..., out]."""
 
     hidden: tuple[int, ...]
     out: int
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, *inputs):
+        init = nn.initializers.glorot_uniform()
+        x = jnp.concatenate([x.astype(jnp.float32) for x in inputs], -1)
         for size in self.hidden:
-            x = nn.relu(nn.Dense(size, kernel_init=nn.initializers.glorot_uniform())(x))
-        return nn.Dense(self.out, kernel_init=nn.initializers.glorot_uniform())(x)
+            x = nn.relu(nn.Dense(size, kernel_init=init)(x))
+        return nn.Dense(self.out, kernel_init=init)(x)
 
 
 class Actor(nn.Module):
-    """Policy network: observation [..., obs_size] -> common.TanhGaussian."""
+    """Policy network: observation [..., obs_size] -> TanhGaussian."""
 
     config: Config
     action_size: int
@@ -179,7 +167,7 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Two values [2, ...] of observation [..., obs_size] and action [..., action_size]."""
+    """Two action values: observation [..., obs_size], action [..., action_size] -> [2, ...]."""
 
     config: Config
 
@@ -188,17 +176,16 @@ class Critic(nn.Module):
         ensemble = nn.vmap(
             MLP, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=2
         )
-        x = jnp.concatenate([obs, action], -1)
-        return ensemble(self.config.critic_hidden, 1)(x)[..., 0]
+        return ensemble(self.config.critic_hidden, 1)(obs, action)[..., 0]
 
 
 # --- data types ---
 
 
 class Transition(NamedTuple):
-    """Environment steps; arrays [T, N, ...] of a rollout, [rows, ...] of the replay."""
+    """One environment step; arrays [T, N, ...] of a rollout, [B, ...] of a minibatch."""
 
-    obs: jax.Array  # as the environment gave it
+    obs: jax.Array  # as the environment gave it; normalised in a minibatch
     action: jax.Array
     reward: jax.Array
     terminated: jax.Array
@@ -210,23 +197,24 @@ class TrainState(NamedTuple):
     """Everything that a run carries from one update to the next."""
 
     params: dict  # of "actor" and "critic", and the logarithm of the "temperature"
-    target_params: dict  # of the target critics
-    opt_state: dict  # of each of the three
+    target_params: dict  # of "critic"
+    opt_state: dict  # of what is in params
     replay: Transition  # [S T N, ...], a ring of S rollouts
     obs_stats: common.Stats
     obs: jax.Array  # [N, obs_size]
     env_state: Any
     key: jax.Array
-    update: jax.Array  # [] int32
+    update: jax.Array  # [] int32, finished updates
 
 
 # --- targets and losses ---
 
 
 def soft_target(reward, terminated, next_value, log_prob, temperature, gamma):
-    """Targets [B] from the values [2, B] of the target critics at actions of the policy.
+    """Targets [B] of the critics, through which no gradient passes.
 
-    No gradient passes. Only a terminated step has no successor: a truncated one is bootstrapped.
+    `next_value` [2, B] is what the target critics say of actions of the policy at the true
+    successor, and `log_prob` [B] belongs to these actions. They count unless the step terminated.
     """
     soft_value = next_value.min(0) - temperature * log_prob
     return jax.lax.stop_gradient(reward + jnp.where(terminated, 0.0, gamma) * soft_value)
@@ -238,13 +226,13 @@ def critic_loss(value, target, valid):
 
 
 def policy_loss(value, log_prob, temperature, valid):
-    """Mean over states of entropy's cost minus the smaller of the values [2, B]."""
+    """Mean of alpha log pi minus the smaller of the values [2, B] of actions of the policy."""
     loss = jax.lax.stop_gradient(temperature) * log_prob - value.min(0)
     return jnp.where(valid, loss, 0.0).mean()
 
 
 def temperature_loss(temperature, log_prob, target_entropy, valid):
-    """Loss whose gradient raises the temperature while the entropy is below its target."""
+    """Loss whose gradient step raises the temperature while the entropy is below its target."""
     surplus = jax.lax.stop_gradient(-log_prob - target_entropy)
     return temperature * jnp.where(valid, surplus, 0.0).mean()
 
@@ -252,84 +240,109 @@ def temperature_loss(temperature, log_prob, target_entropy, valid):
 # --- build ---
 
 
-def build(config: Config) -> common.Algo:
-    """Compose environment, networks and optimiser into the pure functions of a run."""
-    config.validate()
+def make_env(config: Config) -> envs.Env:
+    """The environments that a run learns in."""
     env = envs.make(config.env, config.num_envs)
     if env.discrete:
         raise ValueError(f"{env.name} has discrete actions, and SAC needs continuous ones")
-    if env.privileged_size:
-        raise ValueError(f"{env.name}: the actor would see what only a critic may: no privileged=1")
-    actor, critic = Actor(config, env.action_size), Critic(config)
+    return env
+
+
+def build(config: Config, env: envs.Env) -> common.Algo:
+    """Compose environments, networks and optimiser into the pure functions of a run."""
+    actor = Actor(config, env.action_size)
+    critic = Critic(config)
     optimizer = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-7)
-    T, N, A, S = config.num_steps, config.num_envs, env.action_size, config.num_slots
-    target_entropy = -config.target_entropy_mult * A
+    T, N, S = config.num_steps, config.num_envs, config.num_slots
+    target_entropy = -config.target_entropy_mult * env.action_size
 
     def init(key) -> TrainState:
         key_actor, key_critic, key_env, key = jax.random.split(key, 4)
         obs, env_state = env.reset(key_env)
-        sample, action = jnp.zeros((1, env.obs_size)), jnp.zeros((1, A))
+        action, scalar, flag = (jnp.zeros((1, env.action_size)), jnp.zeros(1), jnp.zeros(1, bool))
         params = {
-            "actor": actor.init(key_actor, sample),
-            "critic": critic.init(key_critic, sample, action),
+            "actor": actor.init(key_actor, obs[:1]),
+            "critic": critic.init(key_critic, obs[:1], action),
             "temperature": jnp.log(jnp.float32(config.temperature_init)),
         }
         empty = lambda x: jnp.zeros((S * T * N, *x.shape[1:]), x.dtype)
-        scalar, flag = jnp.zeros((1,)), jnp.zeros((1,), bool)
         return TrainState(
             params=params,
-            target_params=params["critic"],
+            target_params={"critic": params["critic"]},
             opt_state={name: optimizer.init(params[name]) for name in params},
             replay=jax.tree.map(empty, Transition(obs, action, scalar, flag, obs, flag)),
             obs_stats=common.Stats.empty((env.obs_size,)),
             obs=obs,
             env_state=env_state,
             key=key,
-            update=jnp.zeros((), jnp.int32),
+            update=jnp.int32(0),
         )
 
     def normalize(obs_stats, obs):
-        obs = obs.astype(jnp.float32)
-        return obs_stats.normalize(obs) if config.normalize_obs else obs
+        return obs_stats.normalize(obs.astype(jnp.float32)) if config.normalize_obs else obs
 
-    def draw(actor_params, obs, key):
-        """Actions of the policy and their log-probabilities."""
-        policy = actor.apply(actor_params, obs)
-        u = policy.sample(jax.random.normal(key, policy.mean.shape))
-        return jnp.tanh(u), policy.log_prob(u)
+    def noise_of(key, shape):
+        """Exploration noise for `shape` actions."""
+        return jax.random.normal(key, (*shape, env.action_size))
 
     def rollout(state, key):
-        """Act for T steps; returns state, transitions and infos [T, N] of the environments."""
+        """Act for T steps; returns the state, transitions [T, N] and infos [T, N]."""
         key_noise, key_uniform, key_env, key_refresh = jax.random.split(key, 4)
+        noise = noise_of(key_noise, (T, N))
+        uniform = jax.random.uniform(key_uniform, noise.shape, minval=-1.0, maxval=1.0)
         env_state = env.refresh(key_refresh, state.env_state)
-        noise = jax.random.normal(key_noise, (T, N, A))
-        uniform = jax.random.uniform(key_uniform, (T, N, A), minval=-1.0, maxval=1.0)
 
         def step(carry, x):
             obs, env_state = carry
             noise, uniform, key = x
             policy = actor.apply(state.params["actor"], normalize(state.obs_stats, obs))
-            learned = jnp.tanh(policy.sample(noise))
-            action = jnp.where(state.update < config.random_updates, uniform, learned)
+            action = jnp.tanh(policy.sample(noise))
+            action = jnp.where(state.update < config.random_updates, uniform, action)
             next_obs, env_state, reward, terminated, _, info = env.step(key, env_state, action)
-            final_obs = info.pop("final_observation")
-            valid = ~info["env_nan"]
-            transition = Transition(obs, action, reward, terminated, final_obs, valid)
+            transition = Transition(
+                obs=obs,
+                action=action,
+                reward=reward,
+                terminated=terminated,
+                next_obs=info.pop("final_observation"),
+                valid=~info["env_nan"],
+            )
             return (next_obs, env_state), (transition, info)
 
         xs = noise, uniform, jax.random.split(key_env, T)
         (obs, env_state), (traj, info) = jax.lax.scan(step, (state.obs, env_state), xs)
-        obs_stats = state.obs_stats.add(traj.obs)
-        return state._replace(obs=obs, obs_stats=obs_stats, env_state=env_state), traj, info
+        return state._replace(obs=obs, env_state=env_state), traj, info
 
-    def critic_loss_fn(critic_params, params, target_params, batch, key):
-        action, log_prob = draw(params["actor"], batch.next_obs, key)
-        next_value = critic.apply(target_params, batch.next_obs, action)
+    def store(state, traj):
+        """The replay buffer after `traj` [T, N] took the place of the oldest rollout."""
+        row = (state.update % S) * T * N
+        flat = jax.tree.map(lambda x: x.reshape((T * N, *x.shape[2:])), traj)
+        write = lambda kept, new: jax.lax.dynamic_update_slice_in_dim(kept, new, row, 0)
+        return jax.tree.map(write, state.replay, flat)
+
+    def sample(state, key) -> Transition:
+        """A minibatch of what the replay buffer holds."""
+        filled = jnp.minimum(state.update + 1, S) * T * N
+        index = jax.random.randint(key, (config.batch_size,), 0, filled)
+        batch = jax.tree.map(lambda x: x[index], state.replay)
+        obs, next_obs = (normalize(state.obs_stats, x) for x in (batch.obs, batch.next_obs))
+        return batch._replace(obs=obs, next_obs=next_obs)
+
+    def draw(params, obs, key):
+        """Actions of the policy at `obs`, and their log-probabilities."""
+        policy = actor.apply(params, obs)
+        u = policy.sample(noise_of(key, obs.shape[:-1]))
+        return jnp.tanh(u), policy.log_prob(u)
+
+    def critic_loss_fn(params, state, batch, key):
+        temperature = jnp.exp(state.params["temperature"])
+        action, log_prob = draw(state.params["actor"], batch.next_obs, key)
+        next_value = critic.apply(state.target_params["critic"], batch.next_obs, action)
+        reward = config.reward_scale * batch.reward
         target = soft_target(
-            config.reward_scale * batch.reward, batch.terminated, next_value, log_prob,
-            jnp.exp(params["temperature"]), config.gamma,
-        )  # fmt: skip
-        value = critic.apply(critic_params, batch.obs, batch.action)
+            reward, batch.terminated, next_value, log_prob, temperature, config.gamma
+        )
+        value = critic.apply(params, batch.obs, batch.action)
         loss = critic_loss(value, target, batch.valid)
         return loss, {
             "losses/qf_loss": loss,
@@ -337,10 +350,11 @@ def build(config: Config) -> common.Algo:
             "losses/target": target.mean(),
         }
 
-    def policy_loss_fn(actor_params, params, batch, key):
-        action, log_prob = draw(actor_params, batch.obs, key)
-        value = critic.apply(params["critic"], batch.obs, action)
-        loss = policy_loss(value, log_prob, jnp.exp(params["temperature"]), batch.valid)
+    def policy_loss_fn(params, state, batch, key):
+        temperature = jnp.exp(state.params["temperature"])
+        action, log_prob = draw(params, batch.obs, key)
+        value = critic.apply(state.params["critic"], batch.obs, action)
+        loss = policy_loss(value, log_prob, temperature, batch.valid)
         return loss, {
             "losses/policy_loss": loss,
             "losses/q_policy": value.mean(),
@@ -348,75 +362,58 @@ def build(config: Config) -> common.Algo:
             "losses/saturated_fraction": (jnp.abs(action) > 0.99).mean(),
         }
 
-    def temperature_loss_fn(log_temperature, params, batch, key):
-        _, log_prob = draw(params["actor"], batch.obs, key)
-        temperature = jnp.exp(log_temperature)
+    def temperature_loss_fn(params, state, batch, key):
+        temperature = jnp.exp(params)
+        _, log_prob = draw(state.params["actor"], batch.obs, key)
         loss = temperature_loss(temperature, log_prob, target_entropy, batch.valid)
         return loss, {"losses/temperature": temperature}
 
-    def descend(name, loss_fn, params, opt_state, *args):
-        """One step of Adam on one of the three: params, opt_state, metrics."""
-        grads, aux = jax.grad(loss_fn, has_aux=True)(params[name], params, *args)
-        direction, new = optimizer.update(grads, opt_state[name])
-        move = lambda p, u: p - config.learning_rate * u
-        params = params | {name: jax.tree.map(move, params[name], direction)}
-        aux[f"losses/{name}_grad_norm"] = optax.global_norm(grads)
-        return params, opt_state | {name: new}, aux
+    # In the order of a gradient step.
+    losses = {"critic": critic_loss_fn, "actor": policy_loss_fn, "temperature": temperature_loss_fn}
 
-    def gradient_step(params, target_params, opt_state, batch, key):
-        """Target critics, critics, actor, temperature: each sees what was updated before it."""
-        key_critic, key_actor, key_temperature = jax.random.split(key, 3)
-        online = params["critic"]
-        target_params = optax.incremental_update(online, target_params, config.polyak_tau)
-        params, opt_state, aux = descend(
-            "critic", critic_loss_fn, params, opt_state, target_params, batch, key_critic
-        )
-        params, opt_state, actor_aux = descend(
-            "actor", policy_loss_fn, params, opt_state, batch, key_actor
-        )
-        params, opt_state, temperature_aux = descend(
-            "temperature", temperature_loss_fn, params, opt_state, batch, key_temperature
-        )
-        return params, target_params, opt_state, aux | actor_aux | temperature_aux
+    def descend(state, grads):
+        """One step of the optimiser on each network in `grads`."""
+        params, opt_state = dict(state.params), dict(state.opt_state)
+        rate = config.learning_rate
+        for name in grads:
+            direction, opt_state[name] = optimizer.update(grads[name], opt_state[name])
+            params[name] = jax.tree.map(lambda p, u: p - rate * u, params[name], direction)
+        return state._replace(params=params, opt_state=opt_state)
 
-    def sample(state, key):
-        """A minibatch of the transitions that the replay holds."""
-        filled = jnp.minimum(state.update + 1, S) * T * N
-        index = jax.random.randint(key, (config.batch_size,), 0, filled)
-        batch = jax.tree.map(lambda x: x[index], state.replay)
-        obs, next_obs = (normalize(state.obs_stats, x) for x in (batch.obs, batch.next_obs))
-        return batch._replace(obs=obs, next_obs=next_obs)
+    def gradient_step(state, batch, key):
+        """Move the targets, then descend on each loss with what the one before learned."""
+        online = {name: state.params[name] for name in state.target_params}
+        target_params = optax.incremental_update(online, state.target_params, config.polyak_tau)
+        state, aux = state._replace(target_params=target_params), {}
+        keys = jax.random.split(key, len(losses))
+        for (name, loss_fn), key in zip(losses.items(), keys, strict=True):
+            grads, more = jax.grad(loss_fn, has_aux=True)(state.params[name], state, batch, key)
+            aux |= more | {f"losses/{name}_grad_norm": optax.global_norm(grads)}
+            state = descend(state, {name: grads})
+        return state, aux
 
-    def fit(state, key):
-        """All gradient steps of an update: state, sums of metrics and their number."""
-
-        def one(learned, key):
-            key_batch, key_step = jax.random.split(key)
-            return gradient_step(*learned, sample(state, key_batch), key_step)
+    def learn(state, key):
+        """All gradient steps of an update; returns the state, sums of metrics and their number."""
 
         def step(i, carry):
-            learned, sums = carry
-            *learned, aux = one(learned, jax.random.fold_in(key, i))
-            return learned, jax.tree.map(jnp.add, sums, aux)
+            state, sums = carry
+            key_batch, key_step = jax.random.split(jax.random.fold_in(key, i))
+            state, aux = gradient_step(state, sample(state, key_batch), key_step)
+            return state, jax.tree.map(jnp.add, sums, aux)
 
-        learned = [state.params, state.target_params, state.opt_state]
-        aux = jax.eval_shape(one, learned, key)[-1]
-        # A loop of length 0 at first, not a branch: the length is the same for all seeds.
+        aux = jax.eval_shape(gradient_step, state, jax.eval_shape(sample, state, key), key)[1]
+        sums = {name: jnp.zeros(()) for name in aux}
+        # No step while actions are uniform. The count is the same for all seeds, so that it stays
+        # the length of a loop under vmap, while a branch would compute both sides.
         count = jnp.where(state.update < config.random_updates, 0, config.gradient_steps)
-        carry = learned, {name: jnp.zeros(()) for name in aux}
-        learned, sums = jax.lax.fori_loop(0, count, step, carry)
-        params, target_params, opt_state = learned
-        state = state._replace(params=params, target_params=target_params, opt_state=opt_state)
+        state, sums = jax.lax.fori_loop(0, count, step, (state, sums))
         return state, sums | {"losses/count": count}
 
     def update(state):
-        key, key_rollout, key_fit = jax.random.split(state.key, 3)
+        key, key_rollout, key_learn = jax.random.split(state.key, 3)
         state, traj, info = rollout(state, key_rollout)
-        row = (state.update % S) * T * N
-        flat = jax.tree.map(lambda x: x.reshape((T * N, *x.shape[2:])), traj)
-        write = lambda kept, new: jax.lax.dynamic_update_slice_in_dim(kept, new, row, 0)
-        state = state._replace(replay=jax.tree.map(write, state.replay, flat))
-        state, metrics = fit(state, key_fit)
+        state = state._replace(obs_stats=state.obs_stats.add(traj.obs), replay=store(state, traj))
+        state, metrics = learn(state, key_learn)
 
         metrics |= common.run_metrics(info, (state.params, metrics["losses/qf_loss"]))
         metrics["charts/learning_rate"] = jnp.asarray(config.learning_rate)
@@ -426,7 +423,7 @@ def build(config: Config) -> common.Algo:
         distribution = actor.apply(policy["actor"], normalize(policy["obs_stats"], obs))
         if greedy:
             return jnp.tanh(distribution.mean)
-        return jnp.tanh(distribution.sample(jax.random.normal(key, distribution.mean.shape)))
+        return jnp.tanh(distribution.sample(noise_of(key, obs.shape[:-1])))
 
     def policy_of(state):
         return {"actor": state.params["actor"], "obs_stats": state.obs_stats}
@@ -436,10 +433,11 @@ def build(config: Config) -> common.Algo:
 
 def make_train(config: Config):
     """The whole run as one pure function; `hparams` overrides fields of TRACEABLE with arrays."""
-    build(config)  # fails here, not while tracing, if the configuration is wrong
+    common.check(config)
+    env = make_env(config)
 
     def train(key, hparams=None):
-        algo = build(replace(config, **common.traceable(hparams or {}, TRACEABLE)))
+        algo = build(common.with_hparams(config, hparams or {}, TRACEABLE), env)
         step = lambda state, _: algo.update(state)
         state, metrics = jax.lax.scan(step, algo.init(key), length=config.num_updates)
         return {"state": state, "metrics": metrics}
@@ -447,10 +445,35 @@ def make_train(config: Config):
     return train
 
 
-def main():
-    """Train from the command line."""
-    launch.main("sac", Config, PRESETS, TRACEABLE, build)
+def config_for(env: str, *presets: str, **changes) -> Config:
+    """What the command line would run: defaults, the task's preset, `presets`, `changes`."""
+    return launch.config_for(Config, PRESETS, env, presets, changes)
+
+
+# Fields that may be arrays, so that a sweep is one more vmap.
+TRACEABLE = ("learning_rate", "polyak_tau", "gamma", "temperature_init", "target_entropy_mult")
+TRACEABLE += ("reward_scale",)
+
+# --- presets ---
+
+# fmt: off
+# Values that differ from the defaults; docs/presets.md has their origins.
+SMALL = {
+    "total_timesteps": 100_000, "num_envs": 8, "num_steps": 4, "updates_per_step": 0.25,
+    "batch_size": 128, "buffer_size": 100_000, "learning_starts": 1_000, "learning_rate": 1e-3,
+    "hidden": (64, 64), "critic_hidden": (64, 64),
+}
+PHYSICS = {"num_envs": 128, "updates_per_step": 0.25}
+PRESETS: dict[str, dict[str, Any]] = {
+    # tasks
+    **dict.fromkeys(("pendulum", "inverted_pendulum", "reacher"), SMALL),
+    "arm": {  # a touch pays 0.04, here 1; the replay buffer holds all steps
+        **SMALL, "buffer_size": 400_000, "normalize_obs": True, "reward_scale": 25.0,
+    },
+    **dict.fromkeys(("hopper", "walker2d", "halfcheetah", "ant"), PHYSICS),
+}
+# fmt: on
 
 
 if __name__ == "__main__":
-    main()
+    launch.main("sac")

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from envs.wrappers import RESET_MODES, Env, Goals, RawEnv, wrap
+from envs.wrappers import RESET_MODES, Env, Goals, RawEnv, check, wrap
 
 __all__ = ["ALIASES", "Env", "Goals", "RawEnv", "canonical", "make"]
 
@@ -138,7 +138,7 @@ MODULES = {
 # option -> allowed values, or `int` for any positive integer
 OPTIONS: dict[str, dict[str, Any]] = {
     "brax": {"backend": BRAX_BACKENDS, "iterations": int, "ls_iterations": int},
-    "playground": {"iterations": int, "ls_iterations": int, "privileged": ("0", "1")},
+    "playground": {"iterations": int, "ls_iterations": int},
     "gymnax": {},
     "arm": {},
     "atari": {},
@@ -168,13 +168,15 @@ def make(
     stagger: bool = True,
     reset_mode: str | None = None,
     max_steps: int | None = None,
+    privileged: bool = False,
 ) -> Env:
     """Build `num_envs` environments with time limit, auto-reset and episode log.
 
     stagger draws each environment's elapsed time at reset uniformly in [0, max_steps), so that they
     do not time out together; pass False for evaluation. reset_mode and max_steps override what the
-    task asks for. Raises ValueError for an unknown name, option or value, and ImportError when an
-    optional package is missing.
+    task asks for. privileged appends what only a critic may see to the observation, if the task has
+    it (`privileged_size` entries). Raises ValueError for an unknown name, option or value, and
+    ImportError when an optional package is missing.
     """
     if num_envs < 1:
         raise ValueError(f"num_envs={num_envs}: at least 1 is needed")
@@ -192,7 +194,7 @@ def make(
     raw = raw._replace(
         reset_mode=reset_mode or raw.reset_mode, max_steps=max_steps or raw.max_steps
     )
-    return wrap(raw, num_envs, stagger)
+    return wrap(raw, num_envs, stagger, privileged)
 
 
 def canonical(name: str) -> str:
@@ -202,8 +204,6 @@ def canonical(name: str) -> str:
     source, task, options = _parse(name)
     if options.get("backend") == _default_backend(task):
         del options["backend"]
-    if options.get("privileged") == "0":
-        del options["privileged"]
     query = "&".join(f"{option}={options[option]}" for option in sorted(options))
     return f"{source}/{task}" + (f"?{query}" if query else "")
 
@@ -211,18 +211,16 @@ def canonical(name: str) -> str:
 @functools.lru_cache(maxsize=16)
 def _load(name: str) -> RawEnv:
     """The adapter's environment, loaded and (by jit) traced once for training and evaluation."""
-    # A sweep builds its algorithm while it is traced: a model must not be loaded as tracers there.
-    with jax.ensure_compile_time_eval():
-        if ":" in name:
-            raw = _load_factory(name)
-        else:
-            source, task, options = _parse(name)
-            if source == "brax":
-                options.setdefault("backend", _default_backend(task))
-            # mujoco.mjx prints that warp is missing, which nothing here needs.
-            with contextlib.redirect_stdout(io.StringIO()):
-                adapter = importlib.import_module(MODULES[source])
-            raw = adapter.make(task, **options)
+    if ":" in name:
+        raw = _load_factory(name)
+    else:
+        source, task, options = _parse(name)
+        if source == "brax":
+            options.setdefault("backend", _default_backend(task))
+        # mujoco.mjx prints that warp is missing, which nothing here needs.
+        with contextlib.redirect_stdout(io.StringIO()):
+            adapter = importlib.import_module(MODULES[source])
+        raw = adapter.make(task, **options)
     return raw._replace(name=name, reset=precise(raw.reset), step=precise(raw.step))
 
 
@@ -252,6 +250,7 @@ def _load_factory(name: str) -> RawEnv:
     raw = function()
     if not isinstance(raw, RawEnv):
         raise ValueError(f"{name!r} returned {type(raw).__name__}; it must return envs.RawEnv")
+    check(raw)
     return raw
 
 

@@ -40,36 +40,25 @@ class PlaygroundState(NamedTuple):
     info: dict
 
 
-def make(
-    task: str,
-    iterations: int | None = None,
-    ls_iterations: int | None = None,
-    privileged: str = "0",
-) -> RawEnv:
-    """Build a Playground task; privileged="1" appends the critic's observation to the policy's."""
+def make(task: str, iterations: int | None = None, ls_iterations: int | None = None) -> RawEnv:
+    """Build a Playground task; the critic's observation, if any, follows the policy's."""
     _require_assets(task)
     env = registry.load(task, config_overrides={"impl": "jax"})
     env._mjx_model = mjx.set_solver(env.mjx_model, iterations, ls_iterations)
-    return adapt(task, env, env._config.episode_length, privileged == "1")
+    return adapt(task, env, env._config.episode_length)
 
 
-def adapt(task: str, env, max_steps: int, privileged: bool) -> RawEnv:
-    """RawEnv of a Playground object; ValueError if privileged and it has no such observation."""
+def adapt(task: str, env, max_steps: int) -> RawEnv:
+    """RawEnv of a Playground object."""
     sizes = jax.eval_shape(env.reset, jax.random.key(0))
-    privileged_size = 0
-    if privileged:
-        if not isinstance(sizes.obs, dict) or "privileged_state" not in sizes.obs:
-            raise ValueError(f"playground/{task} has no privileged observation")
-        privileged_size = sizes.obs["privileged_state"].shape[0]
-    obs_size = (sizes.obs["state"] if isinstance(sizes.obs, dict) else sizes.obs).shape[0]
-    obs_size += privileged_size
 
     def flat(obs):
         if not isinstance(obs, dict):
             return obs
-        if privileged:
-            return jnp.concatenate([obs["state"], obs["privileged_state"]])
-        return obs["state"]
+        return jnp.concatenate([obs["state"], obs.get("privileged_state", obs["state"][:0])])
+
+    obs_size = jax.eval_shape(flat, sizes.obs).shape[0]
+    privileged_size = obs_size - sizes.obs["state"].shape[0] if isinstance(sizes.obs, dict) else 0
 
     def pack(state):
         info = {field: value for field, value in state.info.items() if field != "rng"}

@@ -1,9 +1,9 @@
 """What happens between an adapter and an algorithm, and at the end of an episode.
 
-Stack from the inside: raw adapter - NaN guard - time limit - auto-reset - episode log - vmap. Each
-layer takes and returns the pure functions `reset` and `step` of one environment; its state is a
-frozen dataclass that holds the inner state. No layer stores a key: whatever is random comes from
-the key of the call.
+Stack from the inside: raw adapter - privileged entries hidden - action clip - NaN guard - time
+limit - auto-reset - episode log - vmap. Each layer takes and returns the pure functions `reset` and
+`step` of one environment; its state is a frozen dataclass that holds the inner state. No layer
+stores a key: whatever is random comes from the key of the call.
 
 terminated: the task ended, the value after it is zero. truncated: stopped by the clock, the value
 goes on. Never both.
@@ -39,7 +39,7 @@ class RawEnv(NamedTuple):
     obs_size: int
     obs_shape: tuple[int, ...]  # before flattening; (obs_size,) for vectors
     action_size: int  # number of actions if discrete, else their dimension
-    discrete: bool  # continuous actions are in [-1, 1]; the adapter clips and rescales
+    discrete: bool  # continuous actions are in [-1, 1]: the stack clips, the adapter rescales
     max_steps: int  # time limit of the task, in steps
     reset_mode: str  # default auto-reset: "fresh" | "cached" | "refreshed"
     privileged_size: int = 0  # trailing entries of obs that only a critic may see
@@ -100,9 +100,16 @@ class EpisodeState:
     episode_length: jax.Array  # int32
 
 
-def wrap(raw: RawEnv, num_envs: int, stagger: bool) -> Env:
+def wrap(raw: RawEnv, num_envs: int, stagger: bool, privileged: bool = False) -> Env:
     """Put the whole stack around one raw environment."""
-    reset, step = _nan_guard(raw.reset, raw.step)
+    reset, step = raw.reset, raw.step
+    if raw.privileged_size and not privileged:
+        size = raw.obs_size - raw.privileged_size
+        reset, step = _hide_privileged(reset, step, size)
+        raw = raw._replace(obs_size=size, obs_shape=(size,), privileged_size=0)
+    if not raw.discrete:
+        step = _clip_actions(step)
+    reset, step = _nan_guard(reset, step)
     reset, step = _time_limit(reset, step, raw.max_steps)
     reset, step, refresh = _auto_reset(reset, step, raw.reset_mode)
     if stagger:
@@ -139,6 +146,63 @@ def wrap(raw: RawEnv, num_envs: int, stagger: bool) -> Env:
     )
 
 
+def check(raw: RawEnv) -> None:
+    """Check once what a user's factory promises, from shapes and dtypes alone.
+
+    Raises ValueError in one line that names the field, what it is and what is wanted.
+    """
+
+    def require(fine: bool, field: str, found: Any, wanted: str) -> None:
+        if not fine:
+            raise ValueError(f"{raw.name}: {field} is {describe(found)}, and {wanted} is wanted")
+
+    def like(x: Any, shape: tuple, kind: Any) -> bool:
+        return getattr(x, "shape", None) == shape and jnp.issubdtype(x.dtype, kind)
+
+    positive = lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 < x < 2**31
+    for field in ("obs_size", "action_size", "max_steps"):
+        value = getattr(raw, field)
+        require(positive(value), field, value, "an integer from 1 to 2**31 - 1")
+    modes = ", ".join(RESET_MODES)
+    require(raw.reset_mode in RESET_MODES, "reset_mode", raw.reset_mode, f"one of {modes}")
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    start = jax.eval_shape(raw.reset, key)
+    require(
+        isinstance(start, tuple) and len(start) == 2, "what reset returns", start, "(obs, state)"
+    )
+    obs, state = jax.eval_shape(strong, start)
+    shape = (raw.obs_size,)
+    require(like(obs, shape, jnp.generic), "the observation of reset", obs, f"an array {[*shape]}")
+
+    action = jnp.zeros(()) if raw.discrete else jnp.zeros(raw.action_size)
+    action = action.astype(jnp.int32 if raw.discrete else jnp.float32)
+    result = jax.eval_shape(raw.step, key, state, action)
+    fine = isinstance(result, tuple) and len(result) == 5
+    require(fine, "what step returns", result, "(obs, state, reward, terminated, info)")
+    new_obs, new_state, reward, terminated, info = jax.eval_shape(strong, result)
+    require(like(new_obs, shape, obs.dtype), "the observation of step", new_obs, describe(obs))
+    same = jax.tree.structure(new_state) == jax.tree.structure(state)  # type: ignore[operator]
+    require(same, "the state of step", new_state, describe(state))
+    for (path, new), old in zip(
+        jax.tree_util.tree_flatten_with_path(new_state)[0], jax.tree.leaves(state), strict=True
+    ):
+        name = f"state{jax.tree_util.keystr(path)} of step"
+        require(like(new, old.shape, old.dtype), name, new, f"{describe(old)} as after reset")
+    require(like(reward, (), jnp.number), "the reward", reward, "a number without axes")
+    require(like(terminated, (), jnp.bool_), "terminated", terminated, "a bool without axes")
+    require(isinstance(info, dict), "info", info, "a dict")
+
+
+def describe(tree: Any) -> str:
+    """A value in words: dtype and shape of an array, else what it is."""
+    if hasattr(tree, "shape") and hasattr(tree, "dtype"):
+        return f"{tree.dtype}{list(tree.shape)}"
+    if isinstance(tree, (int, float, str, type(None))):
+        return repr(tree)
+    return str(jax.tree.map(describe, tree))
+
+
 def raw_state(state: EpisodeState):
     """The adapter's own state inside the stack: what `frame` takes."""
     return state.inner.inner.inner
@@ -155,6 +219,25 @@ def strong(tree):
 
 
 # --- layers, from the inside ---
+
+
+def _hide_privileged(reset, step, size):
+    """Only the first `size` entries of an observation, which a policy may see."""
+
+    def hidden_reset(key):
+        obs, state = reset(key)
+        return obs[:size], state
+
+    def hidden_step(key, state, action):
+        obs, *rest = step(key, state, action)
+        return obs[:size], *rest
+
+    return hidden_reset, hidden_step
+
+
+def _clip_actions(step):
+    """Continuous actions in [-1, 1], whatever a policy draws."""
+    return lambda key, state, action: step(key, state, jnp.clip(action, -1.0, 1.0))
 
 
 def _nan_guard(reset, step):

@@ -38,9 +38,12 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+if __name__ == "__main__":  # import from this checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import envs
-from algos import common, datasets, launch, logs, rundir
-from algos.datasets import Dataset
+from algos.launch import datasets, evaluation, logs, program, rundir
+from algos.launch.datasets import Dataset
 
 MAX_ACTION = 0.999  # noisy actions are clipped to this
 STREAM = 1000  # steps of each of the environments that collect a part side by side
@@ -205,7 +208,7 @@ def make_evaluate(env: envs.Env, act: Callable) -> Callable:
     @jax.jit
     def evaluate(part, key):
         sampled = lambda _, obs, key, __: act(obs, key, part)
-        return common.evaluate(sampled, None, env, key)[0]
+        return evaluation.evaluate(sampled, None, env, key[None])[0][0]
 
     return evaluate
 
@@ -304,7 +307,7 @@ def run(args: argparse.Namespace) -> None:
     if out.exists():
         raise ValueError(f"{out} exists already: choose another --out")
     counts = counts_of(args.steps, parts)
-    launch.setup_jax(1)
+    program.setup_jax(1)
     task = task_of(parts, args.env)
     env = envs.make(task, 1)
     if env.discrete:

@@ -2,24 +2,28 @@
 
     python experiments/diagnose_bnpo.py --run-dir runs/... --out results/bnpo/diagnosis/a1
 
-Reads the last checkpoint of a run on the arm, without a sweep, with the lifted critic:
+Reads the last checkpoint of a run on the arm, without a sweep, whose critic takes the policy's
+parameters. It measures:
 
-  return    whole episodes of the actor with the noise of its weights (explorer) and of each target
-            actor, greedy and sampled; greedy with the goal of another environment shown, which a
-            policy that ignores its goal would not notice; the least mean of 20 sampled episodes
-  value     target critic at the first target actor beside Monte Carlo returns of that actor, sums
-            over the parts of the reward; critic and actors beside their targets on replayed rows
-  circle    where the target is, in the same episodes: mean reward and share of steps that are paid
-  rewarded  share of these rows with a positive reward that is learned from, before and after a
-            shift of the goal, and which of them the task pays for as well
+  return    whole episodes of the actor with its parameter noise (explorer) and of each target
+            actor, greedy and sampled. Also greedy while the goal of another environment is shown,
+            which does not matter to a policy that ignores its goal; and the smallest mean of 20
+            sampled episodes
+  value     target critic at the first target actor beside Monte Carlo returns of that actor, summed
+            over the parts of the reward; critic and actor beside their targets, on replayed steps
+  circle    mean reward and share of paid steps, by the place of the target, in the same episodes
+  rewarded  share of replayed steps with a positive reward to learn from, before and after a shift
+            of the goal, and share of those that the task pays for as well
   cosine    between the gradients of PPO's and of DDPG's rule for the weights of the mean, on the
-            same rows; and of each rule on two halves of the rows, which is 1 without noise
+            same steps; and of each rule on two halves of the steps, which is 1 without noise
 
-After a number stands the 95 % bootstrap interval of its IQM over seeds.
+Behind each number stands the 95 % bootstrap interval of its IQM over seeds.
 """
 
 import argparse
+import dataclasses
 import itertools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,9 +32,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+if __name__ == "__main__":  # import from this checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import envs
-from algos import bnpo, common, logs, rundir
-from experiments import compare
+from algos import bnpo
+from algos.launch import evaluation, logs, report, rundir
 
 GROUP = 20  # episodes of one of the author's evaluations
 TAIL = 400  # further steps of a Monte Carlo return
@@ -42,13 +49,14 @@ def read_state(run_dir: Path) -> tuple[bnpo.Config, Any]:
     run = rundir.read_run(run_dir)
     if run.algo != "bnpo" or any(run.labels) or not run.config["env"].startswith("arm/"):
         raise ValueError(f"{run_dir} is not a run of algos/bnpo.py on the arm without a sweep")
-    config, algo = rundir.load_algo("bnpo", run.config)
+    config = rundir.from_json(bnpo.Config, run.config)
     if config.critic_input != "distribution":
-        raise ValueError(f"{run_dir}: its critic is told the action, not the distribution")
+        raise ValueError(f"{run_dir}: its critic takes the action, not the policy's parameters")
     saved = rundir.checkpoints(run_dir)
     if not saved:
         raise ValueError(f"{run_dir} has no checkpoint: train it again")
     keys = jax.random.split(jax.random.key(0), len(run.seeds))
+    algo = bnpo.build(config, bnpo.make_env(config))
     shapes = jax.eval_shape(jax.vmap(algo.init), keys)
     shapes = shapes._replace(update=jax.ShapeDtypeStruct((), jnp.int32))  # seeds share it
     return config, rundir.load_tree(saved[-1], shapes)[0]
@@ -66,39 +74,48 @@ def make_diagnose(config: bnpo.Config, num_envs: int, num_rows: int) -> Callable
     `num_rows` rows, an even number, of the replay.
     """
     env = envs.make(config.env, num_envs, stagger=False)
-    goals, L, H = env.goals, config.num_steps, config.max_nstep
+    goals, T, H = env.goals, config.num_steps, config.max_nstep
+    shift = dataclasses.replace(config, her_strategy="shift")
     sizes = env.obs_size, *config.hidden, env.action_size
-    silence = tuple(map(jnp.zeros, itertools.pairwise(sizes)))
+    no_noise = tuple(map(jnp.zeros, itertools.pairwise(sizes)))
 
     def reward_at(obs, kind=config.reward_kind):
-        return goals.compute_reward(goals.achieved_goal(obs), goals.desired_goal(obs), kind)
+        return bnpo.reward_of(goals, kind, obs)
+
+    def target_actors(state):
+        """Parameters of the target actors by their number."""
+        named = state.target_params.items()
+        return {name.removeprefix("actor"): x for name, x in named if name != "critic"}
 
     actor = bnpo.Actor(config, env.action_size)
     critic = bnpo.Critic(config, reward_at(jnp.zeros((1, env.obs_size))).shape[-1])
 
     def q_of(params, inputs, policy):
-        told = jnp.concatenate([policy.mean, jnp.exp(policy.log_std)], -1)
-        return critic.apply(params["critic"], inputs, told)
+        return critic.apply(params["critic"], inputs, policy)
 
     def returns(state, key):
         """Returns of whole episodes; every actor meets the same ones in every way."""
 
-        def play(acting, way):
-            def act(_, obs, key, greedy):
-                other = jnp.roll(goals.desired_goal(obs), 1, 0)
-                goal = jnp.where(way["shuffle"], other, goals.desired_goal(obs))
-                inputs = bnpo.normalize(state.obs_stats, goals.with_goal(obs, goal))
-                policy = actor.apply(acting[0], inputs, acting[1])
-                return policy.sample(way["std"] * jax.random.normal(key, policy.mean.shape))
+        def act(way, obs, key, greedy):
+            other = jnp.roll(goals.desired_goal(obs), 1, 0)
+            goal = jnp.where(way["shuffle"], other, goals.desired_goal(obs))
+            inputs = bnpo.normalize(state.obs_stats, goals.with_goal(obs, goal))
+            policy = actor.apply(way["params"], inputs, way["noise"])
+            return policy.sample(way["std"] * jax.random.normal(key, policy.mean.shape))
 
-            return common.evaluate(act, None, env, key)[0]
-
-        targets = state.target_params["actor"]
         actors = {"explorer": (state.params["actor"], state.noise)}
-        actors |= {f"target {k}": (params, silence) for k, params in targets.items()}
-        stacked = jax.tree.map(lambda *x: jnp.stack(x), *actors.values())
-        ways = {"std": jnp.array([0.0, 0.0, 1.0]), "shuffle": jnp.array([False, True, False])}
-        scores = jax.vmap(jax.vmap(play, (None, 0)), (0, None))(stacked, ways)
+        actors |= {f"target {k}": (x, no_noise) for k, x in target_actors(state).items()}
+        # One row for each actor and way: greedy, greedy with another's goal, sampled.
+        rows = [actor for actor in actors.values() for _ in range(3)]
+        params, noise = jax.tree.map(lambda *x: jnp.stack(x), *rows)
+        ways = {
+            "params": params,
+            "noise": noise,
+            "std": jnp.tile(jnp.array([0.0, 0.0, 1.0]), len(actors)),
+            "shuffle": jnp.tile(jnp.array([False, True, False]), len(actors)),
+        }
+        keys = jnp.broadcast_to(key, (len(rows),))
+        scores = evaluation.evaluate(act, ways, env, keys)[0].reshape(len(actors), 3, num_envs)
         out = {}
         for name, (greedy, shuffled, sampled) in zip(actors, scores, strict=True):
             out[f"return/{name}, greedy"] = greedy.mean()
@@ -115,17 +132,17 @@ def make_diagnose(config: bnpo.Config, num_envs: int, num_rows: int) -> Callable
         def step(carry, x):
             (obs, env_state), (noise, key) = carry, x
             inputs = bnpo.normalize(state.obs_stats, obs)
-            policy = actor.apply(targets["actor"][0], inputs, silence)
+            policy = actor.apply(targets["actor0"], inputs, no_noise)
             obs, env_state, *_, info = env.step(key, env_state, policy.sample(noise))
             return (obs, env_state), (q_of(targets, inputs, policy), info["final_observation"])
 
-        noise = jax.random.normal(key_noise, (L + TAIL, num_envs, env.action_size))
-        xs = noise, jax.random.split(key_env, L + TAIL)
+        noise = jax.random.normal(key_noise, (T + TAIL, num_envs, env.action_size))
+        xs = noise, jax.random.split(key_env, T + TAIL)
         q, arrived = jax.lax.scan(step, env.reset(key_reset), xs)[1]
         reward, paid = reward_at(arrived).sum(-1), reward_at(arrived, "env")[..., 0] > 0.0
         add = lambda later, reward: (reward + config.gamma * later,) * 2
-        total = jax.lax.scan(add, jnp.zeros(num_envs), reward, reverse=True)[1][:L].ravel()
-        value = q[:L].sum(-1).ravel()
+        total = jax.lax.scan(add, jnp.zeros(num_envs), reward, reverse=True)[1][:T].ravel()
+        value = q[:T].sum(-1).ravel()
         out = {
             "value/critic": value.mean(),
             "value/Monte Carlo": total.mean(),
@@ -141,68 +158,63 @@ def make_diagnose(config: bnpo.Config, num_envs: int, num_rows: int) -> Callable
         return out
 
     def replayed(state, key):
-        """Critic, actors, relabelling and gradients on rows of the first brain's window."""
-        keys, params, targets = jax.random.split(key, 4), state.params, state.target_params
-        newest = jnp.minimum(state.update, config.window[0])
-        draw = lambda key, most: jax.random.randint(key, (num_rows,), 0, most)
-        rows = bnpo.Rows(
-            slot=(state.update - 1 - draw(keys[0], newest)) % max(config.window),
-            env=draw(keys[1], config.num_envs),
-            t=draw(keys[2], L - H),
-            relabel=jnp.ones(num_rows, bool),
-            h=draw(keys[3], L - H + 1),
-        )
-        look = lambda strategy: bnpo.relabelled(
-            goals, strategy, state.replay.obs, rows, np.arange(H + 1)
-        )
-        inputs = bnpo.normalize(state.obs_stats, look("none"))
-        index = rows.slot[:, None], rows.env[:, None], rows.t[:, None] + np.arange(H)
-        recorded = jax.tree.map(lambda x: x[index], tuple(state.replay[1:]))
-        action, acted, reward, terminated = recorded
+        """Critic, actors, hindsight and gradients on steps of the first brain's window."""
+        *keys, _ = jax.random.split(key, 6)
+        params, targets = state.params, state.target_params
+        rows = bnpo.draw_rows(shift, config.brains[0], state.update, num_rows, keys)
+        rows = rows._replace(relabel=jnp.ones(num_rows, bool))
+        own = bnpo.gather(state.replay, rows, H)
+        shifted = bnpo.relabel(goals, shift, state.replay, rows, own)
 
-        n = bnpo.lookaheads(num_rows, H, config.floating_step)
+        inputs = bnpo.normalize(state.obs_stats, own.obs)
+        n = bnpo.lookaheads(config, num_rows)
         last = inputs[jnp.arange(num_rows), n]
-        bootstrap = q_of(targets, last, actor.apply(targets["actor"][0], last, silence))
-        next_value = jnp.roll(q_of(targets, inputs[:, :-1], acted), -1, 1)
+        bootstrap = q_of(targets, last, actor.apply(targets["actor0"], last, no_noise))
+        next_value = jnp.roll(q_of(targets, inputs[:, :-1], own.policy), -1, 1)
         trace = config.gamma, config.gae_lambda
-        target = bnpo.nstep_target(reward, next_value, bootstrap, n, terminated, *trace)
-        inputs, action, acted = jax.tree.map(lambda x: x[:, 0], (inputs, action, acted))
+        target = bnpo.nstep_target(own.reward, next_value, bootstrap, n, own.terminated, *trace)
+        inputs, action, behaviour = jax.tree.map(
+            lambda x: x[:, 0], (inputs, own.action, own.policy)
+        )
 
-        def slope(bellman, part):
-            """Gradient [P] of DDPG's or of PPO's rule for the weights of the mean."""
+        def slope(brain, part):
+            """Gradient [P] of a brain's rule for the weights of the mean."""
 
             def loss(weights):
                 tree = {"params": params["actor"]["params"] | weights}
                 policy = actor.apply(tree, inputs[part], state.noise)
+                old = jax.tree.map(lambda x: x[part], behaviour)
                 log_ratio = bnpo.log_prob_of(policy, action[part])
-                log_ratio -= bnpo.log_prob_of(jax.tree.map(lambda x: x[part], acted), action[part])
+                log_ratio -= bnpo.log_prob_of(old, action[part])
                 q = q_of(params, inputs[part], policy)
-                eps = 0.0 if bellman else 0.2
-                return bnpo.actor_loss(q, log_ratio.mean(-1), target[part], bellman, eps, False)
+                ratio = bnpo.ratio_of(log_ratio.mean(-1))
+                return bnpo.actor_loss(brain, q, ratio, target[part])
 
             weights = params["actor"]["params"]
             weights = {name: x for name, x in weights.items() if name.startswith("kernel")}
             return jnp.concatenate([x.ravel() for x in jax.tree.leaves(jax.grad(loss)(weights))])
 
         every, first, second = slice(None), slice(num_rows // 2), slice(num_rows // 2, None)
-        q = q_of(params, inputs, acted)
-        rewarded = reward[:, 0].sum(-1) > 0.0
-        paid = reward_at(look("none")[:, 1], "env")[:, 0] > 0.0
+        ppo, ddpg = bnpo.PPO_BRAIN, bnpo.DDPG_BRAIN
+        q = q_of(params, inputs, behaviour)
+        difference = (q - q_of(targets, inputs, behaviour)).sum(-1)
+        rewarded = own.reward[:, 0].sum(-1) > 0.0
+        paid = reward_at(own.obs[:, 1], "env")[:, 0] > 0.0
         out = {
-            "value/deviation of the critic": q.sum(-1).std(),
-            "value/critic - target": (q - q_of(targets, inputs, acted)).sum(-1).mean(),
-            "value/|critic - target|": jnp.abs((q - q_of(targets, inputs, acted)).sum(-1)).mean(),
+            "value/std of the critic": q.sum(-1).std(),
+            "value/critic - target": difference.mean(),
+            "value/|critic - target|": jnp.abs(difference).mean(),
             "rewarded/own goal": rewarded.mean(),
-            "rewarded/shifted goal": (reward_at(look("shift")[:, 1]).sum(-1) > 0.0).mean(),
+            "rewarded/shifted goal": (reward_at(shifted.obs[:, 1]).sum(-1) > 0.0).mean(),
             "rewarded/and paid by the task": (rewarded & paid).mean(),
             "rewarded/paid by the task": paid.mean(),
-            "cosine/PPO, DDPG": cosine(slope(False, every), slope(True, every)),
-            "cosine/PPO, PPO": cosine(slope(False, first), slope(False, second)),
-            "cosine/DDPG, DDPG": cosine(slope(True, first), slope(True, second)),
+            "cosine/PPO, DDPG": cosine(slope(ppo, every), slope(ddpg, every)),
+            "cosine/PPO, PPO": cosine(slope(ppo, first), slope(ppo, second)),
+            "cosine/DDPG, DDPG": cosine(slope(ddpg, first), slope(ddpg, second)),
         }
-        acting = actor.apply(params["actor"], inputs, silence)
-        for k, tree in targets["actor"].items():
-            kl = common.gaussian_kl(acting, actor.apply(tree, inputs, silence))
+        policy = actor.apply(params["actor"], inputs, no_noise)
+        for k, tree in target_actors(state).items():
+            kl = bnpo.gaussian_kl(policy, actor.apply(tree, inputs, no_noise))
             out[f"value/KL of the actor from target {k}"] = kl.mean()
         return out
 
@@ -219,10 +231,10 @@ def markdown(measured: dict[str, np.ndarray]) -> str:
     """Table of the measurements, one number for each seed."""
     rows = []
     for name, values in measured.items():
-        low, high = rundir.iqm_interval(values)
+        low, high = report.iqm_interval(values)
         shown = ", ".join(f"{x:.3g}" for x in values)
-        rows.append([name, f"{rundir.iqm(values):.3g} [{low:.3g}, {high:.3g}]", shown])
-    return compare.table(["measurement", "IQM [95 %]", "seeds"], rows)
+        rows.append([name, f"{report.iqm(values):.3g} [{low:.3g}, {high:.3g}]", shown])
+    return report.table(["measurement", "IQM [95 %]", "seeds"], rows)
 
 
 def main(argv: list[str] | None = None) -> None:

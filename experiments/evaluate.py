@@ -2,39 +2,44 @@
 
     python experiments/evaluate.py RUN_DIR --episodes 256 --json evaluation.json
 
-Each policy plays from the same start states, drawn by --seed, which the launch's own evaluations
+Each policy plays from start states of its own, drawn by --seed, which the launch's own evaluations
 have not seen. The table is that of compare.py.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+if __name__ == "__main__":  # import from this checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import envs
-from algos import common, logs, rundir
-from experiments import compare
+from algos.launch import evaluation, logs, report, rundir
 
 
 def evaluate_run(run: rundir.Run, episodes: int, seed: int) -> rundir.Run:
-    """The run with returns and lengths [R, 1, episodes] of its final policies; NaN where dead.
+    """The run with the returns [R, episodes] of its final policies; NaN where a seed is dead.
 
     ValueError if there is no policy.
     """
     alive = np.flatnonzero(np.isfinite(run.returns[:, -1]).all(-1))
     if not len(alive):
         raise ValueError(f"{run.path}: no seed is alive")
-    paths = {row: run.path / f"policy_s{row:03d}.npz" for row in alive}
-    # One function serves all rows: what may be swept changes training alone, never how to act.
-    algo, template = rundir.read_policy(paths[alive[0]])
+    paths = [run.path / f"policy_s{row:03d}.npz" for row in alive]
+    # One Algo serves all rows: what may be swept changes training, never how to act.
+    _, algo, template = rundir.read_policy(paths[0])
+    policies, metas = zip(*(rundir.load_tree(path, template) for path in paths), strict=True)
     env = envs.make(run.config["env"], episodes, stagger=False, reset_mode="cached")
-    play = jax.jit(lambda policy: common.evaluate(algo.act, policy, env, jax.random.key(seed)))
-    played = np.full((2, len(run.seeds), 1, episodes), np.nan)
-    for row, path in paths.items():
-        policy, meta = rundir.load_tree(path, template)
-        played[:, row, 0] = play(policy)
-    return run._replace(returns=played[0], lengths=played[1], steps=np.array([meta["step"]]))
+    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.asarray(alive))
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *policies)
+    play = jax.jit(lambda policies, keys: evaluation.evaluate(algo.act, policies, env, keys))
+    final = np.full((len(run.seeds), episodes), np.nan)
+    final[alive] = play(stacked, keys)[0]
+    return run._replace(final=final, steps=np.array([metas[0]["step"]]))
 
 
 def main(argv: list[str] | None = None):
@@ -51,13 +56,13 @@ def main(argv: list[str] | None = None):
         parser.error(f"--episodes {args.episodes}: at least 1 is needed")
     try:
         run = evaluate_run(rundir.read_run(args.run_dir), args.episodes, args.seed)
-        rows = [compare.summary(*entry) for entry in compare.entries([run])]
+        rows = [report.summary(*entry) for entry in report.entries([run])]
         if args.json:
             known = {"episodes": args.episodes, "seed": args.seed, "rows": rows}
             rundir.write_json(Path(args.json), known | logs.surroundings())
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
-    print(compare.markdown(rows), end="")
+    print(report.markdown(rows), end="")
 
 
 if __name__ == "__main__":

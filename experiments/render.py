@@ -2,92 +2,18 @@
 
     python experiments/render.py RUN_DIR
 
-Seeds are ranked by their final evaluation. All of them start from the same state and are played in
-one compiled scan, from the exported policies; what is drawn goes to RUN_DIR/videos.
+Seeds are ranked by their final evaluation. All start from the same state; the pictures go to
+RUN_DIR/videos.
 """
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+if __name__ == "__main__":  # import from this checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import envs
-from algos import rundir
-from envs import wrappers
-
-
-def render_run(run_dir: Path | str) -> list[Path]:
-    """Draw a finished run; returns the files written.
-
-    What cannot be drawn is one line on stderr and no error, as this ends a training. Raises
-    ValueError if it is not a run directory.
-    """
-    run = rundir.read_run(run_dir)
-    try:
-        return draw(run)
-    except Exception as error:
-        print(f"not rendered: {type(error).__name__}: {error}", file=sys.stderr)
-        return []
-
-
-def draw(run: rundir.Run) -> list[Path]:
-    """Play the chosen seeds and draw their episodes."""
-    final = run.returns[:, -1].mean(-1)
-    rows = ranked(final)
-    env = envs.make(run.config["env"], len(rows), stagger=False, reset_mode="cached")
-    if env.frame is None or env.render is None:
-        raise ValueError(f"{env.name} has no drawing")
-    acts = [rundir.load_policy(run.path / f"policy_s{row:03d}.npz") for row in rows.values()]
-    frames, lengths = jax.device_get(play(env, acts, jax.random.key(0)))
-    paths = []
-    for i, (rank, row) in enumerate(rows.items()):
-        episode = jax.tree.map(lambda x, i=i: x[: lengths[i], i], frames)
-        path = Path(env.render(episode, run.path / "videos" / f"{rank}_s{row:03d}"))
-        seed = f"seed {run.seeds[row]} {run.labels[row]}".strip()
-        print(f"{rank}: {seed}, final return {final[row]:.1f}, {path}", file=sys.stderr)
-        paths.append(path)
-    return paths
-
-
-def ranked(final: np.ndarray) -> dict[str, int]:
-    """Rows of the best, median and worst of the returns [R]; dead ones left out, none twice."""
-    order = np.argsort(-final, kind="stable")[: np.isfinite(final).sum()]  # NaN is last
-    if not len(order):
-        raise ValueError("no seed is alive")
-    chosen: dict[str, int] = {}
-    for rank, place in ("best", 0), ("median", (len(order) - 1) // 2), ("worst", -1):
-        if order[place] not in chosen.values():
-            chosen[rank] = int(order[place])
-    return chosen
-
-
-def play(env: envs.Env, acts: list[Callable], key: jax.Array):
-    """One greedy episode of each policy: frames, leaves [max_steps, n, ...], and lengths [n].
-
-    A frame shows the state before a step, so the last one is the state in which the last action was
-    taken; what follows an episode's end is to be cut off.
-    """
-    key_reset, key_step = jax.random.split(key)
-
-    def step(carry, key):
-        obs, state, alive = carry
-        frame = jax.vmap(env.frame)(wrappers.raw_state(state))
-        action = jnp.stack([act(x) for act, x in zip(acts, obs, strict=True)])
-        obs, state, _, _, _, info = env.step(key, state, action)
-        return (obs, state, alive & ~info["returned"]), (frame, alive)
-
-    @jax.jit
-    def episodes():
-        same = lambda x: jnp.repeat(x[:1], len(acts), 0)
-        carry = *jax.tree.map(same, env.reset(key_reset)), jnp.ones(len(acts), bool)
-        frames, alive = jax.lax.scan(step, carry, jax.random.split(key_step, env.max_steps))[1]
-        return frames, alive.sum(0)
-
-    return episodes()
+from algos.launch import render
 
 
 def main(argv: list[str] | None = None):
@@ -98,7 +24,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("run_dir", metavar="RUN_DIR")
     args = parser.parse_args(argv)
     try:
-        paths = render_run(args.run_dir)
+        paths = render.render_run(args.run_dir)
     except ValueError as error:
         parser.error(str(error))
     raise SystemExit(0 if paths else 1)

@@ -3,16 +3,19 @@
     python experiments/return_variance.py --out results/return_variance/exact
     python experiments/return_variance.py --run-dir runs/... --out results/return_variance/cartpole
 
-Without --run-dir: exactly, by dynamic programming, on a task of two states, for value targets that
-are not clipped and look at the whole return (lambda = 1). With it: by Monte Carlo on the task of a
-finished run of `algos/bpo.py`. Pi plays --num-steps from the start of an episode; from the state it
-is in then, pi and behaviour policies made of the run's networks play as many steps many times, and
-the run's estimator makes one value target of every rollout (in units of normalised reward, if the
-run normalises it). Only a policy of few actions has mu in closed form, without the bounds of
-training; else mu is the trained network. After a variance stands its standard error over states.
+Without --run-dir: the exact variance on a task of two states, by dynamic programming, for value
+targets without clipping and with lambda = 1.
+
+With --run-dir: a Monte Carlo estimate on the task of a finished run of `algos/bpo.py`. Pi plays
+--num-steps from the start of an episode. From each state that it reaches, pi and the behaviour
+policies play --num-steps again, --repeats times, and every rollout gives one value target by the
+run's own estimator and by two others. Rewards are normalised if the run normalises them. The
+closed form of mu exists for discrete actions only, and leaves out the bounds used in training. The
+number after a variance is its standard error over states.
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,9 +25,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+if __name__ == "__main__":  # import from this checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import envs
-from algos import bpo, common, rundir
-from experiments import compare
+from algos import bpo, common
+from algos.launch import report, rundir
 
 # --- exact ---
 
@@ -136,16 +142,32 @@ def exact_rows() -> list[dict]:
 # --- sampled ---
 
 
-class Networks(NamedTuple):
-    """What the networks of one trained seed say; functions of observations [N, obs_size]."""
+def pdis_estimator(reward, next_value, terminated, done, log_ratio, gamma):
+    """Per-decision importance sampling: targets G_t = ratio_t (r_t + gamma G_{t+1}), [T, N].
 
-    policies: dict[str, Callable]  # by name, of pi and of what may act in its place
+    The value of the true successor stands for G at the end of the rollout and at a time limit.
+    """
+    end_value = jnp.where(terminated, 0.0, next_value)
+
+    def backward(later, step):
+        reward, end_value, done, log_ratio = step
+        target = jnp.exp(log_ratio) * (reward + gamma * jnp.where(done, end_value, later))
+        return target, target
+
+    steps = reward, end_value, done, log_ratio
+    return jax.lax.scan(backward, end_value[-1], steps, reverse=True)[1]
+
+
+class Networks(NamedTuple):
+    """Networks of one trained seed, as functions of observations [N, obs_size]."""
+
+    policies: dict[str, Callable]  # pi and the behaviour policies, by name
     value: Callable
     reward_scale: float
 
 
 def read_networks(run: rundir.Run, config: bpo.Config, algo: Any, env: envs.Env, row: int):
-    """Networks of the last checkpoint of row `row`."""
+    """Networks of the last checkpoint; `row` counts the seeds of the run."""
     keys = jax.vmap(jax.random.key)(jnp.asarray(run.seeds, jnp.uint32))
     axes = bpo.TrainState(*[0] * len(bpo.TrainState._fields))._replace(update=None)
     template = jax.eval_shape(jax.vmap(algo.init, out_axes=axes), keys)
@@ -153,14 +175,15 @@ def read_networks(run: rundir.Run, config: bpo.Config, algo: Any, env: envs.Env,
     params, obs_stats, reward_scale = jax.tree.map(
         lambda x: jnp.asarray(x[row]), (state.params, state.obs_stats, state.reward_scale)
     )
-    actor = bpo.Actor(config, env.action_size, env.discrete)
+    actor = bpo.Actor(config, env.obs_shape, env.action_size, env.discrete)
+    critic = bpo.Critic(config, env.obs_shape)
+    q_network = partial(bpo.ActionCritic, config, env.obs_shape, env.action_size, env.discrete)
 
     def normalize(obs):
-        obs = obs.astype(jnp.float32)
-        return obs_stats.normalize(obs) if config.normalize_obs else obs
+        return obs_stats.normalize(obs.astype(jnp.float32)) if config.normalize_obs else obs
 
     def value(obs):
-        return bpo.Critic(config).apply(params["critic"], normalize(obs))
+        return critic.apply(params["critic"], normalize(obs))
 
     def network(name):
         return lambda obs: actor.apply(params[name], normalize(obs))
@@ -168,15 +191,13 @@ def read_networks(run: rundir.Run, config: bpo.Config, algo: Any, env: envs.Env,
     def closed_form(centred):
         def policy(obs):
             q, qhat = (
-                bpo.ActionCritic(config, env.action_size, env.discrete, positive).apply(
-                    params[name], normalize(obs)
-                )
+                q_network(positive=positive).apply(params[name], normalize(obs))
                 for name, positive in (("q", False), ("qhat", True))
             )
             if config.symlog_targets:
                 q, qhat = bpo.symexp(q), bpo.symexp(qhat)
             moment = bpo.centred_moment(qhat, q, value(obs)[:, None]) if centred else qhat
-            log_pi = jax.nn.log_softmax(policies["pi"](obs).logits)
+            log_pi = policies["pi"](obs).logits
             return common.Categorical(bpo.mu_target(log_pi, jnp.maximum(moment, 1e-6)))
 
         return policy
@@ -191,17 +212,18 @@ def read_networks(run: rundir.Run, config: bpo.Config, algo: Any, env: envs.Env,
 def sampled_rows(run_dir: str, row: int, starts: int, repeats: int, num_steps: int) -> list[dict]:
     """Variance of estimates over `repeats` rollouts of `num_steps`, averaged over start states.
 
-    The start states are where pi is after `num_steps`. Raises ValueError if the run is no finished
-    run of BPO, or one whose estimator or settings are not those of `step_estimator` and `config`.
+    Pi reaches the start states in `num_steps`. Raises ValueError if this is not a finished run of
+    BPO, or if it holds noise, clips trajectories or sweeps a field.
     """
     run = rundir.read_run(run_dir)
     if run.algo != "bpo" or not rundir.checkpoints(run.path):
         raise ValueError(f"{run_dir} is not a finished run of bpo")
-    config, algo = rundir.load_algo("bpo", run.config)
-    if config.exploration != "iid":
-        raise ValueError(f"the run explores by {config.exploration} noise: train one with iid")
-    if config.clip_traj or any(run.labels):
-        raise ValueError(f"{run_dir} clips trajectories or sweeps: train one that does not")
+    config = rundir.from_json(bpo.Config, run.config)
+    _, algo = rundir.load_algo("bpo", run.config)
+    if config.noise_interval > 1 or config.clip_traj or any(run.labels):
+        raise ValueError(
+            f"{run_dir} holds noise, clips trajectories or sweeps a field: train again"
+        )
     few = envs.make(config.env, starts, stagger=False)
     many = envs.make(config.env, starts * repeats, stagger=False)
     networks = read_networks(run, config, algo, few, row)
@@ -226,20 +248,18 @@ def sampled_rows(run_dir: str, row: int, starts: int, repeats: int, num_steps: i
 
         return jax.lax.scan(step, carry, jax.random.split(key, num_steps))
 
-    estimates = {
-        "as trained": (config.gae_lambda, config.clip_rho, config.clip_c, config.estimator),
-        "V-trace, no clipping, lambda 1": (1.0, jnp.inf, jnp.inf, "vtrace"),
-        "PDIS": (1.0, jnp.inf, jnp.inf, "pdis"),
-    }
+    gamma, lam, clips = config.gamma, config.gae_lambda, (config.clip_rho, config.clip_c)
 
     @partial(jax.jit, static_argnames="acting")
     def targets(carry, key, acting):
         rollout = play(many, networks.policies[acting], carry, key)[1]
+        reward, _, *rest = rollout
         return {
-            name: bpo.step_estimator(
-                *rollout, config.gamma, lam, clip_rho, clip_c, pdis=estimator == "pdis"
-            )[1][0]
-            for name, (lam, clip_rho, clip_c, estimator) in estimates.items()
+            "as trained": bpo.step_estimator(*rollout, gamma, lam, *clips)[1][0],
+            "V-trace, no clipping, lambda 1": bpo.step_estimator(
+                *rollout, gamma, 1.0, jnp.inf, jnp.inf
+            )[1][0],
+            "PDIS": pdis_estimator(reward, *rest, gamma)[0],
         }
 
     key_reset, key_start, key_play = jax.random.split(jax.random.key(0), 3)
@@ -266,10 +286,10 @@ def markdown(rows: list[dict]) -> str:
         values = ", ".join(f"{x:.4g}" for x in np.atleast_1d(row["variance"]))
         error = f" ± {row['error']:.2g}" if "error" in row else ""
         cells.append([row["task"], row["estimate"], row["acting"], values + error])
-    return compare.table(["task", "estimate", "acting", "variance"], cells)
+    return report.table(["task", "estimate", "acting", "variance"], cells)
 
 
-def main():
+def main(argv: list[str] | None = None):
     """Measure from the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -282,7 +302,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=256, help="rollouts from each")
     parser.add_argument("--num-steps", type=int, default=128, help="length of a rollout")
     parser.add_argument("--out", required=True, help="path without suffix of the .md and .json")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         rows = exact_rows()
         if args.run_dir:

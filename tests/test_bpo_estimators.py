@@ -42,29 +42,16 @@ def test_on_policy_is_gae(estimator, clips):
 
 
 @pytest.mark.parametrize(
-    ("estimator", "weighted", "expected"),
-    [
-        (bpo.step_estimator, False, [[1.625, 1.0], [2.825, 1.5]]),
-        (bpo.step_estimator, True, [[2.4375, 0.5], [2.825, 1.5]]),
-        (bpo.trajectory_estimator, False, [[1.625, 1.0], [2.9375, 1.5]]),
-        (bpo.trajectory_estimator, True, [[2.4375, 0.5], [2.9375, 1.5]]),
-    ],
+    ("estimator", "target"),
+    [(bpo.step_estimator, [2.825, 1.5]), (bpo.trajectory_estimator, [2.9375, 1.5])],
 )
-def test_two_steps_by_hand(estimator, weighted, expected):
-    args = two_steps()
-    assert_allclose(jnp.stack(estimator(*args, 0.9, 0.5, 1.5, 1.0, weighted))[..., 0], expected)
-
-
-def two_steps():
+def test_two_steps_by_hand(estimator, target):
     column = lambda *x: jnp.array(x)[:, None]
     last = column(False, True)
     log_ratio = jnp.log(column(2.0, 0.5))
-    return column(1.0, 2.0), column(0.5, 1.0), column(1.0, 7.0), last, last, log_ratio
-
-
-def test_official_trajectory_clipping_drops_the_last_step_of_an_episode():
-    advantage, _ = bpo.trajectory_estimator(*two_steps(), 0.9, 0.5, 1.5, 1.0, official=True)
-    assert_allclose(advantage[:, 0], [1.4, 1.0])
+    args = column(1.0, 2.0), column(0.5, 1.0), column(1.0, 7.0), last, last, log_ratio
+    actual = jnp.stack(estimator(*args, 0.9, 0.5, 1.5, 1.0))[..., 0]
+    assert_allclose(actual, [[1.625, 1.0], target])
 
 
 def test_estimators_match_double_loop():
@@ -257,18 +244,27 @@ def test_estimator_has_exact_mean_and_variance(mu, value, lam, mean, variance):
         assert_allclose(samples.var(-1), variance, rtol=0.05)
 
 
-def test_pdis_does_without_the_baseline():
-    """With lambda = 1 it telescopes away, so mu_hat helps whatever V is."""
+def test_pdis_has_no_baseline():
+    """So mu_hat lowers the variance whatever V is."""
     state, reward, next_state, log_ratio = sampled_rollouts("hat")
     no = np.zeros(state.shape, bool)
     value = np.asarray(V, np.float32)
-    _, target = bpo.step_estimator(
-        *(reward, value[state], value[next_state], no, no, log_ratio, X.gamma, 1.0, INF, INF),
-        pdis=True,
-    )
+    target = tabular.pdis_estimator(reward, value[next_state], no, no, log_ratio, X.gamma)
     samples = np.asarray(target[0]).reshape(2, -1)
     assert_allclose(samples.mean(-1), V, rtol=0.01)
     assert_allclose(samples.var(-1), (0.662513, 0.738152), rtol=0.05)
+
+
+def test_pdis_by_hand():
+    """Three episodes side by side: cut by the rollout, by a time limit, by a failure."""
+    log_ratio = jnp.log(jnp.array([[2.0], [0.5]])) * jnp.ones(3)
+    reward, next_value = jnp.array([[1.0], [2.0]]) * jnp.ones(3), jnp.full((2, 3), 10.0)
+    terminated = jnp.array([[False] * 3, [False, False, True]])
+    done = jnp.array([[False, True, False], [False, True, True]])
+    target = tabular.pdis_estimator(reward, next_value, terminated, done, log_ratio, 0.9)
+    # G_1 = 0.5 (2 + 0.9 * 10) = 5.5, or 0.5 * 2 after a failure; G_0 = 2 (1 + 0.9 G_1)
+    assert_allclose(target[1], [5.5, 5.5, 1.0])
+    assert_allclose(target[0], [11.9, 20.0, 3.8])
 
 
 # --- bandits and chains ---
@@ -293,11 +289,11 @@ def test_bandit_with_noise():
     pi = np.array([0.5, 0.5])
     outcomes = [(0, -1.0, 0.5), (0, 1.0, 0.5), (1, 2.0, 1.0)]
     qhat, q = jnp.array([1.0, 4.0]), jnp.array([0.0, 2.0])
-    mu = np.exp(bpo.mu_target(jnp.log(pi), qhat))
+    mu = jax.nn.softmax(bpo.mu_target(jnp.log(pi), qhat))
     assert_allclose(mu, [1 / 3, 2 / 3])
     assert_allclose(bandit_variance(pi, pi, outcomes, 0.0), 1.5)
     assert_allclose(bandit_variance(pi, mu, outcomes, 0.0), 1.25)
-    centred = np.exp(bpo.mu_target(jnp.log(pi), bpo.centred_moment(qhat, q, 1.0)))
+    centred = jax.nn.softmax(bpo.mu_target(jnp.log(pi), bpo.centred_moment(qhat, q, 1.0)))
     assert_allclose(centred, [0.585786, 0.414214])
     assert_allclose(bandit_variance(pi, pi, outcomes, 1.0), 1.5)
     assert_allclose(bandit_variance(pi, mu, outcomes, 1.0), 1.875)
@@ -306,7 +302,7 @@ def test_bandit_with_noise():
 
 def test_bandit_without_noise_has_no_variance_left():
     pi, reward = np.array([0.5, 0.5]), jnp.array([1.0, 3.0])
-    mu = np.exp(bpo.mu_target(jnp.log(pi), bpo.second_moment_reward(reward, reward)))
+    mu = jax.nn.softmax(bpo.mu_target(jnp.log(pi), bpo.second_moment_reward(reward, reward)))
     assert_allclose(mu, [0.25, 0.75])
     outcomes = [(0, 1.0, 1.0), (1, 3.0, 1.0)]
     assert_allclose(bandit_variance(pi, mu, outcomes, 0.0), 0.0, atol=1e-10)

@@ -12,7 +12,7 @@ import tiny
 from scipy import stats
 
 import envs
-from algos import datasets, rundir
+from algos.launch import datasets, rundir
 from experiments import collect_data
 from experiments.collect_data import Part
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.xdist_group("test_collect_data")
 def export(name, folder, **changes):
     """A run directory with the policy of an untrained agent; returns the policy's file."""
     config = tiny.config_of(name, **changes)
-    algo = tiny.module_of(name).build(config)
+    algo = tiny.build(name, config)
     policy = algo.policy_of(jax.jit(algo.init)(jax.random.key(0)))
     folder.mkdir(parents=True)
     described = {"algo": name, "config": vars(config), "launch": {}, "rows": {}}

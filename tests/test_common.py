@@ -1,4 +1,6 @@
-"""Distributions, running statistics, ring of rows, greedy evaluation, episode metrics."""
+"""Distributions, running statistics, episode metrics, swept fields."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -102,44 +104,7 @@ def test_a_silent_start_does_not_blow_rewards_up():
     np.testing.assert_allclose(scale.factor(), 10.0)
 
 
-# --- ring ---
-
-
-# --- evaluation ---
-
-
-def test_evaluation_is_the_first_episode_of_each_environment():
-    env = envs.make("cartpole", 12, stagger=False, max_steps=30)
-    # Some of these environments fall early, and start again while others still balance.
-    sides = jnp.repeat(jnp.array([1.0, -1.0]), 6)
-    asked = []
-
-    def act(policy, obs, key, greedy):
-        asked.append(greedy)
-        return (policy * (obs[:, 2] + 0.3 * obs[:, 3]) > 0).astype(jnp.int32)
-
-    key = jax.random.key(3)
-    returns, lengths = jax.jit(lambda p, k: common.evaluate(act, p, env, k))(sides, key)
-    assert asked
-    assert all(asked)
-
-    key_reset, key = jax.random.split(key)
-    obs, state = jax.jit(env.reset)(key_reset)
-    expected_return, expected_length = np.zeros(12), np.zeros(12, int)
-    alive = np.ones(12, bool)
-    step = jax.jit(env.step)
-    while alive.any():
-        key, key_act, key_step = jax.random.split(key, 3)
-        obs, state, reward, terminated, truncated, _ = step(
-            key_step, state, act(sides, obs, key_act, True)
-        )
-        expected_return += np.where(alive, reward, 0)
-        expected_length += alive
-        alive &= ~np.asarray(terminated | truncated)
-    np.testing.assert_allclose(returns, expected_return)
-    np.testing.assert_array_equal(lengths, expected_length)
-    assert len(set(expected_length[6:].tolist())) > 1
-    assert expected_length[6:].max() * 2 < expected_length.max()  # these played a second episode
+# --- metrics ---
 
 
 def test_episode_metrics_count_episodes_not_steps():
@@ -177,8 +142,14 @@ def test_all_finite(bad):
     assert not common.all_finite(tree | {"b": jnp.array([[0.0, bad]])})
 
 
-def test_traceable_names_the_field():
-    hparams = {"gamma": 0.9}
-    assert common.traceable(hparams, ("gamma", "clip_eps")) is hparams
-    with pytest.raises(ValueError, match=r"'num_envs'.*gamma, clip_eps"):
-        common.traceable({"num_envs": 3}, ("gamma", "clip_eps"))
+def test_swept_fields_are_replaced_and_others_refused():
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        gamma: float = 0.9
+        num_envs: int = 4
+
+    gamma = jnp.float32(0.5)
+    config = common.with_hparams(Config(), {"gamma": gamma}, ("gamma",))
+    assert config.gamma is gamma
+    with pytest.raises(ValueError, match="cannot sweep over 'num_envs': choose from gamma"):
+        common.with_hparams(Config(), {"num_envs": gamma}, ("gamma",))

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_np
 
 import envs
-from algos import datasets
-from algos.datasets import Dataset
+from algos.launch import datasets
+from algos.launch.datasets import Dataset
 
 ENV = envs.make("tiny:balance", 1)  # 4 observations, 1 action
 

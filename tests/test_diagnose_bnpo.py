@@ -10,12 +10,13 @@ import pytest
 import tiny
 from test_experiments import write_run
 
-from algos import bnpo, rundir
+from algos import bnpo
+from algos.launch import rundir
 from experiments import diagnose_bnpo
 
 CONFIG = tiny.config_of("bnpo", hidden=(16,))
 NUM_ENVS, NUM_ROWS = 20, 60
-SILENCE = jnp.zeros((4, 16)), jnp.zeros((16, 2))
+NO_NOISE = jnp.zeros((4, 16)), jnp.zeros((16, 2))
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +26,19 @@ def diagnose():
 
 @pytest.fixture(scope="module")
 def state():
-    """Large weights, no noise of them, targets equal to what follows them, a filled replay."""
-    algo = bnpo.build(CONFIG)
+    """Large weights, no parameter noise, target networks equal to the others, a filled replay."""
+    algo = tiny.build("bnpo", CONFIG)
     fresh = jax.jit(algo.init)(jax.random.key(0))
     params = jax.tree.map(lambda x: 3.0 * x, fresh.params)
-    targets = {"actor": dict.fromkeys((0, 1), params["actor"]), "critic": params["critic"]}
+    targets = targets_of(params)
     state = jax.jit(algo.update)(fresh._replace(params=params, target_params=targets))[0]
-    silence = jax.tree.map(jnp.zeros_like, state.noise)
-    return state._replace(params=params, target_params=targets, noise=silence)
+    no_noise = jax.tree.map(jnp.zeros_like, state.noise)
+    return state._replace(params=params, target_params=targets, noise=no_noise)
+
+
+def targets_of(params):
+    """Target networks equal to these."""
+    return {"actor0": params["actor"], "actor1": params["actor"], "critic": params["critic"]}
 
 
 def measure(diagnose, state):
@@ -47,7 +53,7 @@ def test_what_equals_its_target_is_at_no_distance(diagnose, state):
         same = {found[f"return/{name}, {way}"] for name in ("explorer", "target 0", "target 1")}
         assert len(same) == 1
     assert found["return/target 0, greedy"] != found["return/target 0, sampled"]
-    assert found["value/deviation of the critic"] > 0.0
+    assert found["value/std of the critic"] > 0.0
 
 
 def test_what_differs_from_its_target_is_found(diagnose, state):
@@ -69,8 +75,7 @@ def test_only_a_policy_that_reads_its_goal_notices_another(diagnose, state):
     assert found["return/target 0, greedy"] != found["return/target 0, greedy, another's goal"]
     blind = jax.tree.map(lambda x: x, state.params)
     blind["actor"]["params"]["kernel_0"] = blind["actor"]["params"]["kernel_0"].at[3:].set(0.0)
-    targets = state.target_params | {"actor": dict.fromkeys((0, 1), blind["actor"])}
-    found = measure(diagnose, state._replace(params=blind, target_params=targets))
+    found = measure(diagnose, state._replace(params=blind, target_params=targets_of(blind)))
     for name in ("explorer", "target 0", "target 1"):
         assert found[f"return/{name}, greedy"] == found[f"return/{name}, greedy, another's goal"]
 
@@ -105,12 +110,12 @@ def test_monte_carlo_and_circle(state):
 
 
 def test_monte_carlo_samples(diagnose, state):
-    """Rewards are others where only the deviation is."""
+    """Rewards change if only the std does."""
     found = []
     for log_std in (-3.0, 3.0):
         actor = state.params["actor"]["params"]
         actor = {"params": actor | {"log_std": jnp.full_like(actor["log_std"], log_std)}}
-        targets = state.target_params | {"actor": dict.fromkeys((0, 1), actor)}
+        targets = targets_of(state.params | {"actor": actor})
         found.append(measure(diagnose, state._replace(target_params=targets)))
     assert found[0]["value/Monte Carlo"] != found[1]["value/Monte Carlo"]
     assert found[0]["return/target 0, greedy"] == found[1]["return/target 0, greedy"]
@@ -146,19 +151,20 @@ def test_ddpg_does_not_look_at_actions(diagnose, state):
 
 @pytest.mark.parametrize("reward", [1000.0, -1000.0])
 def test_gradients_of_equal_rows(diagnose, state, reward):
-    """Halves agree; PPO goes to an action that was good, DDPG where Q rises, by this reference."""
+    """Halves agree. PPO goes towards an action that was good, DDPG to where Q rises."""
     same = jax.tree.map(lambda x: jnp.broadcast_to(x[:1, :1, :1], x.shape), state.replay)
     inputs = bnpo.normalize(state.obs_stats, same.obs[0, 0, 0])
     tree = state.params["actor"]["params"]
-    policy_of = lambda weights: bnpo.Actor(CONFIG, 2).apply({"params": weights}, inputs, SILENCE)
+    policy_of = lambda weights: bnpo.Actor(CONFIG, 2).apply({"params": weights}, inputs, NO_NOISE)
 
     def q_of(weights):
         policy = policy_of(weights)
-        told = jnp.concatenate([policy.mean, jnp.exp(policy.log_std)])
-        return bnpo.Critic(CONFIG, 2).apply(state.params["critic"], inputs, told).sum()
+        return bnpo.Critic(CONFIG, 2).apply(state.params["critic"], inputs, policy).sum()
 
-    acted = jax.tree.map(lambda x, y: jnp.broadcast_to(x, y.shape), policy_of(tree), same.policy)
-    replay = same._replace(policy=acted, reward=jnp.full_like(same.reward, reward))
+    behaviour = jax.tree.map(
+        lambda x, y: jnp.broadcast_to(x, y.shape), policy_of(tree), same.policy
+    )
+    replay = same._replace(policy=behaviour, reward=jnp.full_like(same.reward, reward))
     found = measure(diagnose, state._replace(replay=replay))
     assert found["cosine/PPO, PPO"] == pytest.approx(1.0, abs=1e-3)
     assert found["cosine/DDPG, DDPG"] == pytest.approx(1.0, abs=1e-3)
@@ -184,7 +190,7 @@ def write_bnpo(path, config, labels=("",)):
 def test_a_run_is_read_and_reported(tmp_path, monkeypatch, capsys):
     config = dataclasses.replace(CONFIG, env="arm/reacher-static")
     run = write_bnpo(tmp_path / "run", config)
-    algo = bnpo.build(config)
+    algo = tiny.build("bnpo", config)
     state = jax.jit(jax.vmap(algo.init))(jax.random.split(jax.random.key(3), 2))
     state = state._replace(update=np.int32(7))
     rundir.save_checkpoint(run, rundir.flatten(state), {"update": 7})
@@ -212,7 +218,7 @@ def test_a_run_is_read_and_reported(tmp_path, monkeypatch, capsys):
     [
         ({}, ("",), [], "is not a run of algos/bnpo.py on the arm"),
         ({"env": "arm/reacher-static"}, ("lr 1", "lr 2"), [], "without a sweep"),
-        ({"env": "arm/reacher-static", "critic_input": "action"}, ("",), [], "told the action"),
+        ({"env": "arm/reacher-static", "critic_input": "action"}, ("",), [], "takes the action"),
         ({"env": "arm/reacher-static"}, ("",), [], "has no checkpoint: train it again"),
         ({}, ("",), ["--num-envs", "30"], "--num-envs 30: a multiple of 20 is needed"),
         ({}, ("",), ["--num-rows", "7"], "--num-rows 7: an even number is needed"),

@@ -9,7 +9,7 @@ import pytest
 from test_experiments import write_run
 
 import envs
-from algos import p3o, ppo
+from algos import launch, p3o
 
 gymnasium = pytest.importorskip("gymnasium")
 ale = pytest.importorskip("ale_py.vector_env")
@@ -133,7 +133,7 @@ def test_missing_ale_names_the_extra(monkeypatch):
     ("seeds", "resume", "message"),
     [((0, 1), False, "one seed here, not 2"), ((0,), True, "in no checkpoint")],
 )
-def test_what_a_launch_cannot_do_is_one_line(seeds, resume, message, tmp_path, monkeypatch, capsys):
+def test_what_a_launch_cannot_do_is_one_line(seeds, resume, message, tmp_path, capsys):
     """Neither several seeds nor a resumed run; nothing is written."""
     run_dir = tmp_path / "run"
     flags = ["--env", "atari/Pong", "--num-seeds", str(len(seeds)), "--run-dir", str(run_dir)]
@@ -141,9 +141,8 @@ def test_what_a_launch_cannot_do_is_one_line(seeds, resume, message, tmp_path, m
         write_run(run_dir, env="atari/Pong", seeds=seeds, done=False)
         flags = ["--resume", str(run_dir)]
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
-    monkeypatch.setattr(sys, "argv", ["ppo.py", *flags, "--verbose", "0"])
     with pytest.raises(SystemExit) as exit_info:
-        ppo.main()
+        launch.main("ppo", [*flags, "--verbose", "0"])
     assert exit_info.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith("error: atari/Pong")
@@ -154,12 +153,10 @@ def test_what_a_launch_cannot_do_is_one_line(seeds, resume, message, tmp_path, m
 
 def test_an_update_of_p3o_on_a_game():
     """Bytes in the replay, rewards clipped, one row under the vmap."""
-    config = p3o.Config(
-        **p3o.PRESETS["atari"]
-        | {"env": "atari/Breakout", "num_envs": 2, "num_steps": 4, "total_timesteps": 80}
-        | {"replay_fraction": 0.3, "sample_mult": 1, "hidden": (8,)}
-    )
-    algo = p3o.build(config)
+    sizes = {"num_envs": 2, "num_steps": 4, "total_timesteps": 80, "hidden": (8,)}
+    replay = {"replay_fraction": 0.3, "sample_mult": 1}
+    config = p3o.config_for("atari/Breakout", **sizes, **replay)
+    algo = p3o.build(config, p3o.make_env(config))
 
     def run(key):
         state, metrics = jax.lax.scan(

@@ -16,7 +16,7 @@ from envs.wrappers import RawEnv
 
 
 def counter(max_steps=5, reset_mode="fresh", ends_at=1000, nan_at=1000, hidden_nan_at=1000):
-    """Observation [start, t, action]: a random start, the step of the episode, the last action."""
+    """Observation [start, t, action]: a random start, the step of the episode, 64 times the last action."""
 
     def observe(state, action):
         return jnp.array([state["start"], state["t"], action], jnp.float32)
@@ -27,7 +27,7 @@ def counter(max_steps=5, reset_mode="fresh", ends_at=1000, nan_at=1000, hidden_n
 
     def step(key, state, action):
         state = {"start": state["start"], "t": state["t"] + 1}
-        obs = observe(state, action[0])
+        obs = observe(state, 64.0 * action[0])
         obs = jnp.where(state["t"] == nan_at, obs.at[1].set(jnp.nan), obs)
         reward = jnp.where(state["t"] == nan_at, jnp.inf, 2.0)
         info = {"env_nan": state["t"] == hidden_nan_at}
@@ -37,7 +37,7 @@ def counter(max_steps=5, reset_mode="fresh", ends_at=1000, nan_at=1000, hidden_n
 
 
 def run(raw, num_steps, num_envs=4, stagger=False, refresh_every=0):
-    """Everything that step returns, [T, N, ...], with action t at step t."""
+    """Everything that step returns, [T, N, ...], with action t / 64 at step t."""
     env = wrappers.wrap(raw, num_envs, stagger)
     step = jax.jit(env.step)
     obs, state = jax.jit(env.reset)(jax.random.key(0))
@@ -45,7 +45,7 @@ def run(raw, num_steps, num_envs=4, stagger=False, refresh_every=0):
     for t in range(num_steps):
         key_step, key_refresh = jax.random.split(jax.random.key(t + 1))
         previous = obs
-        action = jnp.full((num_envs, 1), t, jnp.float32)
+        action = jnp.full((num_envs, 1), t / 64, jnp.float32)
         obs, state, reward, terminated, truncated, info = step(key_step, state, action)
         rows.append(
             {
@@ -242,8 +242,7 @@ def test_no_key_is_used_twice():
         ("cartpole", "gymnax/CartPole-v1"),
         ("breakout", "gymnax/Breakout-MinAtar"),
         ("CheetahRun", "playground/CheetahRun"),
-        ("G1JoystickFlatTerrain?privileged=1", "playground/G1JoystickFlatTerrain?privileged=1"),
-        ("G1JoystickFlatTerrain?privileged=0", "playground/G1JoystickFlatTerrain"),
+        ("G1JoystickFlatTerrain", "playground/G1JoystickFlatTerrain"),
         ("probe/truncation", "probe/truncation"),
         ("my.module:factory", "my.module:factory"),
     ],
@@ -283,7 +282,7 @@ def test_unknown_name_lists_the_nearest(name, expected):
         ("cartpole?x=1", "gymnax has: none"),
         ("hopper?ls_iterations=0", "positive integer"),
         ("hopper?iterations=four", "positive integer"),
-        ("CheetahRun?privileged=yes", "must be one of 0, 1"),
+        ("CheetahRun?privileged=1", "unknown option 'privileged'"),
         ("swimmer?backend=mjx", "generalized only"),
     ],
 )
@@ -348,6 +347,74 @@ def test_a_wrong_factory_is_named(user_module, name, message):
 def test_an_error_in_a_factory_is_the_users_to_see(user_module):
     with pytest.raises(AttributeError, match="no_such_function"):
         envs.make("user_module:broken", 2)
+
+
+def spoiled(**changes):
+    """`counter` with parts of what it returns replaced."""
+    raw = counter()
+
+    def reset(key):
+        obs, state = raw.reset(key)
+        return changes.get("first_obs", lambda x: x)(obs), state
+
+    def step(*args):
+        names = "obs", "state", "reward", "terminated", "info"
+        results = zip(names, raw.step(*args), strict=True)
+        return tuple(changes.get(name, lambda x: x)(x) for name, x in results)
+
+    fields = {k: v for k, v in changes.items() if k in raw._fields}
+    return raw._replace(name="mine", **({"reset": reset, "step": step} | fields))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"first_obs": jnp.sum}, r"the observation of reset is float32\[\], and an array \[3\]"),
+        ({"first_obs": lambda x: {"x": x}}, r"the observation of reset is {'x': 'float32\[3\]'}"),
+        ({"first_obs": lambda x: [x]}, r"the observation of reset is \['float32\[3\]'\]"),
+        ({"first_obs": jnp.int32}, r"the observation of step is float32\[3\], and int32\[3\]"),
+        ({"reward": lambda x: jnp.ones(1)}, r"the reward is float32\[1\], and a number without"),
+        ({"terminated": jnp.float32}, r"terminated is float32\[\], and a bool without axes"),
+        ({"terminated": jnp.int32}, r"terminated is int32\[\], and a bool without axes"),
+        ({"info": lambda x: None}, r"info is None, and a dict"),
+        ({"state": lambda x: (x, x)}, r"the state of step is .*, and "),
+        (
+            {"state": lambda x: x | {"t": 0.5 * x["t"]}},
+            r"state\['t'\] of step is float32\[\], and int32",
+        ),
+        ({"max_steps": None}, r"max_steps is None, and an integer from 1 to 2\*\*31 - 1"),
+        ({"max_steps": 0}, r"max_steps is 0"),
+        ({"max_steps": 10**10}, r"max_steps is 10000000000"),
+        ({"action_size": 0}, r"action_size is 0"),
+        ({"reset_mode": "never"}, r"reset_mode is 'never', and one of fresh, cached, refreshed"),
+        (
+            {"reset": lambda key: jnp.zeros(1)},
+            r"what reset returns is float32\[1\], and \(obs, state",
+        ),
+    ],
+)
+def test_a_users_environment_is_checked_when_it_is_loaded(monkeypatch, changes, message):
+    module = types.ModuleType("my_module")
+    module.factory = lambda: spoiled(**changes)
+    monkeypatch.setitem(sys.modules, "my_module", module)
+    envs._load.cache_clear()
+    with pytest.raises(ValueError, match=f"mine: {message}"):
+        envs.make("my_module:factory", 2)
+
+
+def test_continuous_actions_are_clipped_for_every_environment(monkeypatch):
+    """A task that pays the action itself; nothing of its own clips."""
+    module = types.ModuleType("my_module")
+    module.factory = lambda: spoiled()._replace(
+        step=lambda key, state, action: (jnp.zeros(3), state, action[0], False, {})
+    )
+    monkeypatch.setitem(sys.modules, "my_module", module)
+    envs._load.cache_clear()
+    env = envs.make("my_module:factory", 3)
+    _, state = env.reset(jax.random.key(0))
+    actions = jnp.array([[18.97], [0.5], [-3.0]])
+    _, _, reward, *_ = env.step(jax.random.key(1), state, actions)
+    np.testing.assert_array_equal(reward, [1.0, 0.5, -1.0])
 
 
 def test_physics_is_compiled_in_full_precision():

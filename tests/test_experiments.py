@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,10 @@ import pytest
 import tiny
 from matplotlib.axes import Axes
 from PIL import Image
-from scipy import stats
 
 import envs
-from algos import launch, ppo, reppo, rundir
-from experiments import benchmark, compare, evaluate, render
+from algos.launch import render, report, rundir
+from experiments import benchmark, compare, evaluate
 
 EVALS = 3
 
@@ -53,47 +52,6 @@ def table_of(capsys):
     return cells[2:]
 
 
-# --- statistics ---
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 10, 16, 50])
-def test_iqm_is_the_trimmed_mean(n):
-    x = np.random.default_rng(n).normal(size=n) ** 3
-    np.testing.assert_allclose(rundir.iqm(x), stats.trim_mean(x, 0.25), rtol=1e-12)
-    middle = np.sort(x)[n // 4 : n - n // 4]
-    np.testing.assert_allclose(rundir.iqm(x), middle.mean(), rtol=1e-12)
-
-
-def test_iqm_leaves_dead_seeds_out():
-    assert rundir.iqm(np.array([np.nan, 1.0, 2.0, 3.0, 1000.0])) == 2.5
-    assert np.isnan(rundir.iqm(np.array([np.nan])))
-    assert np.isnan(rundir.iqm_interval(np.array([1.0, np.nan]))).all()
-
-
-@pytest.mark.parametrize("n", [5, 16])
-def test_interval_agrees_with_scipys_bootstrap(n):
-    x = np.random.default_rng(n).normal(100.0, 20.0, n)
-    lo, hi = rundir.iqm_interval(x)
-    reference = stats.bootstrap(
-        (x,),
-        lambda x, axis: stats.trim_mean(x, 0.25, axis=axis),
-        n_resamples=20_000,
-        method="percentile",
-        rng=np.random.default_rng(1),
-    ).confidence_interval
-    width = reference.high - reference.low
-    assert abs(lo - reference.low) < 0.1 * width
-    assert abs(hi - reference.high) < 0.1 * width
-    assert lo < rundir.iqm(x) < hi
-
-
-def test_interval_covers():
-    rng = np.random.default_rng(0)
-    intervals = [rundir.iqm_interval(rng.normal(size=16), 500) for _ in range(200)]
-    inside = np.mean([lo < 0.0 < hi for lo, hi in intervals])
-    assert 0.85 < inside < 0.99  # a percentile bootstrap of 16 is a little too narrow
-
-
 # --- compare ---
 
 
@@ -105,14 +63,14 @@ def test_compare_prints_a_row_for_each_run(tmp_path, capsys):
 
     rows = table_of(capsys)
     final = np.array([2.0, 12.0, 22.0, 32.0])
-    lo, hi = rundir.iqm_interval(final)
+    lo, hi = report.iqm_interval(final)
     assert rows[0][0] == "ppo (one)"
     assert rows[0][1:4] == ["gymnax/CartPole-v1", "4/4", f"17.0 [{lo:.1f}, {hi:.1f}]"]
-    assert rows[0][4:] == ["200", "2.0", "30.0", "2 x cpu"]
+    assert rows[0][4:] == ["2", "200", "2.0", "30.0", "2 x cpu"]
     assert rows[1][0] == "ppo (two), unfinished"
     assert rows[1][2] == "3/4"
     assert rows[1][3].startswith("112.0 [")
-    assert rows[1][5:7] == ["2.0", "-"]
+    assert rows[1][6:8] == ["2.0", "-"]
     with Image.open(out) as image:
         image.load()
         assert image.format == "PNG"
@@ -142,11 +100,11 @@ def test_every_curve_looks_different(tmp_path, monkeypatch):
     run, rows = rundir.read_run(write_run(tmp_path / "run")), np.arange(4)
     runs = [("bnpo", run._replace(algo="bnpo"), rows)]
     runs += [(f"a{i}", run, rows) for i in range(11)]
-    rundir.plot_curves(runs, tmp_path / "curves.png", "title")
+    report.plot_curves(runs, tmp_path / "curves.png", "title")
     del looks[None]  # the seeds
-    assert looks["bnpo (n=4)"] == ("-", rundir.COLORS["bnpo"])
+    assert looks["bnpo (n=4)"] == ("-", report.COLORS["bnpo"])
     assert len({*looks.values()}) == len(looks) == 12
-    rundir.plot_curves(2 * runs, tmp_path / "curves.png", "title")
+    report.plot_curves(2 * runs, tmp_path / "curves.png", "title")
     assert None not in looks  # too many seeds for a line of each
 
 
@@ -203,7 +161,7 @@ def test_ranked_with_nobody_alive():
 
 def write_policies(path, seeds, env="cartpole"):
     """Policies of untrained networks, as a launch exports them."""
-    algo = ppo.build(tiny.config_of("ppo", env=env))
+    algo = tiny.build("ppo", tiny.config_of("ppo", env=env))
     for i in seeds:
         policy = jax.jit(lambda key: algo.policy_of(algo.init(key)))(jax.random.key(i))
         rundir.save_arrays(path / f"policy_s{i:03d}.npz", rundir.flatten(policy), {"step": 150})
@@ -270,6 +228,7 @@ def test_policies_are_evaluated_again(tmp_path, capsys):
     expected = []
     for i in (0, 2, 3):
         act, key = rundir.load_policy(run / f"policy_s{i:03d}.npz"), jax.random.key(7)
+        key = jax.random.fold_in(key, i)
         (obs, state), length = reset(jax.random.split(key)[0]), np.zeros(5)
         alive = np.ones(5, bool)
         while alive.any():
@@ -284,7 +243,7 @@ def test_policies_are_evaluated_again(tmp_path, capsys):
     assert (row["n"], row["alive"], saved["episodes"], saved["seed"]) == (4, 3, 5, 7)
     assert row["steps"] == 150  # when they were exported, not of the last evaluation
     assert {"command", "commit", "versions"} <= saved.keys()
-    assert table_of(capsys)[0][3].startswith(f"{rundir.iqm(np.array(expected)):.1f} [")
+    assert table_of(capsys)[0][3].startswith(f"{report.iqm(np.array(expected)):.1f} [")
 
 
 def test_what_cannot_be_evaluated_is_one_line(tmp_path, capsys, monkeypatch):
@@ -322,10 +281,9 @@ def test_what_cannot_be_evaluated_is_one_line(tmp_path, capsys, monkeypatch):
     ("flags", "message"),
     [
         (["--envs", "cartpol"], "did you mean"),
-        (["--algos", "launch"], "algos/launch.py is not an algorithm"),
+        (["--algos", "common"], "algos/common.py is not an online algorithm"),
+        (["--algos", "bc"], "algos/bc.py is not an online algorithm"),
         (["--seeds", "0"], "must be at least 1"),
-        (["--peer", "rejax"], "go together"),
-        (["--peer", "other", "--peer-python", "python"], "invalid choice"),
     ],
 )
 def test_benchmark_refuses(flags, message, capsys):
@@ -335,35 +293,39 @@ def test_benchmark_refuses(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_benchmark_starts_in_the_middle_of_a_run(monkeypatch):
+def test_benchmark_trains_in_the_middle_of_a_run():
     """Every timed call, however far the one before went: at the start there may be a warm-up."""
-
-    class State(NamedTuple):
-        update: jax.Array
-
     seen = []
 
-    def train(state, num_updates):
+    def train(state, hparams, num_updates):
         seen.append(state.update.tolist())
-        return State(state.update + num_updates), {}
+        return state._replace(update=state.update + num_updates), {}
 
-    first = None, State(jnp.zeros(2, jnp.int32))
-    monkeypatch.setattr(launch, "setup_jax", lambda num_seeds: None)
-    monkeypatch.setattr(launch, "make_program", lambda *args: None)
-    monkeypatch.setattr(launch, "trace", lambda *args: None)
-    monkeypatch.setattr(launch, "compile_ahead", lambda *args: first)
-    case = benchmark.Case("ppo", "cartpole", [], 2)
+    case = object.__new__(benchmark.Case)
+    case.config, case.hparams = tiny.config_of("ppo"), {}
+    case.program = SimpleNamespace(train=train)
+    state = jax.eval_shape(tiny.build("ppo", case.config).init, jax.random.key(0))
+    case.state = state._replace(update=jnp.int32(0))
     for num_updates in (1, 5):
-        assert case.timed(train, num_updates) > 0
-    assert seen == [[case.config.num_updates // 2] * 2] * 2
+        case.train(num_updates)
+    assert seen == [3, 3]  # of 6 updates
+
+
+COLD = {"startup": 30.0, "trace": 3.0, "compile": 20.0}
+WARM = {
+    **{"startup": 9.5, "trace": 3.0, "compile": 1.0, "evaluation": 1.5},
+    **{"rates": {"environment": 4000.0, "training": 1000.0}, "sizes": [8, 32]},
+    **{"device": "cpu", "devices": 2},
+}
 
 
 def test_benchmark_measures_every_case(monkeypatch, tmp_path, capsys):
     seen = []
 
-    def in_own_process(case, limit):
+    def in_own_process(case, budget, limit):
         seen.append((case["algo"], case["env"], case["num_seeds"]))
-        return case | {"error": "no time"} if case["num_seeds"] == 1 else case | RESULT
+        measured = {"error": "no time"} if case["num_seeds"] == 1 else {"cold": COLD, "warm": WARM}
+        return case | measured
 
     monkeypatch.setattr(benchmark, "in_own_process", in_own_process)
     out = tmp_path / "new" / "out.json"
@@ -374,99 +336,25 @@ def test_benchmark_measures_every_case(monkeypatch, tmp_path, capsys):
     rows = table_of(capsys)
     assert rows[0][3] == "no time"
     assert rows[1][2:] == [
-        *("16 x 8 x 32", "2 x cpu", "4,000", "1,000", "25%", "10%"),
-        *("60% (actor_loss_fn 25%)", "5%", "3 + 40", "1.5"),
+        *("16 x 8 x 32", "2 x cpu", "30.0", "9.5", "3.0 + 20.0", "3.0 + 1.0"),
+        *("4,000", "1,000", "1.5"),
     ]
-    report = json.loads(out.read_text())
-    assert report["command"].startswith("python benchmark.py --envs")
-    assert {"commit", "versions", "cores", "cases"} <= report.keys()
-    assert [case.get("error") for case in report["cases"]] == ["no time", None] * 2
-
-
-SAMPLES = {"environment": [1.0, 1.0, 9.0], "acting": [1.4], "full": [4.0], "no gradient": [1.6]}
-SAMPLES["no actor_loss_fn"] = [3.0]
-RESULT = {
-    "num_envs": 8,
-    "num_steps": 32,
-    "device": "cpu",
-    "devices": 2,
-    "seconds": {"trace": 3.0, "compile": 40.0, "evaluation": 1.5},
-    **benchmark.derived(SAMPLES, steps=4000),
-}
-
-
-def test_shares_add_up():
-    assert sum(RESULT["shares"].values()) == pytest.approx(1.0)
-    assert RESULT["losses"] == {"actor_loss_fn": pytest.approx(0.25)}
+    measured = json.loads(out.read_text())
+    assert {"command", "commit", "versions", "cores", "cases"} <= measured.keys()
+    assert [case.get("error") for case in measured["cases"]] == ["no time", None] * 2
 
 
 def test_a_failing_case_is_reported(tmp_path):
-    case = {"algo": "ppo", "env": "nothing", "presets": [], "num_seeds": 1, "budget": 1.0}
-    assert "unknown environment 'nothing'" in benchmark.in_own_process(case, 60.0)["error"]
-    assert benchmark.in_own_process(case, 0.01)["error"] == "nothing after 0 s"
+    case = {"algo": "ppo", "env": "nothing", "presets": [], "num_seeds": 1}
+    error = benchmark.in_own_process(case, 1.0, 60.0)["error"]
+    assert "unknown environment 'nothing'" in error
+    assert benchmark.in_own_process(case, 1.0, 0.01)["error"] == "nothing after 0 s"
 
 
 @pytest.mark.slow
-def test_free_gradients_change_nothing_else():
-    """Same rollout, metrics and counters as the real update; parameters stay where they were."""
-    algo = ppo.build(tiny.config_of("ppo"))
-    state = jax.jit(algo.init)(jax.random.key(0))
-    real, metrics = jax.jit(algo.update)(state)
-    with benchmark.free_gradients():
-        free, free_metrics = jax.jit(lambda state: algo.update(state))(state)
-    tiny.assert_close(free.obs, real.obs)
-    tiny.assert_close(free.env_state, real.env_state)
-    tiny.assert_close(free.params, state.params, atol=1e-9)
-    assert jax.tree.structure(free) == jax.tree.structure(real)
-    assert free_metrics.keys() == metrics.keys()
-    assert jax.grad.__module__.startswith("jax")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in tiny.ALGOS if name not in tiny.OFFLINE])
-def test_free_gradients_fit_every_online_algorithm(name):
-    algo = tiny.module_of(name).build(tiny.config_of(name))
-    state = jax.eval_shape(algo.init, jax.random.key(0))
-    real = jax.eval_shape(algo.update, state)
-    for only in ("", *benchmark.losses_of(algo)):
-        with benchmark.free_gradients(only):
-            free = jax.eval_shape(lambda state: algo.update(state), state)
-        assert free == real
-
-
-def test_one_gradient_is_free_and_the_others_are_not():
-    algo = reppo.build(tiny.config_of("reppo"))
-    assert benchmark.losses_of(algo) == ["critic_loss_fn", "actor_loss_fn"]
-    state = jax.eval_shape(algo.init, jax.random.key(0))
-
-    def products(only):
-        """Matrix products of an update without the gradient of this loss."""
-        with benchmark.free_gradients(only):
-            return str(jax.make_jaxpr(lambda state: algo.update(state))(state)).count("dot_general")
-
-    neither, critic, actor, both = map(products, ("", "actor_loss_fn", "critic_loss_fn", "nobody"))
-    assert neither < min(critic, actor)
-    assert neither + both == critic + actor
-
-
-@pytest.mark.parametrize("acting", [False, True])
-def test_rollout_alone_steps_the_environment(acting):
-    """It plays num_steps in the training environments and leaves all else of the state alone."""
-    config = tiny.config_of("ppo", env="probe/truncation")
-    algo = benchmark.rollout_alone(ppo.build, acting)(config)
-    state = jax.jit(algo.init)(jax.random.key(0))
-    new, metrics = jax.jit(algo.update)(state)
-    assert int(new.update) == 1
-    assert np.isfinite(metrics["seen"])
-    elapsed = lambda state: np.asarray(state.env_state.inner.inner.elapsed)
-    np.testing.assert_array_equal(elapsed(new), (elapsed(state) + config.num_steps) % 8)
-    tiny.assert_same(new.params, state.params)
-    tiny.assert_same(new.opt_state, state.opt_state)
-
-
-def test_ratios_are_of_neighbouring_calls():
-    assert benchmark.ratios([2.0, 6.0, 3.0], [1.0, 2.0, 3.0]) == {
-        "min": 1.0,
-        "median": 2.0,
-        "max": 3.0,
-    }
+def test_a_case_is_measured_cold_and_warm():
+    case = {"algo": "ppo", "env": "cartpole", "presets": [], "num_seeds": 2}
+    measured = benchmark.in_own_process(case, 1.0, 300.0)
+    assert measured["cold"]["startup"] > measured["warm"]["startup"] > 0
+    rates = measured["warm"]["rates"]
+    assert rates["environment"] > rates["training"] > 0

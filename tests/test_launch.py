@@ -3,6 +3,7 @@
 Everything launches the same tiny PPO, so that it compiles once.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import io
@@ -22,11 +23,12 @@ import pytest
 import tiny
 from tiny import assert_close, assert_same, lines_of
 
-from algos import cli, launch, logs, ppo, rundir
+from algos import launch, ppo
+from algos.launch import cli, logs, program, report, rows, rundir, session
 
 ROOT = Path(__file__).parents[1]
 FLAGS = [*tiny.flags_of(tiny.config_of("ppo")), "--num-seeds", "2", "--eval-episodes", "2"]
-FLAGS += ["--num-evals", "2", "--checkpoint-every", "1"]
+FLAGS += ["--num-evals", "2", "--checkpoint-every", "1", "--final-episodes", "6"]
 
 pytestmark = [pytest.mark.usefixtures("signals"), pytest.mark.xdist_group("ppo")]
 
@@ -36,7 +38,7 @@ def run(*argv):
     stderr, status = io.StringIO(), 0
     with contextlib.redirect_stderr(stderr):
         try:
-            launch.main("ppo", ppo.Config, ppo.PRESETS, ppo.TRACEABLE, ppo.build, [*argv])
+            launch.main("ppo", [*argv])
         except SystemExit as error:
             status = error.code
     return status, stderr.getvalue()
@@ -116,6 +118,12 @@ def test_spellings_of_a_flag(dash, join):
     assert (config.env, chosen.run_dir, config.num_envs) == ("inverted_pendulum", "a_b/c_d", 8)
 
 
+def test_counts_may_be_written_as_people_write_them():
+    config, chosen = parse("--total-timesteps", "1e6", "--num-envs=1_6", "--num-seeds", "1e1")
+    assert (config.total_timesteps, config.num_envs, chosen.num_seeds) == (1_000_000, 16, 10)
+    assert parse("--hidden", "1e2", "64")[0].hidden == (100, 64)
+
+
 # --- bad input ---
 
 
@@ -144,10 +152,21 @@ def test_spellings_of_a_flag(dash, join):
         (["--sweep", "gamma=0.9,0.90"], r"repeats"),
         (["--sweep", "gamma=0.9", "gamma=0.8"], r"repeats"),
         (["--sweep", "gamma=0.9,nan"], r"finite"),
-        (["--gamma", "7"], r"gamma=7.0: 0 to 1"),
-        (["--learning-rate", "-1"], r"learning_rate=-1.0: at least 0"),
+        (["--gamma", "7"], r"gamma=7.0: it should be less than or equal to 1"),
+        (["--learning-rate", "-1"], r"learning_rate=-1.0: it should be greater than or equal to 0"),
         (["--learning-rate", "nan"], r"learning_rate=nan"),
         (["--noise-interval", "0"], r"noise_interval=0"),
+        (
+            ["--anneal-lr", "True"],
+            r"--anneal-lr takes no value: write --anneal-lr or --no-anneal-lr",
+        ),
+        (
+            ["--total-timesteps", "1e13"],
+            r"total_timesteps=10000000000000 makes .* fewer than 2\*\*31",
+        ),
+        (["--seed", "-1"], r"--seed -1: seeds from 0 to 2\*\*32 - 1"),
+        (["--seed", "4294967295", "--num-seeds", "2"], r"--seed 4294967295: .* not 4294967296"),
+        (["--final-episodes", "0"], r"--final-episodes 0"),
         (["--resume", "nowhere"], r"nowhere is not a run directory"),
         (["--resume"], r"--resume"),
     ],
@@ -207,18 +226,19 @@ def test_a_run_is_never_overwritten(whole):
 def test_two_launches_never_share_a_directory(tmp_path, monkeypatch):
     """Another launch takes the directory while this one still loads its task."""
     run_dir = tmp_path / "run"
-    make_program = launch.make_program
+    make_program = session.make_program
 
     def overtaken(*args):
         run_dir.mkdir()
         (run_dir / "config.json").write_text("theirs")
         return make_program(*args)
 
-    monkeypatch.setattr(launch, "make_program", overtaken)
+    monkeypatch.setattr(session, "make_program", overtaken)
     status, said = run(*FLAGS, "--verbose", "0", "--run-dir", str(run_dir))
     assert status == 2
     assert said.startswith("error: ")
-    assert content(run_dir) == {str(run_dir / "config.json"): b"theirs"}
+    assert (run_dir / "config.json").read_text() == "theirs"
+    assert {x.name for x in run_dir.iterdir()} == {"config.json", ".lock"}
 
 
 def truncate(run_dir):
@@ -340,9 +360,12 @@ def test_what_a_run_leaves(whole):
     assert training[1]["time/train"] > training[0]["time/train"]
 
     done = strict_json(run_dir / "done.json")
-    final = run.returns[:, -1].mean(1)
+    assert run.final.shape == (2, 6)
+    np.testing.assert_array_equal(run.final[:, :2], run.returns[:, -1])
+    final = run.final.mean(1)
+    assert done["episodes"] == 6
     assert done["results"][0]["per_seed"] == pytest.approx(final.tolist())
-    assert done["results"][0]["iqm"] == pytest.approx(rundir.iqm(final))
+    assert done["results"][0]["iqm"] == pytest.approx(report.iqm(final))
     assert (done["steps"], done["alive"]) == (192, 2)
     assert done["seconds"].keys() == {"compile", "train", "eval", "wall"}
 
@@ -360,28 +383,36 @@ def test_what_a_run_says(whole):
     run_dir, said = whole
     assert "ppo on gymnax/CartPole-v1: 2 seeds x 192 steps (6 updates of 32)" in said
     assert str(run_dir) in said
-    steps = [line for line in said.splitlines() if line.startswith("step ")]
-    assert [line.split("|")[0].split()[1] for line in steps] == ["0", "96", "192"]
-    assert all("seeds 2/2" in line for line in steps)
-    assert "IQM" in said
+    lines = said.splitlines()
+    steps = [line for line in lines if " | IQM " in line]
+    assert [line.split(" | ")[0] for line in steps] == ["0/192", "96/192", "192/192"]
+    assert re.fullmatch(
+        r"96/192 \| IQM \d+\.?\d* \[\d.*, \d.*\] \| \S+ steps/s, all seeds \| \d:\d\d left",
+        steps[1],
+    )
+    assert sum("[worst seed, best seed]" in line for line in lines) == 1
+    assert all(len(line) <= 78 for line in lines if str(run_dir) not in line), lines
     assert "losses/" not in said
 
 
-def test_default_run_directory(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    session = object.__new__(launch.Session)
-    session.name, session.config = "ppo", tiny.config_of("ppo")
-    session.launch = cli.Launch(seed=3, num_seeds=16)
-    path = session.default_run_dir()
+def test_default_run_directory():
+    """It names the task, the algorithm and the seeds, and differs where any setting differs."""
+    config = tiny.config_of("ppo")
+    path = session.default_run_dir("ppo", config, cli.Launch(seed=3, num_seeds=16))
     assert path.startswith("runs/gymnax-CartPole-v1/ppo/")
     assert "_s3x16_" in path
-    session.launch = cli.Launch(seed=3, num_seeds=16, num_evals=7)
-    other = session.default_run_dir()
+    other = session.default_run_dir("ppo", config, cli.Launch(seed=3, num_seeds=16, num_evals=7))
     assert path.split("_")[-1] != other.split("_")[-1]
-    session.config = tiny.config_of("ppo", env="brax/hopper?backend=spring&iterations=2")
-    path = session.default_run_dir()
+    config = tiny.config_of("ppo", env="brax/hopper?backend=spring&iterations=2")
+    path = session.default_run_dir("ppo", config, cli.Launch(seed=3, num_seeds=16, num_evals=7))
     assert path.startswith("runs/brax-hopper-backend-spring-iterations-2/ppo/")
     assert path.split("_")[-1] != other.split("_")[-1]
+
+
+def session_of(**flags):
+    """A launch of five seeds that has not begun."""
+    five = rows.Rows(np.arange(5), {}, [""] * 5)
+    return session.Session("ppo", tiny.config_of("ppo"), cli.Launch(**flags), five)
 
 
 def test_quiet(tmp_path):
@@ -395,15 +426,15 @@ def test_quiet(tmp_path):
 
 def interrupt_at(monkeypatch, update, number=signal.SIGINT):
     """Send this process a signal after `update` updates; 0: while it compiles."""
-    monkeypatch.setattr(launch, "SLICE_SECONDS", 0.0)
+    monkeypatch.setattr(session, "SLICE_SECONDS", 0.0)
     if update == 0:
-        compile_ahead = launch.compile_ahead
+        compile_ahead = session.compile_ahead
 
         def interrupted(*args):
             os.kill(os.getpid(), number)
             return compile_ahead(*args)
 
-        monkeypatch.setattr(launch, "compile_ahead", interrupted)
+        monkeypatch.setattr(session, "compile_ahead", interrupted)
         return
     calls = []
 
@@ -483,11 +514,43 @@ def test_a_longer_run_forgets_the_end_of_the_shorter(whole, tmp_path, monkeypatc
     assert len(meta["resumed"]) == 2
 
 
+@pytest.mark.parametrize("number", [0, 1, 2, 3])
+def test_an_evaluation_can_be_interrupted(whole, tmp_path, monkeypatch, number):
+    """The first, one in the middle, the last, and one of the parts that follow it."""
+    run_dir, begun = tmp_path / "run", []
+    with monkeypatch.context() as patch:
+        compile_ahead = session.compile_ahead
+        patch.setattr(session, "EVAL_STEPS", 3)
+
+        def compiled(*args):
+            made = compile_ahead(*args)
+
+            def begin(keys):
+                if len(begun) == number:
+                    os.kill(os.getpid(), signal.SIGINT)
+                begun.append(keys)
+                return made.begin(keys)
+
+            return made._replace(begin=begin)
+
+        patch.setattr(session, "compile_ahead", compiled)
+        status, said = run(*FLAGS, "--verbose", "0", "--run-dir", str(run_dir))
+    assert status == 130, said
+    assert len(begun) == number + 1
+    assert not (run_dir / "done.json").exists()
+    status, said = run("--resume", str(run_dir), "--verbose", "0")
+    assert (status, said) == (0, "")
+    mine, other = rundir.read_run(run_dir), rundir.read_run(whole[0])
+    for field in ("steps", "returns", "lengths", "final"):
+        np.testing.assert_array_equal(getattr(mine, field), getattr(other, field))
+    assert_same(checkpoint(run_dir), checkpoint(whole[0]))
+
+
 def test_second_interrupt_stops_at_once():
-    session = object.__new__(launch.Session)
-    session.stop = True
+    stopping = session_of()
+    stopping.stop = True
     with pytest.raises(KeyboardInterrupt):
-        session.on_signal(signal.SIGINT, None)
+        stopping.on_signal(signal.SIGINT, None)
 
 
 def test_interrupt_from_a_terminal(tmp_path):
@@ -495,7 +558,7 @@ def test_interrupt_from_a_terminal(tmp_path):
     flags = [*FLAGS, "--no-anneal-lr", "--total-timesteps", "100000000", "--num-evals", "1000"]
     process = start(*flags, "--run-dir", str(run_dir))
     for line in process.stderr:
-        if line.startswith("step "):
+        if " | IQM " in line:
             break
     process.send_signal(signal.SIGINT)
     said = process.stderr.read()
@@ -524,13 +587,13 @@ def start(*flags, **variables):
 def test_rows_of_a_sweep():
     config = tiny.config_of("ppo")
     sweep = ("learning_rate=1e-3,2e-3", "gamma=0.9,0.99")
-    rows = launch.make_rows(cli.Launch(seed=5, num_seeds=2, sweep=sweep), config, ppo.TRACEABLE)
-    assert rows.seeds.tolist() == [5, 6] * 4
-    np.testing.assert_allclose(rows.hparams["learning_rate"], np.repeat([1e-3, 2e-3], 4))
-    np.testing.assert_allclose(rows.hparams["gamma"], np.tile(np.repeat([0.9, 0.99], 2), 2))
-    assert rows.labels[2] == rows.labels[3] == "learning_rate=0.001 gamma=0.99"
-    rows = launch.make_rows(cli.Launch(seed=5, num_seeds=2), config, ppo.TRACEABLE)
-    assert (rows.seeds.tolist(), rows.hparams, rows.labels) == ([5, 6], {}, ["", ""])
+    swept = rows.make_rows(cli.Launch(seed=5, num_seeds=2, sweep=sweep), config, ppo.TRACEABLE)
+    assert swept.seeds.tolist() == [5, 6] * 4
+    np.testing.assert_allclose(swept.hparams["learning_rate"], np.repeat([1e-3, 2e-3], 4))
+    np.testing.assert_allclose(swept.hparams["gamma"], np.tile(np.repeat([0.9, 0.99], 2), 2))
+    assert swept.labels[2] == swept.labels[3] == "learning_rate=0.001 gamma=0.99"
+    plain = rows.make_rows(cli.Launch(seed=5, num_seeds=2), config, ppo.TRACEABLE)
+    assert (plain.seeds.tolist(), plain.hparams, plain.labels) == ([5, 6], {}, ["", ""])
 
 
 def test_dead_seeds_are_named_and_left_out(whole, tmp_path):
@@ -541,8 +604,8 @@ def test_dead_seeds_are_named_and_left_out(whole, tmp_path):
         dead = [x for x in said.splitlines() if x.startswith(f"seed {seed}") and "dead" in x]
         assert len(dead) == 1
         assert "learning_rate=1e+30" in dead[0]
-    assert "seeds 4/4" in said
-    assert "seeds 2/4" in said
+    assert "  learning_rate=0.0003 | IQM" in said
+    assert "  learning_rate=1e+30 | no seed is alive" in said
 
     swept, plain = rundir.read_run(run_dir), rundir.read_run(whole[0])
     assert swept.labels == ["learning_rate=0.0003"] * 2 + ["learning_rate=1e+30"] * 2
@@ -564,7 +627,7 @@ def test_dead_seeds_are_named_and_left_out(whole, tmp_path):
     done = strict_json(run_dir / "done.json")
     assert done["alive"] == 2
     good, bad = done["results"]
-    assert good["iqm"] == pytest.approx(rundir.iqm(plain.returns[:, -1].mean(1)), rel=1e-3)
+    assert good["iqm"] == pytest.approx(report.iqm(plain.final.mean(1)), rel=1e-3)
     assert (bad["label"], bad["iqm"]) == ("learning_rate=1e+30", None)
     assert bad["per_seed"] == [None, None]
 
@@ -631,8 +694,8 @@ def test_two_hosts_are_one_launch(whole, tmp_path):
     ]  # fmt: skip
     said = [process.communicate(timeout=240)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
-    assert "step         192" in said[0]
-    assert "step" not in said[1]  # only the first host speaks
+    assert "192/192 | IQM" in said[0]
+    assert "192" not in said[1]  # only the first host prints
     first = {k: v[:2] if v.ndim else v for k, v in checkpoint(run_dir).items()}
     assert_close(first, checkpoint(whole[0]), rtol=1e-3, atol=1e-4)
     run = rundir.read_run(run_dir)
@@ -643,15 +706,15 @@ def test_two_hosts_are_one_launch(whole, tmp_path):
 
 
 def test_rows_are_shared_by_hosts_in_order(monkeypatch):
-    rows = launch.Rows(np.arange(6), {"gamma": np.linspace(0, 1, 6)}, list("abcdef"))
+    six = rows.Rows(np.arange(6), {"gamma": np.linspace(0, 1, 6)}, list("abcdef"))
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    mine = launch.local_rows(rows)
+    mine = rows.local(six)
     assert (mine.seeds.tolist(), mine.labels) == ([2, 3], ["c", "d"])
     np.testing.assert_allclose(mine.hparams["gamma"], [0.4, 0.6])
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     with pytest.raises(ValueError, match="6 rows cannot be shared by 4 hosts"):
-        launch.local_rows(rows)
+        rows.local(six)
 
 
 # --- what reads a run ---
@@ -666,14 +729,58 @@ def test_a_policy_that_is_not_there(whole):
 
 def test_curves_and_groups(whole):
     run = rundir.read_run(whole[0])
-    middle, lo, hi = rundir.curve_of(run.returns)
+    middle, lo, hi = report.curve_of(run.returns)
     np.testing.assert_allclose(middle, run.returns.mean((0, 2)))
     assert ((lo <= middle) & (middle <= hi)).all()
     swept = run._replace(labels=["b", "a"])
-    assert [(x, i.tolist()) for x, i in rundir.groups(swept)] == [("b", [0]), ("a", [1])]
+    assert [(x, i.tolist()) for x, i in report.groups(swept)] == [("b", [0]), ("a", [1])]
+
+
+def test_a_policy_says_what_observations_it_takes(whole):
+    act = rundir.load_policy(whole[0] / "policy_s000.npz")
+    assert act([0.0, 0.1, 0.0, 0.1]).shape == ()
+    assert act(np.zeros((3, 4))).shape == (3,)
+    for shape in ((3,), (2, 3), (2, 2, 4), ()):
+        with pytest.raises(ValueError, match=r"obs has shape .*: \[4\] or \[N, 4\] is wanted"):
+            act(np.zeros(shape))
+    with pytest.raises(ValueError, match=r"is a folder, name a policy; there: policy_s000.npz"):
+        rundir.load_policy(whole[0])
+
+
+def test_another_schedule_of_evaluations_goes_on_from_where_the_run_is():
+    """Six updates of 32 steps; three are done, evaluated at 0, 2 and 3."""
+    resumed = session_of(num_evals=6)
+    resumed.update, resumed.evals = 3, {"steps": [0, 64, 96]}
+    assert [point for _, point in resumed.eval_points()] == [4, 5, 6]
+    resumed.evals = {"steps": [0, 64]}  # interrupted before the evaluation at 3
+    assert [point for _, point in resumed.eval_points()] == [3, 4, 5, 6]
+    resumed = session_of(num_evals=10**9)
+    assert [point for _, point in resumed.eval_points()] == [0, 1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("main_thread", [True, False])
+def test_a_notebook_gets_its_signal_handlers_back(tmp_path, monkeypatch, main_thread):
+    """After an error in the middle too; a launch in another thread sets none."""
+    handlers = [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)]
+
+    def broken(*_):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(session, "trace", broken)
+    flags = [*FLAGS, "--verbose", "0", "--run-dir", str(tmp_path / "run")]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        call = run if main_thread else lambda *argv: pool.submit(run, *argv).result()
+        with pytest.raises(RuntimeError, match="broken"):
+            call(*flags)
+    assert [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 # --- settings of jax ---
+
+
+def test_double_precision_is_refused(tmp_path):
+    with jax.enable_x64(True), pytest.raises(ValueError, match="JAX_ENABLE_X64 is set"):
+        program.setup_jax(1)
 
 
 def test_settings_that_are_made_before_jax_starts(monkeypatch, tmp_path):
@@ -681,13 +788,13 @@ def test_settings_that_are_made_before_jax_starts(monkeypatch, tmp_path):
     name = "jax_compilation_cache_dir"
     before = jax.config.values[name]
     try:
-        launch.setup_jax(1)
+        program.setup_jax(1)
         assert jax.config.values[name] == before  # the user's choice stays
         jax.config.update(name, None)
-        launch.setup_jax(1)
+        program.setup_jax(1)
         assert jax.config.values[name] == str(tmp_path / "purepo")
         monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
         with pytest.raises(ValueError, match="not 'JAX_NUM_PROCESSES'"):
-            launch.setup_jax(1)
+            program.setup_jax(1)
     finally:
         jax.config.update(name, before)

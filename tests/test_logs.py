@@ -11,13 +11,16 @@ import pytest
 import tiny
 from tiny import lines_of
 
-from algos import cli, launch, logs
+from algos.launch import cli, logs
+from algos.launch.rows import Rows
 
 
 def make_log(run_dir, **changes):
     run_dir.mkdir(exist_ok=True)
-    rows = launch.Rows(np.array([3, 4]), {}, ["", ""])
-    return logs.Log(run_dir, "ppo", tiny.config_of("ppo"), cli.Launch(**changes), rows, True, 0)
+    launch, rows = cli.Launch(**changes), Rows(np.array([3, 4]), {}, ["", ""])
+    log = logs.Log(launch.verbose)
+    log.open(run_dir, "ppo", tiny.config_of("ppo"), launch, rows, 0)
+    return log
 
 
 VALUES = {
@@ -58,14 +61,11 @@ def test_aggregates_leave_out_what_is_absent():
     assert logs.row_values(VALUES, 0) == {"eval/episodic_return": 1.0}
 
 
-def test_only_the_lead_host_writes(tmp_path, capsys):
-    rows = launch.Rows(np.array([3]), {}, [""])
-    options = cli.Launch(tensorboard=True, track=True)
-    log = logs.Log(tmp_path, "ppo", tiny.config_of("ppo"), options, rows, False, 0)
+def test_hosts_that_do_not_lead_print_nothing(capsys):
+    log = logs.Log(-1)
     log.write(1, VALUES)
     log.say("hello", 0)
     log.close()
-    assert not list(tmp_path.iterdir())
     assert capsys.readouterr() == ("", "")
 
 
@@ -165,14 +165,68 @@ def test_wandb_never_ends_a_run(tmp_path, monkeypatch, capsys, fails):
     assert [options["id"] for _, options in made] == ids
 
 
+# --- console ---
+
+
 def test_clock():
-    assert [logs.clock(x) for x in (None, 59.9, 3661)] == ["-", "0:00:59", "1:01:01"]
+    assert [logs.clock(x) for x in (None, 59.9, 95, 3661)] == ["-", "0:59", "1:35", "1:01:01"]
 
 
-def test_a_warning_is_told_once_whatever_libraries_do_to_the_filters(monkeypatch, capsys):
+def test_counts_are_short():
+    numbers = [0, 950, 999, 999.6, 12_345, 200_704, 999_700, 1_234_567, 2e9]
+    assert [logs.short(x) for x in numbers] == [
+        *("0", "950", "999", "1k", "12.3k", "201k", "1M", "1.23M", "2G"),
+    ]
+
+
+def test_returns_of_seeds_in_words():
+    assert logs.spread(np.array([1.0, 2.0, 3.0, 4.0])) == "IQM 2.5 [1, 4]"
+    assert logs.spread(np.array([1.0, np.nan])) == "IQM 1 [1, 1] | 1/2 alive"
+    assert logs.spread(np.array([np.nan])) == "no seed is alive"
+
+
+def test_evaluations_fit_the_console(capsys):
+    log, seeds = logs.Log(1), np.array([-123456.7, -654321.9, np.nan])
+    log.evaluation(123_456_789, 987_654_321, {"": seeds}, 1_234_567.0, 36_000.0)
+    log.evaluation(0, 987_654_321, {"gamma=0.9": seeds, "gamma=0.99": seeds}, 0.0, None)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "123M/988M | IQM -3.889e+05 [-6.543e+05, -1.235e+05] | 2/3 alive | 1.23M steps/s,"
+        " all seeds | 10:00:00 left",
+        "greedy return: IQM over seeds [worst seed, best seed]",
+        "0/988M | start",
+        "  gamma=0.9 | IQM -3.889e+05 [-6.543e+05, -1.235e+05] | 2/3 alive",
+        "  gamma=0.99 | IQM -3.889e+05 [-6.543e+05, -1.235e+05] | 2/3 alive",
+    ]
+
+
+class Broken:
+    """A console that was closed."""
+
+    def write(self, text):
+        raise BrokenPipeError
+
+    flush = write
+
+    def isatty(self):
+        return False
+
+
+@pytest.mark.parametrize("stream", [None, Broken()])
+def test_a_console_that_goes_away_ends_nothing(stream, monkeypatch):
+    monkeypatch.setattr(logs.os, "dup2", lambda *_: None)  # this process still needs its own
+    log = logs.Log(1)
+    log.console.stream = stream
+    with log.progress(10, 0), log.waiting("compiling"):
+        log.say("hello")
+        log.advance(3)
+    log.close()
+
+
+def test_a_warning_is_printed_once_whatever_libraries_do_to_the_filters(monkeypatch, capsys):
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # put back at the end
     warnings.simplefilter("always")
-    logs.tell_warnings_once()
+    logs.print_warnings_once()
     for text in ("one", "two", "one"):
         warnings.warn(text, stacklevel=1)
     assert capsys.readouterr().err == "warning: one\nwarning: two\n"

@@ -1,8 +1,8 @@
-"""P3O: effective sample size, losses, replay, schedule."""
+"""P3O: effective sample size, value targets, losses."""
 
 import dataclasses
 import math
-from functools import partial
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ def test_ess_of_log_normal_weights():
     z = jax.random.normal(jax.random.key(0), (1_000_000,))
     expected = math.exp(-0.25)
     assert_allclose(p3o.effective_sample_size(0.5 * z - 0.125), expected, atol=0.005)
-    # two unit Gaussians half a deviation apart
+    # two unit Gaussians whose means are 0.5 apart
     beta, pi = Gaussian(jnp.zeros(1), jnp.zeros(1)), Gaussian(jnp.full(1, 0.5), jnp.zeros(1))
     log_weight = pi.log_prob(z[:, None]) - beta.log_prob(z[:, None])
     assert_allclose(p3o.effective_sample_size(log_weight), expected, atol=0.005)
@@ -92,22 +92,30 @@ def test_kl_is_bounded_by_the_population_ess():
     assert_allclose(jnp.exp(-2 * p3o.kl_divergence(pi, beta)), 0.3456, atol=1e-4)
 
 
-# --- returns ---
+# --- value targets ---
 
 
-def test_lambda_return_by_hand():
+def target_of(reward, value, done, config):
+    """Value targets [B, T] of both losses; they depend on neither the policy nor the actions."""
+    b, t = reward.shape
+    logits, action = jnp.zeros((b, t + 1, 2)), jnp.zeros((b, t), int)
+    segments = p3o.Segments(jnp.zeros((b, t + 1, 1)), action, None, reward, done)
+    return p3o.estimates(Categorical(logits), value, segments, config)[3]
+
+
+def test_value_targets_by_hand():
     reward, value = np.array([[1.0, 2.0, 3.0]]), np.array([[1.0, 1.0, 1.0, 2.0]])
     done = np.array([[False, True, False]])
-    returns = partial(p3o.lambda_return, reward, done=done, gamma=0.5)
-    assert_allclose(returns(value, lam=0.5), [[1.75, 2.0, 4.0]])
-    assert_allclose(returns(value, lam=1.0), [[2.0, 2.0, 4.0]])
-    value[0, 3] = 5.0
-    assert_allclose(returns(value, lam=0.5), [[1.75, 2.0, 5.5]])
+    targets = lambda lam: target_of(reward, value, done, config_of(gamma=0.5, gae_lambda=lam))
+    assert_allclose(targets(0.5), [[1.75, 2.0, 4.0]])
+    assert_allclose(targets(1.0), [[2.0, 2.0, 4.0]])
+    value[0, 3] = 5.0  # the bootstrap, which nothing before the end of an episode sees
+    assert_allclose(targets(0.5), [[1.75, 2.0, 5.5]])
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**31), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
-def test_lambda_return_is_gae_plus_value(seed, gamma, lam, chance):
+def test_value_target_is_the_double_loop(seed, gamma, lam, chance):
     rng = np.random.default_rng(seed)
     reward, value = rng.normal(size=(2, 5)), rng.normal(size=(2, 6))
     done = rng.random((2, 5)) < chance
@@ -121,8 +129,15 @@ def test_lambda_return_is_gae_plus_value(seed, gamma, lam, chance):
                 if done[b, k]:
                     break
                 weight *= gamma * lam
-    actual = jax.jit(p3o.lambda_return)(reward, value, done, gamma, lam)
-    assert_allclose(actual, expected, atol=1e-4)
+    assert_allclose(compiled_target()(reward, value, done, gamma, lam), expected, atol=1e-4)
+
+
+@lru_cache
+def compiled_target():
+    def target(reward, value, done, gamma, lam):
+        return target_of(reward, value, done, config_of(gamma=gamma, gae_lambda=lam))
+
+    return jax.jit(target)
 
 
 # --- losses ---
@@ -240,10 +255,8 @@ def test_gradient_of_the_replay_loss(max_ratio, kl_coef):
     rho = np.minimum(weight, max_ratio or ess)
     assert (rho < weight).any()
     kl_coef = kl_coef or 1 - ess
-    target = p3o.lambda_return(
-        segments.reward, value, segments.done, config.gamma, config.gae_lambda
-    )
-    advantage = np.asarray(target) - value[:, :-1]
+    advantage = np.asarray(target_of(segments.reward, value, segments.done, config))
+    advantage = advantage - value[:, :-1]
     log_ratio = np.log(p / q)
     kl = (p * log_ratio).sum(-1, keepdims=True)
     expected = -(rho * advantage)[..., None] * (taken - p) + kl_coef / 3 * p * (log_ratio - kl)
@@ -284,9 +297,7 @@ def test_parts_of_the_fresh_loss():
     config = config_of(ent_coef=0.2, vf_coef=0.7)
     logits, value, segments = random_batch(4)
     loss, aux = p3o.fresh_loss(Categorical(logits), value, segments, config)
-    target = np.asarray(
-        p3o.lambda_return(segments.reward, value, segments.done, config.gamma, config.gae_lambda)
-    )
+    target = np.asarray(target_of(segments.reward, value, segments.done, config))
     p = np.asarray(jax.nn.softmax(logits[:, :-1]))
     log_prob = np.log((np.eye(3)[segments.action] * p).sum(-1))
     advantage = target - value[:, :-1]

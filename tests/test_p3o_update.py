@@ -11,7 +11,8 @@ import tiny
 from scipy import stats
 from tiny import assert_allclose
 
-from algos import common, launch, p3o
+from algos import common, p3o
+from algos.launch import program
 
 # In one worker, so that updates are compiled once.
 pytestmark = pytest.mark.xdist_group("test_p3o")
@@ -42,7 +43,29 @@ def test_replay_counts_are_poisson_numbers(mean):
 def test_warm_up_waits_for_two_rollouts():
     slots = {0.17: 1, 0.34: 2, 0.5: 2, 1.0: 2}
     for fraction, warmup_slots in slots.items():
-        assert config_of(replay_fraction=fraction).warmup_slots == warmup_slots
+        config = config_of(replay_fraction=fraction, sample_mult=1)
+        assert config.warmup_slots == warmup_slots
+
+
+@pytest.mark.parametrize(
+    ("num_updates", "num_slots", "warmup_slots"),
+    [(1000, 29, 9), (350, 10, 3), (175, 6, 2), (40, 6, 2), (4, 4, 2), (2, 2, 2), (1, 1, 1)],
+)
+def test_short_runs_keep_enough_rollouts(num_updates, num_slots, warmup_slots):
+    """0.0286 of a run's rollouts, at least 6 for 6 segments of each environment, and no more
+    than there are; 0.3 of these are filled before they are used, at least 2.
+    """
+    sizes = {"replay_fraction": 0.0286, "warmup_fraction": 0.3, "sample_mult": 6}
+    config = config_of(total_timesteps=num_updates * 32, **sizes)
+    assert (config.num_slots, config.warmup_slots) == (num_slots, warmup_slots)
+
+
+def test_a_short_run_replays():
+    config = config_of(total_timesteps=3 * 32, replay_fraction=0.0286, sample_mult=6)
+    states, metrics = states_of(config, 3)
+    assert states[0].replay.reward.shape == (3 * config.num_envs, config.num_steps)
+    assert [int(m["charts/replay_filled"]) for m in metrics] == [1, 2, 3]
+    assert sum(m["replay/count"] for m in metrics) > 0
 
 
 def test_sampled_segments():
@@ -63,7 +86,7 @@ def test_sampled_segments():
 
 def states_of(config, num_updates, change=lambda state: state):
     """States after 0 to `num_updates` updates from seed 0, and the metrics of each update."""
-    algo = p3o.build(config)
+    algo = tiny.build("p3o", config)
     state = change(jax.jit(algo.init)(jax.random.key(0)))
     update = jax.jit(algo.update)
     states, metrics = [state], []
@@ -174,7 +197,7 @@ def test_the_newest_rollout_is_replayed_like_the_others():
         **COUNTER, replay_fraction=1 / 3, sample_mult=2, replay_ratio=20.0, learning_rate=0.0
     )
     assert config.num_slots == 2
-    N, algo = config.num_envs, p3o.build(config)
+    N, algo = config.num_envs, tiny.build("p3o", config)
     update = jax.jit(algo.update)
     state, _ = update(jax.jit(algo.init)(jax.random.key(0)))
     spoiled = state.replay._replace(reward=state.replay.reward + 100.0)
@@ -192,20 +215,36 @@ def test_the_newest_rollout_is_replayed_like_the_others():
     assert metrics["charts/replay_filled"] == 2
 
 
-def test_every_step_draws_anew(monkeypatch):
-    """No two steps of a run draw their segments with the same key."""
-    seen, sample = [], p3o.sample_segments
+def test_every_step_draws_anew():
+    """With a minibatch of one segment and nothing learned, a step's loss identifies its segment.
 
-    def watched(replay, key, *rest):
-        jax.debug.callback(lambda data: seen.append(data.tobytes()), jax.random.key_data(key))
-        return sample(replay, key, *rest)
+    If all steps of an update drew the same one, their mean loss would be the loss of a segment.
+    """
+    config = config_of(
+        num_envs=1,
+        sample_mult=1,
+        normalize_obs=False,
+        normalize_reward=False,
+        learning_rate=0.0,
+        replay_ratio=5.0,
+        replay_fraction=1.0,
+        total_timesteps=20 * 8,
+    )
+    states, metrics = states_of(config, 20)
+    network = p3o.ActorCritic(config, (4,), 2, True)
 
-    monkeypatch.setattr(p3o, "sample_segments", watched)
-    _, metrics = states_of(config_of(**COUNTER, replay_ratio=5.0), 6)
-    jax.effects_barrier()
-    counts = [int(m["replay/count"]) for m in metrics]
-    assert sum(count > 1 for count in counts) > 1
-    assert len(set(seen)) == len(seen) == sum(counts)
+    @jax.vmap
+    def value_loss(segment):
+        segment = jax.tree.map(lambda x: x[None], segment)
+        output = network.apply(states[0].params, segment.obs)
+        return p3o.replay_loss(*output, segment, config)[1]["replay/value_loss"]
+
+    losses = value_loss(states[-1].replay)
+    assert np.diff(np.sort(losses)).min() > 1e-6
+    counted = [m for m in metrics if m["replay/count"] > 3]
+    means = np.array([m["replay/value_loss"] / m["replay/count"] for m in counted])
+    assert len(means) > 5
+    assert (abs(losses - means[:, None]).min(1) > 1e-6).all()
 
 
 # --- updates ---
@@ -246,7 +285,7 @@ def test_update_by_hand():
 
 
 def test_first_step_of_the_optimiser():
-    """The mean square starts at 0, so the step is about ten times the step size, as in PyTorch."""
+    """The mean square starts at 0, so a step is ten times the learning rate, as in PyTorch."""
     (before, after), (metrics,) = states_of(config_of(**COUNTER, replay_ratio=0.0), 1)
     square = after.opt_state[1].nu
     rate = float(metrics["charts/learning_rate"])
@@ -259,7 +298,7 @@ def test_first_step_of_the_optimiser():
 
 def test_schedule_follows_updates():
     config = config_of(learning_rate=1.0, total_timesteps=100 * 32)
-    algo = p3o.build(config)
+    algo = tiny.build("p3o", config)
     update = jax.jit(algo.update)
     state = jax.jit(algo.init)(jax.random.key(0))
     rates = [
@@ -293,17 +332,30 @@ def test_nothing_is_replayed_before_the_warm_up_ends():
 
 
 def test_atari_network_has_the_published_size():
-    config = config_of(torso="atari", hidden=(512,), activation="relu")
+    config = config_of(hidden=(512,), activation="relu")
     network = p3o.ActorCritic(config, (84, 84, 4), 4, True)
     obs = jnp.zeros((2, 84 * 84 * 4), jnp.uint8)
     params = jax.eval_shape(network.init, jax.random.key(0), obs)
     assert sum(x.size for x in jax.tree.leaves(params)) == 865_413
 
 
+@pytest.mark.parametrize(
+    ("size", "kernels"), [(35, [(9, 16)]), (36, [(64, 32), (512, 64), (576, 32)])]
+)
+def test_convolutions_follow_the_size_of_the_image(size, kernels):
+    """3 x 3 for small images; 8 x 8, 4 x 4 and 3 x 3 from 36 x 36 on, where one pixel is left."""
+    torso = p3o.Torso(config_of(hidden=()), (size, size, 1))
+    obs = jnp.zeros((2, size * size))
+    features, params = jax.eval_shape(torso.init_with_output, jax.random.key(0), obs)
+    layers = params["params"]
+    assert [layers[f"Dense_{i}"]["kernel"].shape for i in range(len(layers))] == kernels
+    assert features.shape == (2, 33 * 33 * 16 if size == 35 else 32)
+
+
 def test_image_network():
     """Any leading axes; one torso; the step on breakout changes every layer."""
-    config = config_of(env="breakout", torso="minatar", hidden=(8,), activation="relu")
-    (before, after), _ = states_of(dataclasses.replace(config, normalize_obs=False), 1)
+    config = config_of(env="breakout", hidden=(8,), activation="relu", normalize_obs=False)
+    (before, after), _ = states_of(config, 1)
     assert after.replay.obs.dtype == bool
     network = p3o.ActorCritic(config, (10, 10, 4), 3, True)
     obs = after.replay.obs
@@ -317,15 +369,18 @@ def test_image_network():
     assert all(jax.tree.leaves(changed))
 
 
-def test_first_convolution_sees_shares_of_255():
-    network = p3o.ActorCritic(config_of(torso="atari", hidden=(4,)), (84, 84, 4), 4, True)
-    obs = jax.random.randint(jax.random.key(1), (84 * 84 * 4,), 0, 256).astype(jnp.uint8)
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.float32])
+def test_bytes_are_divided_by_255(dtype):
+    """Of an Atari image; numbers that are no bytes, as normalised ones, are taken as they are."""
+    network = p3o.ActorCritic(config_of(hidden=(4,)), (84, 84, 4), 4, True)
+    obs = jax.random.randint(jax.random.key(1), (84 * 84 * 4,), 0, 256).astype(dtype)
     params = network.init(jax.random.key(0), obs)
     _, state = network.apply(params, obs, capture_intermediates=True)
     out = state["intermediates"]["torso"]["Dense_0"]["__call__"][0]
     kernel = params["params"]["torso"]["Dense_0"]["kernel"].reshape(8, 8, 4, 32)
-    patch = obs.reshape(84, 84, 4)[4:12, 8:16] / 255.0
-    assert_allclose(out[0, 1, 2], jnp.einsum("hwc,hwcf->f", patch, kernel), atol=1e-5)
+    patch = obs.reshape(84, 84, 4)[4:12, 8:16] / (255.0 if dtype == jnp.uint8 else 1.0)
+    expected = jnp.einsum("hwc,hwcf->f", patch, kernel)
+    assert_allclose(out[1, 2], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("size", "stride"), [(3, 1), (4, 2), (8, 4)])
@@ -337,13 +392,12 @@ def test_patches_times_a_matrix_are_a_convolution(size, stride):
     assert_allclose(p3o.patches(x, size, stride) @ kernel.reshape(-1, 5), out, atol=1e-4)
 
 
-@pytest.mark.parametrize("torso", ["mlp", "minatar"])
-def test_initial_weights(torso):
+@pytest.mark.parametrize("obs_shape", [(32,), (4, 4, 2)])
+def test_initial_weights(obs_shape):
     """Orthogonal: all singular values of a layer are its gain."""
-    config = config_of(torso=torso, hidden=(8,))
-    network = p3o.ActorCritic(config, (4, 4, 2), 3, True)
+    network = p3o.ActorCritic(config_of(hidden=(8,)), obs_shape, 3, True)
     layers = network.init(jax.random.key(0), jnp.zeros(32))["params"]
-    shared = torso == "minatar"
+    shared = len(obs_shape) == 3
     gains = {"actor": 0.01, "critic": 1.0 if shared else math.sqrt(2)}
     for name, gain in gains.items():
         assert_allclose(jnp.linalg.svd(layers[name]["kernel"])[1], gain)
@@ -356,7 +410,7 @@ def test_initial_weights(torso):
 
 @pytest.mark.parametrize("preset", ["a2c", "fixed_clip", "no_kl"])
 def test_ablations_run(preset):
-    algo = p3o.build(config_of(**p3o.PRESETS[preset]))
+    algo = tiny.build("p3o", config_of(**p3o.PRESETS[preset]))
     state = jax.eval_shape(algo.init, jax.random.key(0))
     new_state, _ = jax.eval_shape(algo.update, state)
     assert jax.tree.structure(new_state) == jax.tree.structure(state)
@@ -364,35 +418,23 @@ def test_ablations_run(preset):
 
 def test_bytes_of_the_replay():
     """3 rollouts of 4 environments: 9 observations, 8 actions, logits, rewards and ends."""
-    state = jax.eval_shape(
-        jax.vmap(p3o.build(config_of()).init), jax.random.split(jax.random.key(0))
-    )
-    assert launch.replay_bytes(state) == 3 * 4 * (9 * 4 * 4 + 8 * (4 + 2 * 4 + 4 + 1))
-    assert launch.replay_bytes(state._replace(replay=None)) == 0
+    init = jax.vmap(tiny.build("p3o", config_of()).init)
+    replay = jax.eval_shape(init, jax.random.split(jax.random.key(0))).replay
+    assert program.row_bytes(replay) == 3 * 4 * (9 * 4 * 4 + 8 * (4 + 2 * 4 + 4 + 1))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"replay_fraction": 0.01}, "replay_fraction=0.01 of 6 rollouts"),
-        (
-            {"replay_fraction": 1.0, "warmup_fraction": 1.0, "sample_mult": 1},
-            "first used with 6 rollouts",
-        ),
-        ({"sample_mult": 7}, "sample_mult=7 .* lower it to 3"),
+        ({"replay_fraction": 1.5}, "replay_fraction=1.5: it should be less than or equal to 1"),
+        ({"sample_mult": 0}, "sample_mult=0: it should be greater than 0"),
+        ({"max_ratio": -1.0}, "max_ratio=-1.0: it should be greater than or equal to 0"),
+        ({"kl_direction": "forward"}, "kl_direction='forward': it should be 'pi_beta' or"),
     ],
 )
-def test_impossible_replay_is_refused(changes, message):
+def test_impossible_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        config_of(**changes).validate()
-    config_of(**changes, replay_ratio=0.0).validate()
-
-
-def test_convolutions_need_images():
-    with pytest.raises(ValueError, match=r"torso='minatar' needs images.*CartPole"):
-        p3o.build(config_of(torso="minatar"))
-    with pytest.raises(ValueError, match=r"torso='atari' needs images of 36 .*\(10, 10, 4\)"):
-        p3o.build(config_of(env="breakout", torso="atari"))
+        p3o.make_train(config_of(**changes))
 
 
 # --- learning ---
@@ -400,15 +442,13 @@ def test_convolutions_need_images():
 
 @pytest.mark.slow
 def test_replay_helps_on_cartpole():
-    """Greedy return of the same few steps, with replay and without."""
+    """Return of the last tenth of the training episodes, with replay and without."""
     returns = {}
     for ratio in (2.0, 0.0):
-        changes = {"total_timesteps": 150_000, "replay_ratio": ratio}
-        config = p3o.Config(**p3o.PRESETS["cartpole"] | changes)
-        rows = launch.Rows(np.arange(4), {}, [""] * 4)
-        program = launch.make_program(config, tiny.LAUNCH, p3o.build, rows)
-        state = program.init(*launch.row_inputs(rows))
-        state, _ = program.train(state, {}, jnp.int32(config.num_updates))
-        returns[ratio] = np.median(program.evaluate(state, jax.random.key(0))[0])
+        config = p3o.config_for("cartpole", total_timesteps=150_000, replay_ratio=ratio)
+        train = jax.jit(jax.vmap(p3o.make_train(config)))
+        metrics = train(jax.random.split(jax.random.key(0), 4))["metrics"]
+        total, count = (metrics[f"episodes/{x}"][:, -60:].sum(1) for x in ("return", "count"))
+        returns[ratio] = np.median(total / count)
     assert returns[2.0] > 400
     assert returns[2.0] > returns[0.0] - 20

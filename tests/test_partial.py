@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from test_launch import FLAGS, checkpoint, run
+from test_launch import FLAGS, checkpoint, run, session_of
 
-from algos import cli, launch, rundir
+from algos.launch import rundir
 
 pytestmark = [pytest.mark.usefixtures("signals"), pytest.mark.xdist_group("ppo")]
 
@@ -38,8 +38,7 @@ def test_partial_policies(tmp_path):
 
 
 def test_a_partial_policy_needs_two_evaluations_in_a_row():
-    session = object.__new__(launch.Session)
-    session.launch = cli.Launch(stop_at_return=10.0)
+    session = session_of(stop_at_return=10.0)
     # per evaluation, the mean return of five rows: at once, never twice, late, dead, too late
     means = np.array(
         [
@@ -55,5 +54,7 @@ def test_a_partial_policy_needs_two_evaluations_in_a_row():
         session.evals = {"returns": [np.stack([x - 1, x + 1], 1) for x in means[:count]]}
         exported.append(list(session.partial_rows()))
     assert exported == [[], [], [0], [], [2], []]
-    session.launch = cli.Launch()
+    evals = session.evals
+    session = session_of()
+    session.evals = evals
     assert not len(session.partial_rows())

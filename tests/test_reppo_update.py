@@ -10,9 +10,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 
+import envs
 from algos import reppo
 from envs.wrappers import RawEnv, raw_state
 
@@ -31,25 +33,32 @@ def run_update(**changes):
     return tiny.run_update("reppo", **({"reward_scale": 1.0, "anneal_lr": False} | changes))
 
 
-# A single gradient step that climbs everywhere, whose diagnostics are exact.
+# A single gradient step that climbs Q in every state. A scalar critic is not flat at first.
 ONE = {
     "num_epochs": 1,
     "num_minibatches": 1,
     "kl_mode": "value",
-    "kl_estimator": "unclipped",
-    "zero_init": False,
+    "kl_estimator": "exact",
+    "critic_loss": "mse",
 }
+
+
+def with_head(state, **leaves):
+    """The state with other weights or biases in the last layer of the actor."""
+    net = state.params["actor"]["net"]["params"]
+    net = {"params": net | {"Dense_0": net["Dense_0"] | leaves}}
+    actor = state.params["actor"] | {"net": net}
+    return state._replace(params=state.params | {"actor": actor})
 
 
 # --- multipliers ---
 
 
-@pytest.mark.parametrize("tuned", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_multipliers_move_only_if_tuned(tuned):
-    before, after, metrics = run_update(**({} if tuned else SCALAR), learning_rate=0.01)
+def test_multipliers_move_and_are_logged():
+    before, after, metrics = run_update(learning_rate=0.01)
     for name, old in before.params["actor"]["duals"].items():
         new = after.params["actor"]["duals"][name]
-        assert (old != new) == tuned
+        assert old != new
         assert_close(metrics[f"losses/{name}"], np.exp(new))
     moved = jax.tree.map(
         lambda x, y: bool((x != y).any()),
@@ -60,7 +69,7 @@ def test_multipliers_move_only_if_tuned(tuned):
 
 
 @pytest.mark.slow
-def test_multipliers_have_their_own_step_size():
+def test_multipliers_have_their_own_learning_rate():
     runs = [run_update(**ONE, learning_rate=1e-3, dual_lr_mult=factor) for factor in (1.0, 5.0)]
     steps = [
         after.params["actor"]["duals"]["temperature"]
@@ -69,6 +78,22 @@ def test_multipliers_have_their_own_step_size():
     ]
     assert_close(steps[1], 5.0 * steps[0], rtol=1e-3)
     tiny.assert_same(runs[0][1].params["actor"]["net"], runs[1][1].params["actor"]["net"])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "name", "sign"),
+    [
+        ("kl_bound", -1.0, "kl_coef", 1),
+        ("kl_bound", 1.0, "kl_coef", -1),
+        ("target_entropy_mult", -10.0, "temperature", 1),
+        ("target_entropy_mult", 10.0, "temperature", -1),
+        ("target_entropy_mult", 0.0, "temperature", -1),  # the entropy itself is positive
+    ],
+)
+def test_an_update_moves_the_multipliers_to_their_constraints(field, value, name, sign):
+    before, after, _ = run_update(**ONE, **{field: value})
+    old, new = (state.params["actor"]["duals"][name] for state in (before, after))
+    assert np.sign(new - old) == sign
 
 
 # --- observations ---
@@ -92,15 +117,16 @@ def recorder():
 @pytest.mark.slow
 def test_statistics_include_the_observation_that_they_standardise():
     """With next to no noise an action is the mean at the observation, standardised at its step."""
-    config = config_of(
-        env="test_reppo_update:recorder",
-        learning_rate=0.0,
-        noise_min=1e-6,
-        noise_max=1e-6,
-        trace_min=1.0,
-    )
-    algo = reppo.build(config)
-    start = jax.jit(algo.init)(jax.random.key(0))
+    config = config_of(env="test_reppo_update:recorder", learning_rate=0.0, min_std=0.0)
+    algo = tiny.build("reppo", config)
+
+    def narrow(state):
+        kernel = state.params["actor"]["net"]["params"]["Dense_0"]["kernel"]
+        return with_head(
+            state, kernel=kernel.at[:, 2:].set(0.0), bias=jnp.array([0.0, 0.0, -20.0, -20.0])
+        )
+
+    start = jax.jit(lambda key: narrow(algo.init(key)))(jax.random.key(0))
     state = start
     for _ in range(2):
         state, _ = jax.jit(algo.update)(state)
@@ -120,14 +146,14 @@ def test_statistics_include_the_observation_that_they_standardise():
 # --- an update ---
 
 
-def test_no_prediction_is_stored_or_learned_without_its_weight():
-    config = config_of(aux_loss_mult=0.0)
-    algo = reppo.build(config)
-    state = jax.eval_shape(algo.init, jax.random.key(0))
-    with_head = jax.eval_shape(reppo.build(config_of()).init, jax.random.key(0))
-    count = lambda state: len(jax.tree.leaves(state.params["critic"]))
-    assert count(state) < count(with_head)
-    assert jax.eval_shape(algo.update, state)[1]["losses/aux_loss"].shape == ()
+def test_the_prediction_does_not_learn_without_its_weight():
+    """Its head is the third block and the third linear layer of the critic."""
+    before, after, metrics = run_update(aux_loss_mult=0.0, learning_rate=0.01)
+    assert metrics["losses/aux_loss"] == 0
+    old, new = (state.params["critic"]["params"] for state in (before, after))
+    for layer in ("Block_2", "Dense_2"):
+        tiny.assert_same(old[layer], new[layer])
+    assert (old["Dense_1"]["kernel"] != new["Dense_1"]["kernel"]).any()
 
 
 @pytest.mark.parametrize(("preset", "updates"), [("large", 382), ("medium", 763), ("small", 1526)])
@@ -157,106 +183,79 @@ def test_the_actor_climbs_the_critic_that_was_just_updated():
 
 def test_the_actor_climbs_through_its_own_action():
     """Without weight on entropy and KL, nothing but Q moves the policy."""
-    alone = {"temperature_init": 1e-20, "tune_temperature": False, "tune_kl_coef": False}
+    alone = {"temperature_init": 1e-20, "kl_coef_init": 1e-20}
     assert run_update(**ONE, **alone)[2]["losses/actor_grad_norm"] > 1e-3
 
 
-@pytest.mark.parametrize("noise", [1.0, 2.0])
-def test_first_step_of_an_update_has_no_kl(noise):
-    metrics = run_update(**ONE, noise_min=noise, noise_max=noise)[2]
+def test_first_step_of_an_update_has_no_kl():
+    metrics = run_update(**ONE)[2]
     assert abs(metrics["losses/kl"]) < 1e-5
     assert metrics["losses/gated_fraction"] == 0
 
 
-ARRAYS = "reward", "bonus", "next_value", "terminated", "truncated", "weight"
-
-
-def recorded_update(monkeypatch, adapt, **changes):
-    """One update of `adapt(first state)` and the arguments of its recursion, by name."""
-    seen, real = {}, reppo.soft_td_lambda
-
-    def record(*args):
-        seen.update(zip(ARRAYS, args, strict=False))
-        return real(*args)
-
-    monkeypatch.setattr(reppo, "soft_td_lambda", record)
-    algo = reppo.build(config_of(**changes))
-
-    def run(key):
-        state = adapt(algo.init(key))
-        after, metrics = algo.update(state)
-        return state, after, metrics, dict(seen)
-
-    return jax.jit(run)(jax.random.key(0))
-
-
 def blind_and_narrow(state):
-    """The critic no longer sees the action's two entries; the policy has mean 0, deviation e^-3."""
+    """The critic no longer sees the action's two entries; the policy has mean 0, std e^-3."""
     critic = state.params["critic"]["params"]
     kernel = critic["Block_0"]["Dense_0"]["kernel"].at[2:].set(0.0)
     block = critic["Block_0"] | {"Dense_0": critic["Block_0"]["Dense_0"] | {"kernel": kernel}}
-    net = state.params["actor"]["net"]["params"]
-    head = {"kernel": 0 * net["Dense_0"]["kernel"], "bias": jnp.array([0.0, 0.0, -3.0, -3.0])}
-    params = {
-        "critic": {"params": critic | {"Block_0": block}},
-        "actor": state.params["actor"] | {"net": {"params": net | {"Dense_0": head}}},
-    }
-    return state._replace(params=params)
+    params = state.params | {"critic": {"params": critic | {"Block_0": block}}}
+    kernel = state.params["actor"]["net"]["params"]["Dense_0"]["kernel"]
+    bias = jnp.array([0.0, 0.0, -3.0, -3.0])
+    return with_head(state._replace(params=params), kernel=0 * kernel, bias=bias)
+
+
+# `counter` pays 1 a step, and its episodes are cut after 4 steps; here all of them start at 0.
+COUNTER = {"env": "tiny:counter", "normalize_obs": False, "min_std": 0.0, "td_lambda": 0.0}
+COUNTER |= ONE | {"gamma": 0.5, "aux_loss_mult": 0.0}
+HERE, SUCCESSOR, SHOWN = (
+    np.stack([count, 4 - count], -1).astype(np.float32)
+    for count in np.array([[0, 1, 2, 3] * 2, [1, 2, 3, 4] * 2, [1, 2, 3, 0] * 2])
+)
+TRUNCATED = np.array([False, False, False, True] * 2)
+
+
+def counter_update(**changes):
+    """An update of `counter` without entropy: values [8] by observations, metrics, parameters."""
+    changes = COUNTER | {"temperature_init": 1e-20} | changes
+    algo = reppo.build(config_of(**changes), envs.make("tiny:counter", 4, stagger=False))
+
+    def run(key):
+        state = blind_and_narrow(algo.init(key))
+        return state.params["critic"], algo.update(state)[1]
+
+    params, metrics = jax.jit(run)(jax.random.key(0))
+    critic = reppo.Critic(config_of(**changes))
+    predict = lambda params, obs: critic.apply(params, obs, np.zeros((8, 2))).value
+    return predict, metrics, params
 
 
 @pytest.mark.parametrize("mode", ["aligned", pytest.param("shifted", marks=pytest.mark.slow)])
-def test_what_the_targets_are_made_of(mode, monkeypatch):
-    """Values of the right successors, the entropy's bonus; what has no target does not count."""
-    changes = {"env": "tiny:counter", "normalize_obs": False, "zero_init": False, "min_std": 0.0}
-    changes |= {"gamma": 0.5, "temperature_init": 2.0, "target_mode": mode}
-    changes |= {"num_epochs": 1, "num_minibatches": 1}
-    config = config_of(**changes)
-    state, _, metrics, seen = recorded_update(monkeypatch, blind_and_narrow, **changes)
-    truncated = np.asarray(seen["truncated"])
-    assert truncated.any(0).all()
-    true, shown = tiny.successors(truncated)
-    obs = true if mode == "aligned" else shown
-    critic = reppo.Critic(config)
-    predict = lambda obs: critic.apply(state.params["critic"], obs, np.zeros((8, 4, 2))).value
-    here = np.stack([true[..., 0] - 1, true[..., 1] + 1], -1)
-    assert np.abs(predict(true) - predict(here)).min() > 1e-3
-    assert np.abs(predict(true) - predict(shown))[truncated].min() > 1e-3
-    assert_close(seen["next_value"], predict(obs), rtol=1e-4)
+def test_what_the_targets_are_made_of(mode):
+    """Values of the right successors; what has no target adds 0 to the loss and its gradient."""
+    predict, metrics, params = counter_update(target_mode=mode)
+    target = 1 + 0.5 * predict(params, SUCCESSOR)
+    assert np.abs(target - 1 - 0.5 * predict(params, HERE)).min() > 1e-3
+    has_target = np.ones(8)
+    if mode == "shifted":  # the last step bootstraps, the truncated step before it does not
+        target = np.where(TRUNCATED, 1.0, target)
+        target[-1] = 1 + 0.5 * predict(params, SHOWN)[-1]
+        has_target = ~TRUNCATED
+    loss = lambda params: (has_target * (predict(params, HERE) - target) ** 2).mean()
+    assert_close(metrics["losses/qf_loss"], loss(params), rtol=1e-4)
+    assert_close(metrics["losses/value_error"], loss(params), rtol=1e-4)
+    norm = optax.global_norm(jax.grad(loss)(params))
+    assert_close(metrics["losses/critic_grad_norm"], norm, rtol=1e-4)
+    explained = 1 - loss(params) / target.var()
+    assert_close(metrics["losses/explained_variance"], explained, rtol=1e-3)
+
+
+def test_the_entropy_of_the_next_state_is_a_bonus():
+    """The target is 10 + gamma alpha H + V(successor) / 2, where the sample of H has std 1."""
+    predict, metrics, params = counter_update(temperature_init=2.0, reward_scale=10.0)
     entropy = 2 * (0.5 * math.log(2 * math.pi * math.e) - 3.0)  # tanh is the identity near 0
-    assert_close(seen["bonus"].mean(), 0.5 * 2.0 * entropy, rtol=0.15)
-    assert_close(seen["weight"], 1.0)
-    lost = truncated if mode == "shifted" else np.zeros_like(truncated)
-    target = reppo.soft_td_lambda(*(seen[k] for k in ARRAYS), 0.5, config.td_lambda, mode)
-    taken = np.where(lost, 0.0, 1.0)
-    assert (taken.mean() < 1) == (mode == "shifted")
-    error = (taken * (predict(here) - target) ** 2).mean()
-    assert_close(metrics["losses/value_error"], error, rtol=1e-3)
-
-
-@pytest.mark.slow
-def test_weights_compare_the_policy_with_what_acted(monkeypatch):
-    """The ratio of a narrow to a wide density is small far out, and never below 1 / 3 inside."""
-    changes = {"noise_max": 3.0, "trace_min": 0.0, "env": "pendulum"}
-    weight = np.asarray(recorded_update(monkeypatch, lambda x: x, **changes)[3]["weight"])
-    assert_close(weight[:, 0], 1.0)
-    assert (weight[:, 1:] < 0.3).any()
-    assert (weight <= 1.0).all()
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "name", "rises"),
-    [
-        ("kl_bound", -1.0, "kl_coef", True),
-        ("kl_bound", 1.0, "kl_coef", False),
-        ("target_entropy_mult", -10.0, "temperature", True),
-        ("target_entropy_mult", 10.0, "temperature", False),
-        ("target_entropy_mult", 0.0, "temperature", False),  # the entropy itself is positive
-    ],
-)
-def test_an_update_moves_the_multipliers_to_their_constraints(field, value, name, rises):
-    before, after, _ = run_update(**ONE, **{field: value})
-    old, new = (state.params["actor"]["duals"][name] for state in (before, after))
-    assert (new > old) == rises
+    target = 10 + 0.5 * 2.0 * entropy + 0.5 * predict(params, SUCCESSOR)
+    error = ((predict(params, HERE) - target) ** 2).mean() + 1.0
+    assert_close(metrics["losses/value_error"], error, rtol=0.15)
 
 
 def test_the_kl_is_measured_from_the_policy_that_acted():
@@ -265,47 +264,39 @@ def test_the_kl_is_measured_from_the_policy_that_acted():
     assert 0 < metrics["losses/gated_fraction"] < 1
 
 
-def test_minibatches_are_shuffled(monkeypatch):
-    shuffled = run_update()[1]
-    monkeypatch.setattr(jax.random, "permutation", lambda key, n: jnp.arange(n))
-    monkeypatch.setattr(tiny, "compiled_update", tiny.compiled_update.__wrapped__)
-    in_order = run_update()[1]
-    differ = jax.tree.map(lambda x, y: bool((x != y).any()), shuffled.params, in_order.params)
-    assert any(jax.tree.leaves(differ))
+@pytest.mark.slow
+def test_minibatches_are_shuffled():
+    """Without learning, two epochs see the same minibatches only if these are not shuffled."""
+    frozen = {"learning_rate": 0.0}
+    once, twice = (
+        run_update(**ONE | {"num_minibatches": 4, "num_epochs": n}, **frozen)[2] for n in (1, 2)
+    )
+    assert_close(twice["losses/q_value"], once["losses/q_value"], rtol=1e-4)
+    a, b = (metrics["losses/critic_grad_norm"] for metrics in (once, twice))
+    assert abs(a / b - 1) > 1e-3
 
 
-def test_the_critic_sees_what_the_actor_does_not(monkeypatch):
-    make = reppo.envs.make
-    cheat = lambda *args, **kwargs: make(*args, **kwargs)._replace(privileged_size=1)
-    monkeypatch.setattr(reppo.envs, "make", cheat)
-    params = jax.eval_shape(reppo.build(config_of()).init, jax.random.key(0)).params
+def test_the_critic_sees_what_the_actor_does_not():
+    config = config_of()
+    env = reppo.make_env(config)._replace(privileged_size=1)
+    params = jax.eval_shape(reppo.build(config, env).init, jax.random.key(0)).params
     first = lambda tree: tree["params"]["Block_0"]["Dense_0"]["kernel"].shape[0]
     assert first(params["critic"]) == 4 + 1
     assert first(params["actor"]["net"]) == 4 - 1
 
 
-SCALAR = {
-    "critic_loss": "mse",
-    "value_samples": 3,
-    "kl_mode": "full",
-    "tune_temperature": False,
-    "tune_kl_coef": False,
-}
+SCALAR = {"critic_loss": "mse", "value_samples": 3, "kl_mode": "full"}
 OTHER = {
     "target_mode": "shifted",
     "kl_estimator": "exact",
-    "reverse_kl": True,
     "encoder_output": "block",
     "encoder_layers": 3,
     "norm": "layer",
-    "noise_max": 1.5,
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes", [SCALAR, pytest.param(OTHER, marks=pytest.mark.slow)], ids=["scalar", "other"]
-)
+@pytest.mark.parametrize("changes", [SCALAR, OTHER], ids=["scalar", "other"])
 def test_variants_run(changes):
     metrics = run_update(**changes)[2]
     assert metrics["health/finite"]
@@ -338,7 +329,7 @@ def test_broken_physics_teaches_nothing():
 def test_a_gradient_that_is_not_finite_is_skipped():
     """A reward scale of infinity makes every target infinite, and the scalar critic's error too."""
     before, after, metrics = run_update(**SCALAR, reward_scale=math.inf)
-    tiny.assert_same(before.params["critic"], after.params["critic"])
+    tiny.assert_close(before.params["critic"], after.params["critic"], atol=1e-6)  # a step is 3e-4
     assert metrics["health/skipped_steps"] == 4
     assert not metrics["health/finite"]  # nothing was learned: the seed is named
 
@@ -351,18 +342,17 @@ def test_a_gradient_that_is_not_finite_is_skipped():
     [
         ({"num_minibatches": 3}, r"num_minibatches=3 .* 32 transitions .*num_envs=4, num_steps=8"),
         ({"env": "cartpole"}, r"CartPole-v1 has discrete actions"),
-        ({"vmin": 5.0, "vmax": 5.0}, r"vmin=5 to vmax=5"),
+        ({"vmin": 5.0, "vmax": 5.0}, r"vmin=5: .*vmax=5"),
         ({"num_bins": 1}, r"num_bins=1"),
     ],
 )
 def test_bad_input_is_one_error(changes, message):
-    for function in (reppo.build, reppo.make_train):
-        with pytest.raises(ValueError, match=message):
-            function(config_of(**changes))
+    with pytest.raises(ValueError, match=message):
+        reppo.make_train(config_of(**changes))
 
 
 def test_a_support_that_is_too_small_is_a_warning():
-    numbers = r"values can be 0 to 100 .*vmin=-2 to vmax=12"
+    numbers = r"values can be 0 to 100 .*vmin=-2, vmax=12"
     with pytest.warns(UserWarning, match=numbers) as caught:
         config_of(reward_range=(0.0, 1.0), gamma=0.99).validate()
     assert len(caught) == 1
@@ -376,7 +366,7 @@ def test_the_warning_is_one_line_before_anything_compiles(tmp_path):
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     lines = done.stderr.splitlines()
     assert done.returncode == 2
-    assert lines[0].startswith("warning: values can be -162.8 to 0 (reward_range=(-16.28, 0.0)")
+    assert lines[0].startswith("warning: values can be -162.8 to 0 by reward_range")
     assert not any("values can be" in line for line in lines[1:])
     assert lines[-1].startswith("error: ")
 
@@ -412,7 +402,7 @@ def test_bandit_is_learned():
     )  # fmt: skip
     assert config.num_updates * config.num_epochs * config.num_minibatches <= 3000
     state = jax.jit(reppo.make_train(config))(jax.random.key(0))["state"]
-    algo = reppo.build(config)
+    algo = tiny.build("reppo", config)
     action = algo.act(algo.policy_of(state), jnp.ones((1, 1)), jax.random.key(0), True)
     assert abs(action[0, 0] - 0.5) < 0.1
 
@@ -440,7 +430,7 @@ def test_point_mass_is_brought_to_rest():
         hidden=(64, 64), critic_width=64, dual_lr_mult=3.0,
     )  # fmt: skip
     state = jax.jit(reppo.make_train(config))(jax.random.key(0))["state"]
-    algo = reppo.build(config)
+    algo = tiny.build("reppo", config)
     policy = algo.policy_of(state)
     start = jnp.linspace(-2.0, 2.0, 41)[:, None]
 
@@ -466,7 +456,7 @@ def test_cartpole_is_balanced():
     preset = reppo.PRESETS["dmc_small"] | {"total_timesteps": 10_000_000}
     config = reppo.Config(env="CartpoleBalance", **preset)
     state = jax.jit(reppo.make_train(config))(jax.random.key(0))["state"]
-    algo = reppo.build(config)
+    algo = tiny.build("reppo", config)
     env = make("CartpoleBalance", 64, stagger=False, reset_mode="cached")
     evaluate = jax.jit(partial(common.evaluate, algo.act, env=env, key=jax.random.key(1)))
     assert evaluate(algo.policy_of(state))[0].mean() > 950

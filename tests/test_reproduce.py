@@ -14,15 +14,17 @@ from matplotlib.axes import Axes
 from test_experiments import write_run
 
 import envs
-from algos import brac, cli, datasets, rundir
-from experiments import reproduce, reproduce_bnpo, reproduce_brac, reproduce_p3o, reproduce_reppo
-from experiments.reproduce import Job, command
+from algos import brac as brac_file
+from algos import common
+from algos.launch import cli, datasets, report, rundir
+from experiments.reproduce import bnpo, brac, p3o, reppo, runner
+from experiments.reproduce.runner import Job, command
 
 MODULES = {
-    "reppo": reproduce_reppo,
-    "p3o": reproduce_p3o,
-    "bnpo": reproduce_bnpo,
-    "brac": reproduce_brac,
+    "reppo": reppo,
+    "p3o": p3o,
+    "bnpo": bnpo,
+    "brac": brac,
 }
 JOBS = [
     (name, group, job)
@@ -34,7 +36,7 @@ JOBS = [
 
 def config_of(job):
     """What the job would run."""
-    argv = reproduce.flags_of(job, Path("HERE") / job.name, Path("HERE") / job.name)
+    argv = runner.flags_of(job, Path("HERE") / job.name, Path("HERE") / job.name)
     module = importlib.import_module(f"algos.{job.algo}")
     return cli.parse(job.algo, module.Config, module.PRESETS, argv)[0]
 
@@ -42,7 +44,7 @@ def config_of(job):
 @pytest.mark.parametrize(("name", "group", "job"), JOBS, ids=lambda x: getattr(x, "name", x))
 def test_every_job_is_a_valid_launch(name, group, job):
     config = config_of(job)
-    config.validate()
+    common.check(config)
     assert envs.canonical(config.env) == envs.canonical(job.task)
 
 
@@ -85,9 +87,9 @@ def test_a_job_is_started_resumed_or_left_alone(tmp_path):
 @pytest.fixture
 def cloned(tmp_path):
     """A job that learns from clones, its complete run of seeds 0 to 3, and what that says."""
-    job, run_dir = Job("pendulum", "kl", *reproduce_brac.LEARNERS["brac_kl_vp"]), tmp_path / "kl"
-    argv = reproduce.flags_of(job, run_dir, run_dir)
-    config, launch = cli.parse("brac", brac.Config, brac.PRESETS, argv)
+    job, run_dir = Job("pendulum", "kl", *brac.LEARNERS["brac_kl_vp"]), tmp_path / "kl"
+    argv = runner.flags_of(job, run_dir, run_dir)
+    config, launch = cli.parse("brac", brac_file.Config, brac_file.PRESETS, argv)
     write_run(run_dir)
     settings = {"config": vars(config), "launch": dataclasses.asdict(launch)}
     saved = rundir.read_description(run_dir) | settings
@@ -140,10 +142,10 @@ def test_added_seeds_count_as_one_run(tmp_path):
         evals = dict(np.load(run_dir / "eval.npz"))
         np.savez(run_dir / "eval.npz", **evals, best_returns=evals["returns"] + 1000.0)
     write_run(folder / "kl_s3", "pendulum", ("alpha=1", "alpha=2"), (3,), done=False)
-    done = reproduce.report([job], tmp_path)
+    done = runner.summarise([job], tmp_path)
     run = done.runs[job]
     assert run.seeds.tolist() == [0, 1, 0, 1, 2, 2]
-    assert [(label, x.tolist()) for label, x in rundir.groups(run)] == [
+    assert [(label, x.tolist()) for label, x in report.groups(run)] == [
         ("alpha=1", [0, 1, 4]),
         ("alpha=2", [2, 3, 5]),
     ]
@@ -168,7 +170,7 @@ def test_a_launch_whose_seeds_all_died_is_shorter(tmp_path):
     evals |= {name: evals[name][:2] for name in ("steps", "seconds")}
     np.savez(dead / "eval.npz", **evals)
     write_run(folder / "kl_s2", "pendulum", seeds=(2,))
-    done = reproduce.report([job], tmp_path)
+    done = runner.summarise([job], tmp_path)
     run = done.runs[job]
     assert np.isnan(run.returns[:2]).all()
     assert run.returns[2].mean(-1).tolist() == [20.0, 21.0, 22.0]
@@ -178,11 +180,11 @@ def test_a_launch_whose_seeds_all_died_is_shorter(tmp_path):
 
 def test_nothing_is_run_again_and_the_table_is_written(tmp_path, capsys, monkeypatch):
     ran = []
-    monkeypatch.setattr(reproduce, "run", ran.append)
+    monkeypatch.setattr(runner, "run", ran.append)
     task = "CartpoleBalance"
     write_run(tmp_path / "published" / task / "reppo", env="cartpole", offset=900.0)
     argv = ["published", "--tasks", task, "--out", str(tmp_path)]
-    reproduce_reppo.main(argv)
+    reppo.main(argv)
     assert ran == []
     text = (tmp_path / "published" / "table.md").read_text()
     assert text == capsys.readouterr().out
@@ -190,12 +192,12 @@ def test_nothing_is_run_again_and_the_table_is_written(tmp_path, capsys, monkeyp
     assert (tmp_path / "published" / "table.json").exists()
     assert (tmp_path / "published" / f"{task}.png").exists()
     with pytest.raises(SystemExit):
-        reproduce_reppo.main(["tasks", "published", "--seed", "2", "--out", str(tmp_path)])
+        reppo.main(["tasks", "published", "--seed", "2", "--out", str(tmp_path)])
     assert "reppo has seed 2 already" in capsys.readouterr().err
     assert ran == []  # not even what comes before it
-    reproduce_reppo.main(["tasks", "--tasks", "CheetahRun", "--out", str(tmp_path)])
+    reppo.main(["tasks", "--tasks", "CheetahRun", "--out", str(tmp_path)])
     assert [argv[2:4] for argv in ran] == [["--env", "CheetahRun"]] * 2
-    reproduce_reppo.main(["tasks", "--jobs", "ppo", "--out", str(tmp_path)])
+    reppo.main(["tasks", "--jobs", "ppo", "--out", str(tmp_path)])
     assert {argv[1].rpartition("/")[2] for argv in ran[2:]} == {"ppo.py"}
 
 
@@ -206,30 +208,30 @@ def test_a_dataset_is_collected_before_what_learns_from_it(tmp_path, monkeypatch
         ran.append(argv[1:])
         datasets.write(data, tiny.transitions(4), {"env": "pendulum"})
 
-    monkeypatch.setattr(reproduce, "run", run)
+    monkeypatch.setattr(runner, "run", run)
     argv = ["eps1", "--tasks", "pendulum", "--num-seeds", "2", "--out", str(tmp_path)]
     with pytest.raises(SystemExit, match=r"no partly trained policy of pendulum .* group policy"):
-        reproduce_brac.main(argv)
+        brac.main(argv)
     policy = tmp_path / "policy" / "pendulum" / "sac" / "partial_s001.npz"
     policy.parent.mkdir(parents=True)
     policy.touch()
     here = tmp_path / "eps1" / "pendulum"
-    bc, dual = (Job("pendulum", x, *reproduce_brac.LEARNERS[x]) for x in ("bc", "brac_dual_kl_pr"))
+    bc, dual = (Job("pendulum", x, *brac.LEARNERS[x]) for x in ("bc", "brac_dual_kl_pr"))
     data = here / "data.npz"
     data.parent.mkdir(parents=True)
-    reproduce_brac.collect(bc, here / "bc")
+    brac.collect(bc, here / "bc")
     sizes = ["--type", "eps1", "--steps", "100000", "--out", str(data)]
-    script = os.path.relpath(reproduce.ROOT / "experiments" / "collect_data.py")
+    script = os.path.relpath(runner.ROOT / "experiments" / "collect_data.py")
     assert ran == [[script, str(policy), *sizes]]
     assert json.loads((here / "data.json").read_text()) == {"env": "pendulum"}
-    reproduce_brac.collect(dual, here / "brac_dual_kl_pr")
+    brac.collect(dual, here / "brac_dual_kl_pr")
     assert len(ran) == 1
     assert str(data) in command(dual, here / "brac_dual_kl_pr", 0, 2)
 
 
 def test_soft_actor_critic_offline_is_its_preset():
-    jobs = [job for job in reproduce_brac.GROUPS["pure"] if job.name == "offline_sac"]
-    preset = brac.PRESETS["sac"].items()
+    jobs = [job for job in brac.GROUPS["pure"] if job.name == "offline_sac"]
+    preset = brac_file.PRESETS["sac"].items()
     assert all(vars(config_of(job)).items() >= preset for job in jobs)
 
 
@@ -240,15 +242,15 @@ def test_both_policies_are_in_the_table(tmp_path):
         write_run(here / name, env="pendulum", offset=100.0)
     parts = [{"count": n, "returns": {"mean": mean}} for n, mean in ((1, 10.0), (3, 20.0))]
     rundir.write_json(here / "data.json", {"env": "pendulum", "parts": parts})
-    jobs = [Job("pendulum", name, *reproduce_brac.LEARNERS[name]) for name in ("bc", "brac_kl_vp")]
+    jobs = [Job("pendulum", name, *brac.LEARNERS[name]) for name in ("bc", "brac_kl_vp")]
     run = rundir.read_run(here / "brac_kl_vp")
     evals = {"steps": run.steps, "seconds": run.seconds}
     for name, x in {"returns": run.returns, "lengths": run.lengths}.items():
         evals[name] = list(np.swapaxes(x, 0, 1))
     evals["max_q_returns"] = [x + 1000.0 for x in evals["returns"]]
     rundir.write_evals(here / "brac_kl_vp", evals)
-    text = reproduce_brac.further(reproduce.report(jobs, folder))
-    greedy = rundir.iqm(run.returns[:, -1].mean(-1))
+    text = brac.further(runner.summarise(jobs, folder))
+    greedy = report.iqm(run.returns[:, -1].mean(-1))
     assert f"| pendulum | bc | {greedy:.1f} [" in text
     assert "|  | 17.5 |" in text
     assert f"| {greedy + 1000:.1f} [" in text
@@ -261,8 +263,8 @@ def test_returns_are_drawn_against_alpha(tmp_path, monkeypatch):
     write_run(tmp_path / "pendulum" / "bc", env="pendulum", offset=100.0)
     part = {"count": 1, "returns": {"mean": 5.0}}
     rundir.write_json(tmp_path / "pendulum" / "data.json", {"parts": [part]})
-    jobs = [Job("pendulum", name, *reproduce_brac.LEARNERS[name]) for name in ("bc", "brac_kl_vp")]
-    done, drawn = reproduce.report(jobs, tmp_path), {}
+    jobs = [Job("pendulum", name, *brac.LEARNERS[name]) for name in ("bc", "brac_kl_vp")]
+    done, drawn = runner.summarise(jobs, tmp_path), {}
 
     def spy(kind):
         real = getattr(Axes, kind)
@@ -275,7 +277,7 @@ def test_returns_are_drawn_against_alpha(tmp_path, monkeypatch):
 
     spy("errorbar")
     spy("axhline")
-    reproduce_brac.plot_alphas(done)
+    brac.plot_alphas(done)
     assert drawn["bc"] == ("axhline", 117.0)
     kind, alpha, middle, error = drawn["brac_kl_vp"]
     assert (kind, alpha, middle.tolist()) == ("errorbar", [0.1, 10.0], [17.0, 17.0])
@@ -294,41 +296,41 @@ def test_of_a_sweep_the_best_value_is_drawn(tmp_path, monkeypatch):
     evals |= {"returns": [*better.swapaxes(0, 1)], "lengths": [*run.lengths.swapaxes(0, 1)]}
     rundir.write_evals(folder, evals)
     drawn = []
-    monkeypatch.setattr(rundir, "plot_curves", lambda runs, *_: drawn.extend(runs))
-    jobs = [Job("pendulum", "brac_kl_vp", *reproduce_brac.LEARNERS["brac_kl_vp"])]
-    done = reproduce.report(jobs, tmp_path)
+    monkeypatch.setattr(report, "plot_curves", lambda runs, *_: drawn.extend(runs))
+    jobs = [Job("pendulum", "brac_kl_vp", *brac.LEARNERS["brac_kl_vp"])]
+    done = runner.summarise(jobs, tmp_path)
     assert [name for name, *_ in drawn] == ["brac_kl_vp alpha=1"]
     assert [row["label"] for row in done.rows] == [f"brac_kl_vp {label}" for label in labels]
 
 
 def test_episodes_to_a_return_are_counted(tmp_path, capsys, monkeypatch):
     """Over seeds 18.5, 19.5 and 20.5 after 0, 100 and 200 steps, 32 in an episode of all."""
-    monkeypatch.setattr(reproduce, "run", lambda argv: None)
-    run = write_run(tmp_path / "tasks" / reproduce_bnpo.TASK / "a1", offset=3.5)
+    monkeypatch.setattr(runner, "run", lambda argv: None)
+    run = write_run(tmp_path / "tasks" / bnpo.TASK / "a1", offset=3.5)
     evals = dict(np.load(run / "eval.npz"))
     evals["returns"][3, -1] = 29.0  # still the best one
     np.savez(run / "eval.npz", **evals)
-    write_run(tmp_path / "tasks" / reproduce_bnpo.TASK / "ppo")
-    reproduce_bnpo.main(["tasks", "--out", str(tmp_path)])
+    write_run(tmp_path / "tasks" / bnpo.TASK / "ppo")
+    bnpo.main(["tasks", "--out", str(tmp_path)])
     text = (tmp_path / "tasks" / "table.md").read_text()
     assert text == capsys.readouterr().out
     # The last seed begins at 33.5 and ends at 29, the one before it ends at 25.5.
     assert "| a1 | 0, 7, - | 1 of 4 | 259, 279, 319 |\n" in text
-    write_run(tmp_path / "ppo" / reproduce_bnpo.TASK / "small")
-    reproduce_bnpo.main(["ppo", "--out", str(tmp_path)])
+    write_run(tmp_path / "ppo" / bnpo.TASK / "small")
+    bnpo.main(["ppo", "--out", str(tmp_path)])
     assert "Short episodes" not in capsys.readouterr().out
 
 
 def test_differences_are_of_equal_steps(tmp_path, capsys, monkeypatch):
     """Of a1, which went on for longer, what it had after as many steps is taken away."""
-    monkeypatch.setattr(reproduce, "run", lambda argv: None)
-    write_run(tmp_path / "tasks" / reproduce_bnpo.TASK / "a1")
-    run = write_run(tmp_path / "ablations" / reproduce_bnpo.TASK / "b1", offset=7.0)
+    monkeypatch.setattr(runner, "run", lambda argv: None)
+    write_run(tmp_path / "tasks" / bnpo.TASK / "a1")
+    run = write_run(tmp_path / "ablations" / bnpo.TASK / "b1", offset=7.0)
     evals = np.load(run / "eval.npz").items()
     np.savez(run / "eval.npz", **{k: x[:2] if x.ndim == 1 else x[:, :2] for k, x in evals})
-    reproduce_bnpo.main(["ablations", "--out", str(tmp_path)])
+    bnpo.main(["ablations", "--out", str(tmp_path)])
     *_, header, _, a1, b1 = capsys.readouterr().out.splitlines()
-    assert header == f"| {reproduce_bnpo.TASK} | minus a1 |"
+    assert header == f"| {bnpo.TASK} | minus a1 |"
     assert a1 == "| a1 | - |"
     assert b1.startswith("| b1 | 7.0 [")
 
@@ -339,20 +341,20 @@ def test_an_interval_of_a_difference_is_a_bootstrap_of_both():
     rng = np.random.default_rng(1)
     middle = lambda v: np.sort(rng.choice(v, (20_000, 4)), 1)[:, 1:3].mean(1)
     lo, hi = np.percentile(middle(y[:4]) - middle(x), [2.5, 97.5])
-    value, interval = reproduce_bnpo.difference(y, x).split(" ", 1)
+    value, interval = bnpo.difference(y, x).split(" ", 1)
     assert float(value) == 10.0
     np.testing.assert_allclose(json.loads(interval), [lo, hi], atol=0.15)
     dead, alone = np.full(4, np.nan), np.array([7.0])
-    assert reproduce_bnpo.difference(dead, x) == "- [-, -]"
-    assert reproduce_bnpo.difference(alone, x) == "4.5 [-, -]"
+    assert bnpo.difference(dead, x) == "- [-, -]"
+    assert bnpo.difference(alone, x) == "4.5 [-, -]"
 
 
 def test_a_failed_launch_stops_the_program():
-    reproduce.run([sys.executable, "-c", ""])
-    reproduce.run([sys.executable, "-c", "raise SystemExit(3)"])  # every seed died
+    runner.run([sys.executable, "-c", ""])
+    runner.run([sys.executable, "-c", "raise SystemExit(3)"])  # every seed died
     for status in (1, 2, 130):
         with pytest.raises(SystemExit) as caught:
-            reproduce.run([sys.executable, "-c", f"raise SystemExit({status})"])
+            runner.run([sys.executable, "-c", f"raise SystemExit({status})"])
         assert caught.value.code == status
 
 
@@ -368,6 +370,6 @@ def test_a_failed_launch_stops_the_program():
 )
 def test_bad_input_is_one_error(argv, message, capsys):
     with pytest.raises(SystemExit) as caught:
-        reproduce_reppo.main(argv)
+        reppo.main(argv)
     assert caught.value.code == 2
     assert message in capsys.readouterr().err

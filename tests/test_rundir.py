@@ -9,7 +9,7 @@ import pytest
 from test_experiments import write_run
 from tiny import assert_same
 
-from algos import rundir
+from algos.launch import rundir
 
 
 def test_trees_survive_the_disk(tmp_path):
@@ -71,22 +71,6 @@ def test_the_last_two_checkpoints_are_kept(tmp_path):
 # --- statistics ---
 
 
-def test_iqm_is_the_mean_of_the_middle_half():
-    assert rundir.iqm(np.array([100.0, 1.0, 2.0, 3.0, 4.0, -50.0, 5.0, 6.0])) == 3.5
-    assert rundir.iqm(np.array([1.0, np.nan, 3.0])) == 2.0
-    assert np.isnan(rundir.iqm(np.array([np.nan])))
-
-
-def test_interval_covers_the_truth_about_as_often_as_it_says():
-    rng = np.random.default_rng(0)
-    inside = []
-    for _ in range(200):
-        lo, hi = rundir.iqm_interval(rng.normal(size=20), num_resamples=300)
-        inside.append(lo < 0 < hi)
-    assert 0.85 < np.mean(inside) <= 0.99
-    assert np.isnan(rundir.iqm_interval(np.array([1.0, np.nan]))).all()
-
-
 def test_a_run_is_rewound_with_its_further_policies(tmp_path):
     run_dir = write_run(tmp_path / "run")
     run = rundir.read_run(run_dir)
@@ -101,3 +85,45 @@ def test_a_run_is_rewound_with_its_further_policies(tmp_path):
     assert evals.keys() == {"steps", "seconds", "returns", "lengths", "max_q_returns"}
     np.testing.assert_array_equal(np.stack(evals["max_q_returns"], 1), run.returns[:, :2] + 7.0)
     assert rundir.rewind(run_dir, -1, write=False) == {}
+
+
+# --- small files that were cut short ---
+
+
+def test_a_last_line_that_was_cut_short_is_dropped(tmp_path):
+    for torn in ('{"global_step": 96, "x"', '{"global_step": 96, "x": 1}', "\0\0\0\0", "{}\n"):
+        (tmp_path / "metrics.jsonl").write_text('{"global_step": 32}\n' + torn)
+        rundir.rewind(tmp_path, 96, write=True)
+        assert (tmp_path / "metrics.jsonl").read_text() == '{"global_step": 32}\n'
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"global_step": 32}\ntorn\n{"global_step": 96}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl is damaged in line 2 \("):
+        rundir.rewind(tmp_path, 96, write=True)
+
+
+def test_a_damaged_description_is_named(tmp_path):
+    (tmp_path / "meta.json").touch()
+    with pytest.raises(ValueError, match=r"meta.json is damaged"):
+        rundir.check_data(tmp_path, ["digest"])
+
+
+# --- one process, one run ---
+
+
+def test_a_run_directory_has_one_process(tmp_path):
+    held = rundir.lock(tmp_path)
+    with pytest.raises(ValueError, match="is in use by another process"):
+        rundir.lock(tmp_path)
+    held.release()
+    rundir.lock(tmp_path).release()
+
+
+@pytest.mark.parametrize("name", ["config.json", "eval.npz", "policy_s000.npz", "checkpoints"])
+def test_any_file_of_a_run_marks_its_directory(tmp_path, name):
+    assert not rundir.files(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    assert not rundir.files(tmp_path)
+    (tmp_path / name).touch()
+    assert rundir.files(tmp_path) == [tmp_path / name]

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from tiny import assert_allclose
 
-import envs
-from algos import common, launch, sac
+from algos import common, sac
+from algos.launch import program
 
 # In one worker, so that updates are compiled once.
 pytestmark = pytest.mark.xdist_group("test_sac")
@@ -95,7 +95,7 @@ def test_temperature_falls_while_entropy_is_above_its_target(entropy, sign):
 # --- networks ---
 
 
-def test_deviation_of_the_policy():
+def test_std_of_the_policy():
     config = config_of(hidden=())
     actor = sac.Actor(config, 1)
     params = actor.init(jax.random.key(0), jnp.zeros((1, 3)))
@@ -108,7 +108,7 @@ def test_deviation_of_the_policy():
 
 
 def test_density_of_the_action():
-    """d = 1, mean 0, deviation 0.5: by hand, and its integral over (-1, 1)."""
+    """d = 1, mean 0, std 0.5: by hand, and its integral over (-1, 1)."""
     policy = common.TanhGaussian(jnp.zeros(1), jnp.full(1, 0.5))
     assert_allclose(policy.log_prob(jnp.arctanh(jnp.array([0.5]))), -0.541584)
     assert_allclose(policy.log_prob(jnp.zeros(1)), -0.225791)
@@ -142,11 +142,13 @@ def test_critics_are_two_of_their_own():
 @cache
 def functions_of(config):
     """Compiled init and update of a configuration; `update` takes a learning rate as well."""
+    env = sac.make_env(config)
 
     def update(state, learning_rate):
-        return sac.build(dataclasses.replace(config, learning_rate=learning_rate)).update(state)
+        changed = dataclasses.replace(config, learning_rate=learning_rate)
+        return sac.build(changed, env).update(state)
 
-    return jax.jit(sac.build(config).init), jax.jit(update)
+    return jax.jit(sac.build(config, env).init), jax.jit(update)
 
 
 def states_of(config, num_updates, change=lambda state: state, learning_rate=1e-3):
@@ -187,7 +189,7 @@ def test_replay_is_a_ring_of_rollouts():
         assert (rollout.reward == 1).all()
 
 
-def test_nothing_is_learned_from_uniform_actions_at_first():
+def test_nothing_is_learned_while_actions_are_uniform():
     """One update of 32 steps: afterwards the policy acts, and 4 gradient steps are taken."""
     states, metrics = states_of(COUNTER, 2)
     assert [m["losses/count"] for m in metrics] == [0, 4]
@@ -206,7 +208,7 @@ def test_nothing_is_learned_from_uniform_actions_at_first():
     assert stats.kstest(noise.ravel(), stats.norm.cdf).pvalue > 1e-3
 
 
-def test_what_is_not_written_yet_is_never_replayed():
+def test_rows_that_are_not_written_yet_are_never_drawn():
     spoil = lambda x: jnp.full_like(x, jnp.nan) if jnp.issubdtype(x.dtype, jnp.floating) else x
     change = lambda state: state._replace(replay=jax.tree.map(spoil, state.replay))
     states, metrics = states_of(COUNTER, 4, change)
@@ -217,7 +219,7 @@ def test_what_is_not_written_yet_is_never_replayed():
 def test_a_full_ring_is_replayed_evenly():
     """Without a discount the mean target is the mean reward, here the number of the row."""
     config = dataclasses.replace(COUNTER, batch_size=4096, gamma=0.0, reward_scale=1.0)
-    algo = sac.build(config)
+    algo = tiny.build("sac", config)
     state = jax.jit(algo.init)(jax.random.key(0))
     replay = state.replay._replace(reward=jnp.arange(128.0))
     state, metrics = jax.jit(algo.update)(state._replace(replay=replay, update=jnp.int32(4)))
@@ -226,21 +228,15 @@ def test_a_full_ring_is_replayed_evenly():
     assert_allclose(mean, state.replay.reward.mean(), rtol=0.02)
 
 
-def test_broken_physics_is_not_learned_from(monkeypatch):
-    """The replay knows which steps were broken; their losses are above."""
-    make = envs.make
+def test_broken_physics_is_marked_in_the_replay():
+    """That such steps weigh nothing in the losses is tested above."""
+    env = sac.make_env(COUNTER)
 
-    def broken(*args, **kwargs):
-        env = make(*args, **kwargs)
+    def step(key, state, action):
+        *rest, info = env.step(key, state, action)
+        return *rest, info | {"env_nan": info["final_observation"][:, 0] == 2}
 
-        def step(key, state, action):
-            *rest, info = env.step(key, state, action)
-            return *rest, info | {"env_nan": info["final_observation"][:, 0] == 2}
-
-        return env._replace(step=step)
-
-    monkeypatch.setattr(envs, "make", broken)
-    algo = sac.build(COUNTER)
+    algo = sac.build(COUNTER, env._replace(step=step))
     replay = jax.jit(algo.update)(algo.init(jax.random.key(0)))[0].replay
     np.testing.assert_array_equal(replay.valid[:32], replay.next_obs[:32, 0] != 2)
     assert 0 < replay.valid[:32].sum() < 32
@@ -252,7 +248,7 @@ def test_statistics_are_of_what_was_observed_and_replay_is_not_normalised():
     assert set(np.unique(rows[:, 0])) == {0, 1, 2, 3}
     assert_allclose(states[2].obs_stats.mean, rows.mean(0))
     assert_allclose(states[2].obs_stats.var, rows.var(0))
-    algo = sac.build(COUNTER)
+    algo = tiny.build("sac", COUNTER)
     action = algo.act(algo.policy_of(states[2]), rows, jax.random.key(0), True)
     inputs = states[2].obs_stats.normalize(rows)
     mean = sac.Actor(COUNTER, 2).apply(states[2].params["actor"], inputs).mean
@@ -262,7 +258,7 @@ def test_statistics_are_of_what_was_observed_and_replay_is_not_normalised():
 def test_target_critics_start_as_copies_and_follow_slowly():
     """Towards fixed critics, by 1 - 0.995^k after k steps."""
     states, _ = states_of(COUNTER, 1)
-    tiny.assert_same(states[0].params["critic"], states[0].target_params)
+    tiny.assert_same(states[0].target_params, {"critic": states[0].params["critic"]})
     zero = lambda state: state._replace(
         target_params=jax.tree.map(jnp.zeros_like, state.target_params)
     )
@@ -270,7 +266,7 @@ def test_target_critics_start_as_copies_and_follow_slowly():
     tiny.assert_same(states[0].params, states[5].params)
     share = 1 - 0.995 ** (4 * 4)
     wanted = jax.tree.map(lambda x: share * x, states[5].params["critic"])
-    tiny.assert_close(states[5].target_params, wanted)
+    tiny.assert_close(states[5].target_params["critic"], wanted)
 
 
 BY_HAND = config_of(
@@ -285,35 +281,35 @@ BY_HAND = config_of(
 )
 
 
-def test_gradient_steps_by_hand(monkeypatch):
-    """Two steps, with noise of one value and minibatches in order: target critics, critics, actor
-    and temperature, each from what was updated before it.
+def test_gradient_steps_by_hand():
+    """Two steps from the same draws: target critics, critics, actor and temperature, each from what
+    was updated before it.
     """
-    monkeypatch.setattr(jax.random, "normal", lambda key, shape: jnp.full(shape, 0.5))
-    in_order = lambda key, shape, low, high: jnp.arange(math.prod(shape)).reshape(shape) % high
-    monkeypatch.setattr(jax.random, "randint", in_order)
     (before, after), (metrics,) = states_of(BY_HAND, 1, learning_rate=1e-2)
-    params, target = before.params, before.target_params
-    batch = jax.tree.map(lambda x: x[:32], after.replay)
-    np.testing.assert_array_equal(batch.terminated, batch.obs[:, 7] == 1)
-    assert 0 < batch.terminated.sum() < 32
-    obs, next_obs = (after.obs_stats.normalize(x) for x in (batch.obs, batch.next_obs))
-    batch = batch._replace(obs=obs, next_obs=next_obs)
+    rows = jax.tree.map(lambda x: x[:32], after.replay)
+    np.testing.assert_array_equal(rows.terminated, rows.obs[:, 7] == 1)
+    assert 0 < rows.terminated.sum() < 32
+    obs, next_obs = (after.obs_stats.normalize(x) for x in (rows.obs, rows.next_obs))
+    rows = rows._replace(obs=obs, next_obs=next_obs)
     actor, critic = sac.Actor(BY_HAND, 1), sac.Critic(BY_HAND)
 
-    def sampled(params, obs):
+    def sampled(params, obs, z):
         policy = actor.apply(params, obs)
-        z, u = 0.5, policy.mean + 0.5 * policy.std
+        u = policy.mean + z * policy.std
         log_normal = -0.5 * z**2 - jnp.log(policy.std) - 0.5 * math.log(2 * math.pi)
         return jnp.tanh(u), (log_normal - jnp.log(1 - jnp.tanh(u) ** 2)).sum(-1)
 
     adam = optax.adam(1e-2, eps=1e-7)
 
     @jax.jit
-    def step(params, target, opt):
+    def step(params, target, opt, key):
+        key_batch, key_step = jax.random.split(key)
+        index = jax.random.randint(key_batch, (32,), 0, 32)
+        batch = jax.tree.map(lambda x: x[index], rows)
+        noise = [jax.random.normal(key, (32, 1)) for key in jax.random.split(key_step, 3)]
         target = jax.tree.map(lambda t, p: 0.7 * t + 0.3 * p, target, params["critic"])
         alpha = jnp.exp(params["temperature"])
-        action, log_prob = sampled(params["actor"], batch.next_obs)
+        action, log_prob = sampled(params["actor"], batch.next_obs, noise[0])
         next_value = critic.apply(target, batch.next_obs, action)
         y = 0.5 * batch.reward + jnp.where(
             batch.terminated, 0.0, BY_HAND.gamma * (next_value.min(0) - alpha * log_prob)
@@ -324,12 +320,12 @@ def test_gradient_steps_by_hand(monkeypatch):
             return ((value[0] - y) ** 2).mean() + ((value[1] - y) ** 2).mean()
 
         def pi_loss(p, params):
-            action, log_prob = sampled(p, batch.obs)
+            action, log_prob = sampled(p, batch.obs, noise[1])
             value = critic.apply(params["critic"], batch.obs, action)
             return (alpha * log_prob - jnp.minimum(value[0], value[1])).mean()
 
         def alpha_loss(log, params):
-            _, log_prob = sampled(params["actor"], batch.obs)
+            _, log_prob = sampled(params["actor"], batch.obs, noise[2])
             return (jnp.exp(log) * jax.lax.stop_gradient(-log_prob + 0.7)).mean()
 
         losses = {}
@@ -340,15 +336,18 @@ def test_gradient_steps_by_hand(monkeypatch):
             opt = opt | {name: moments}
         return params, target, opt, losses
 
-    opt = {name: adam.init(params[name]) for name in params}
-    params, target, opt, first = step(params, target, opt)
-    params, target, opt, second = step(params, target, opt)
-    sums = jax.tree.map(jnp.add, first, second)
+    params, target = before.params, before.target_params["critic"]
+    opt, sums = {name: adam.init(params[name]) for name in params}, []
+    key = jax.random.split(before.key, 3)[2]
+    for i in range(2):
+        params, target, opt, losses = step(params, target, opt, jax.random.fold_in(key, i))
+        sums.append(losses)
+    sums = jax.tree.map(jnp.add, *sums)
     assert metrics["losses/count"] == 2
     assert_allclose(metrics["losses/qf_loss"], sums["critic"], rtol=1e-4)
     assert_allclose(metrics["losses/policy_loss"], sums["actor"], rtol=1e-4)
     tiny.assert_close(after.params, params, rtol=1e-3, atol=1e-5)
-    tiny.assert_close(after.target_params, target, rtol=1e-3, atol=1e-5)
+    tiny.assert_close(after.target_params["critic"], target, rtol=1e-3, atol=1e-5)
 
 
 # --- configuration ---
@@ -356,27 +355,28 @@ def test_gradient_steps_by_hand(monkeypatch):
 
 def test_bytes_of_the_replay():
     """128 transitions: two observations of 4 numbers, an action, a reward, two flags."""
-    state = jax.eval_shape(
-        jax.vmap(sac.build(config_of()).init), jax.random.split(jax.random.key(0))
-    )
-    assert launch.replay_bytes(state) == 128 * (2 * 16 + 4 + 4 + 1 + 1)
+    init = tiny.build("sac", config_of()).init
+    state = jax.eval_shape(jax.vmap(init), jax.random.split(jax.random.key(0)))
+    assert program.row_bytes(state.replay) == 128 * (2 * 16 + 4 + 4 + 1 + 1)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"updates_per_step": 0.1}, r"updates_per_step=0.1 of .* 4 x 8 steps makes 3.2 gradient"),
-        ({"updates_per_step": 0.0}, r"makes 0 gradient steps"),
+        ({"updates_per_step": 0.0}, r"updates_per_step=0.0: it should be greater than 0"),
+        ({"temperature_init": 0.0}, r"temperature_init=0.0: it should be greater than 0"),
+        ({"critic_hidden": (8, 0)}, r"critic_hidden=\(8, 0\): it should be greater than 0"),
         ({"buffer_size": 31}, r"buffer_size=31 is less than .* raise it to 32"),
         ({"learning_starts": 161}, r"learning_starts=161 leaves nothing of total_timesteps=192"),
     ],
 )
 def test_impossible_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        config_of(**changes).validate()
-    config_of(learning_starts=160, buffer_size=32).validate()
+        sac.make_train(config_of(**changes))
+    sac.make_train(config_of(learning_starts=160, buffer_size=32))
 
 
 def test_discrete_actions_are_refused():
     with pytest.raises(ValueError, match=r"CartPole.* has discrete actions"):
-        sac.build(config_of(env="cartpole"))
+        sac.make_env(config_of(env="cartpole"))

@@ -13,7 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from algos import datasets, launch, rundir
+from algos import bnpo, common
+from algos.launch import datasets, program, rundir
+from algos.launch.cli import Launch
+from algos.launch.rows import Rows, inputs
 from envs import gymnax
 from envs.wrappers import Goals, RawEnv
 
@@ -51,14 +54,26 @@ ALGOS = {
     "p3o": {"replay_fraction": 0.5, "sample_mult": 2, "log_std_init": -1.0},
     "bnpo": {
         "env": "tiny:seek",
-        "memory_size": (64, 128),
-        "batch_size": (16, 8),
-        "optim_batch_size": (20, 60),
-        "learning_delay": (8, 4),
-        "learning_repeat": (2.0, 1.5),
-        "her_ratio": (0.0, 0.5),
+        "brains": (
+            dataclasses.replace(
+                bnpo.PPO_BRAIN,
+                buffer_size=64,
+                batch_size=16,
+                learning_starts=20,
+                turn_interval=8,
+                turn_minibatches=2.0,
+            ),
+            dataclasses.replace(
+                bnpo.DDPG_BRAIN,
+                buffer_size=128,
+                batch_size=8,
+                her_ratio=0.5,
+                learning_starts=60,
+                turn_interval=4,
+            ),
+        ),
         "max_nstep": 3,
-        "noise_period": 8,
+        "param_noise_interval": 8,
     },
     "sac": {
         "env": "tiny:balance",
@@ -118,7 +133,7 @@ SHARED = {
     "normalize_reward": True,
 }
 
-LAUNCH = launch.Launch(num_seeds=2, eval_episodes=2, num_evals=2)
+LAUNCH = Launch(num_seeds=2, eval_episodes=2, num_evals=2)
 
 
 def balance():
@@ -217,12 +232,22 @@ def config_of(name, **changes):
     return config_type(**(shared | ALGOS[name] | changes))
 
 
+def build(name, config):
+    """The Algo of a checked configuration, in the environments that it asks for."""
+    module = module_of(name)
+    common.check(config)
+    return module.build(config, module.make_env(config))
+
+
 @cache
 def compiled_update(name, config):
     """(key, swept values) -> first state, state after one update, its metrics; compiled."""
+    module = module_of(name)
+    common.check(config)
+    env = module.make_env(config)
 
     def run(key, hparams):
-        algo = module_of(name).build(dataclasses.replace(config, **hparams))
+        algo = module.build(dataclasses.replace(config, **hparams), env)
         state = algo.init(key)
         return state, *algo.update(state)
 
@@ -240,24 +265,26 @@ def run_update(name, **changes):
     return compiled_update(name, dataclasses.replace(config, **default))(jax.random.key(0), values)
 
 
-def flags_of(config):
-    """Command line that gives this configuration."""
+def flags_of(config, prefix=""):
+    """Command line that gives this configuration; of parts in a tuple, --NAME.NUMBER.FIELD."""
     flags = []
     for field in dataclasses.fields(config):
         value, flag = getattr(config, field.name), field.name.replace("_", "-")
+        values = value if isinstance(value, tuple) else (value,)
         if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
+            flags.append(f"--{prefix}{flag}" if value else f"--{prefix}no-{flag}")
+        elif dataclasses.is_dataclass(values[0]):
+            for i, part in enumerate(values):
+                flags += flags_of(part, f"{prefix}{flag}.{i}.")
         else:
-            values = value if isinstance(value, tuple) else (value,)
-            flags += [f"--{flag}", *map(str, values)]
+            flags += [f"--{prefix}{flag}", *map(str, values)]
     return flags
 
 
 def program_of(name, config, seeds=(0, 1)):
     """The launcher's program for these seeds, not compiled."""
-    rows = launch.Rows(np.array(seeds), {}, [""] * len(seeds))
-    program = launch.make_program(config, LAUNCH, module_of(name).build, rows)
-    return program, *launch.row_inputs(rows)
+    rows = Rows(np.array(seeds), {}, [""] * len(seeds))
+    return program.make_program(module_of(name), config, LAUNCH, rows), *inputs(rows)
 
 
 def lines_of(run_dir):

@@ -1,0 +1,259 @@
+"""The command line: defaults, the task's preset, named presets, then flags."""
+
+import argparse
+import dataclasses
+import difflib
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+
+import tyro
+
+import envs
+from algos import common
+from algos.launch import rundir
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Flags of the launch, the same for every algorithm."""
+
+    preset: tuple[str, ...] = ()
+    """presets of the algorithm, applied from left to right after the task's own"""
+    seed: int = 0
+    """first seed; row i of the launch is the run --seed SEED+i --num-seeds 1"""
+    num_seeds: int = 1
+    """seeds trained side by side in one program"""
+    sweep: tuple[str, ...] = ()
+    """fields and values to train side by side too: learning_rate=1e-4,3e-4 gamma=0.9,0.99; several
+    values after a field's own flag are the same: --gamma 0.9 0.99"""
+    num_evals: int = 20
+    """greedy evaluations spread over the run, besides the one at step 0"""
+    eval_episodes: int = 16
+    """episodes of each evaluation, from start states of its own for every seed and evaluation"""
+    final_episodes: int = 128
+    """episodes of the last evaluation at least, which tables quote"""
+    stop_at_return: float | None = None
+    """export a seed as partial_sNNN.npz when two evaluations in a row reach this; it trains on"""
+    run_dir: str = ""
+    """directory to write; empty: runs/ENV/ALGO/TIME_sSEEDxSEEDS_HASH"""
+    resume: str = ""
+    """run directory to continue from its last checkpoint"""
+    checkpoint_every: int = 5
+    """evaluations between checkpoints; 0: only at the end and at ctrl-C"""
+    track: bool = False
+    """log to Weights & Biases"""
+    wandb_project: str = "purepo"
+    """project there"""
+    wandb_entity: str = ""
+    """account there; empty: your default"""
+    wandb_tags: tuple[str, ...] = ()
+    """tags beside commit, device and jax version"""
+    wandb_seeds: bool = False
+    """also one W&B run for each seed, with charts/ and eval/"""
+    tensorboard: bool = False
+    """write TensorBoard events to the run directory"""
+    verbose: Literal[0, 1, 2] = 1
+    """0: nothing but problems; 1: progress; 2: losses too"""
+    render: bool = False
+    """draw the best, median and worst seed afterwards"""
+
+
+# A resumed run may differ from the saved one in these; everything else would change its past.
+RESUMABLE = {"total_timesteps", "num_evals", "checkpoint_every", "verbose", "render", "resume"}
+RESUMABLE |= {"track", "wandb_project", "wandb_entity", "wandb_tags", "wandb_seeds", "tensorboard"}
+RESUMABLE |= {"preset", "final_episodes"}
+
+
+def config_for(
+    config_type: type, presets: dict[str, dict], env: str, names: Iterable[str], changes: dict
+) -> Any:
+    """A checked configuration: defaults, the task's preset, presets of these names, changes.
+
+    Raises ValueError in one line for an unknown environment, preset or field, or a bad value.
+    """
+    values = {"env": env} | preset_of(env, presets)
+    for name in names:
+        values |= named(name, presets)
+    fields = [field.name for field in dataclasses.fields(config_type)]
+    for field in changes:
+        if field not in fields:
+            raise ValueError(f"unknown field {field!r}: {nearest(field, fields)}")
+    config = config_type(**(values | changes))
+    common.check(config)
+    return config
+
+
+def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str] | None = None):
+    """Read the command line: defaults, the task's preset, named presets, then flags.
+
+    Returns `(config, launch)`, of which the caller checks the former. Raises ValueError in one line
+    for what cannot be read.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    # Names of flags may be written with underscores; values keep theirs.
+    argv = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), arg) for arg in argv]
+    argv = with_sweeps(with_counts(argv, config_type), config_type)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--env")
+    first.add_argument("--preset", nargs="*", default=[])
+    first.add_argument("--resume", default="")
+    try:
+        chosen = first.parse_known_args(argv)[0]
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
+
+    if chosen.resume:
+        run_dir = find_run(chosen.resume)
+        saved = rundir.read_description(run_dir)
+        if saved["algo"] != name:
+            raise ValueError(f"{run_dir} is a run of {saved['algo']}: resume it with that file")
+        config = rundir.from_json(config_type, saved["config"])
+        launch = rundir.from_json(Launch, saved["launch"])
+        launch = dataclasses.replace(launch, run_dir=str(run_dir))
+    else:
+        config, launch = config_type(), Launch()
+        config = dataclasses.replace(config, env=chosen.env or config.env)
+        config = dataclasses.replace(config, **preset_of(config.env, presets))
+    saved_config = config
+    for preset in chosen.preset:
+        config = dataclasses.replace(config, **named(preset, presets))
+
+    class Arguments(NamedTuple):
+        config: Annotated[config_type, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+        launch: Annotated[Launch, tyro.conf.arg(name="")]
+
+    arguments, unknown = tyro.cli(
+        Arguments,
+        prog=f"python algos/{name}.py",
+        description=f"Train {name}; the values shown are those that would run.",
+        default=Arguments(config, launch),
+        args=argv,
+        return_unknown_args=True,
+    )
+    if unknown:
+        fields = [*dataclasses.fields(config), *dataclasses.fields(launch)]
+        flags = ["--" + field.name.replace("_", "-") for field in fields]
+        if unknown[0].lower() in ("true", "false", "yes", "no"):
+            flag = argv[argv.index(unknown[0]) - 1].removeprefix("--")
+            raise ValueError(f"--{flag} takes no value: write --{flag} or --no-{flag}")
+        raise ValueError(f"unknown argument {unknown[0]!r}: {nearest(unknown[0], flags)}")
+    if chosen.resume:
+        check_resumable(saved_config, arguments.config)
+        check_resumable(launch, arguments.launch)
+    check_counts(arguments.launch)
+    return arguments
+
+
+def with_counts(argv: list[str], config_type: type) -> list[str]:
+    """`argv` with whole numbers written as 1e6 or 1_000_000 after the flag of a count."""
+    kinds = get_type_hints(Launch) | get_type_hints(config_type)
+    words, flag = [], ""
+    for arg in argv:
+        flag, equals, value = arg.partition("=") if arg.startswith("--") else (flag, "", arg)
+        kind = kinds.get(flag.removeprefix("--").replace("-", "_"))
+        if kind in (int, tuple[int, ...]) and is_number(value) and float(value).is_integer():
+            value = str(int(value.replace("_", "")) if value.isdigit() else int(float(value)))
+        words.append(value if not arg.startswith("--") else f"{flag}{equals}{value}")
+    return words
+
+
+def with_sweeps(argv: list[str], config_type: type) -> list[str]:
+    """`argv` with `--gamma 0.9 0.99`, several values of a number, as `--sweep gamma=0.9,0.99`."""
+    numbers = {name for name, kind in get_type_hints(config_type).items() if kind is float}
+    field_of = lambda flag: flag.partition("=")[0].removeprefix("--").replace("-", "_")
+    groups: list[list[str]] = [[]]  # a flag and its values each, but for what comes before any
+    for arg in argv:
+        if not arg.startswith("--"):
+            groups[-1].append(arg)
+        elif field_of(arg) in {"sweep", *numbers}:
+            groups.append(arg.split("=", 1))
+        else:
+            groups.append([arg])
+    rest, items = groups[0], []
+    fields = [field_of(group[0]) for group in groups[1:]]
+    for field, (flag, *values) in zip(fields, groups[1:], strict=True):
+        if field == "sweep":
+            items += values
+        elif field in numbers and len(values) > 1 and all(map(is_number, values)):
+            if fields.count(field) > 1:
+                raise ValueError(f"{flag} is given twice: write all its values after one of them")
+            items.append(f"{field}={','.join(values)}")
+        else:
+            rest += [flag, *values]
+    return [*rest, "--sweep", *items] if items else rest
+
+
+def is_number(text: str) -> bool:
+    """True if `text` can be read as a number."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def check_updates(config: Any) -> None:
+    """ValueError if a checked configuration makes more updates than can be counted."""
+    if config.num_updates >= 2**31:
+        raise ValueError(
+            f"total_timesteps={config.total_timesteps} makes {config.num_updates:,} updates of "
+            f"{config.steps_per_update} steps: fewer than 2**31 are possible"
+        )
+
+
+def check_counts(launch: Launch) -> None:
+    """ValueError if a number of the launch is out of bounds."""
+    for field in ("num_seeds", "num_evals", "eval_episodes", "final_episodes"):
+        if getattr(launch, field) < 1:
+            flag = field.replace("_", "-")
+            raise ValueError(f"--{flag} {getattr(launch, field)}: at least 1 is needed")
+    last = launch.seed + launch.num_seeds - 1
+    if launch.seed < 0 or last >= 2**32:
+        raise ValueError(f"--seed {launch.seed}: seeds from 0 to 2**32 - 1 are needed, not {last}")
+
+
+def named(name: str, presets: dict[str, dict]) -> dict[str, Any]:
+    """The values of a preset; ValueError if there is none of this name."""
+    if name not in presets:
+        raise ValueError(f"unknown preset {name!r}: {nearest(name, presets)}")
+    return presets[name]
+
+
+def preset_of(env: str, presets: dict[str, dict]) -> dict[str, Any]:
+    """The task's own preset, under any of its names or its source's; {} if there is none."""
+    task = envs.canonical(env).split("?")[0]
+    for name, preset in presets.items():
+        if name == env or envs.ALIASES.get(name, name) in (task, task.split("/")[0]):
+            return preset
+    return {}
+
+
+def nearest(word: str, known: Any) -> str:
+    """Phrase that lists the nearest of the `known` words."""
+    near = difflib.get_close_matches(word, list(known), n=4, cutoff=0.4)
+    return f"did you mean {', '.join(near)}?" if near else f"choose from {', '.join(known)}"
+
+
+def check_resumable(saved: Any, wanted: Any) -> None:
+    """ValueError if a field changed that a resumed run must keep."""
+    for field in dataclasses.fields(saved):
+        old, new = getattr(saved, field.name), getattr(wanted, field.name)
+        if field.name == "run_dir":
+            old, new = (str(Path(path).expanduser()) for path in (old, new))  # slashes at the end
+        if old != new and field.name not in RESUMABLE:
+            raise ValueError(
+                f"cannot resume with {field.name}={new!r}, the run has {old!r}: "
+                "drop the flag or start a new run"
+            )
+
+
+def find_run(path: str) -> Path:
+    """The run directory at `path`; ValueError if it is none."""
+    run_dir = Path(path).expanduser()
+    if not (run_dir / "config.json").exists():
+        raise ValueError(f"{path} is not a run directory: it has no config.json")
+    return run_dir

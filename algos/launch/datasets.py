@@ -1,0 +1,255 @@
+"""Datasets of transitions, and clones of who collected them: reading, checking, on the host.
+
+    load("hopper-pure.npz", env)      # a file of experiments/collect_data.py
+    load("foreign.hdf5", env)         # episodes as Minari stores them, or D4RL's flat arrays
+    load("minari:NAME", env)          # a Minari dataset on this machine
+    load_clones("bc-hopper", env, hidden, seeds)    # policies of a run of bc.py
+
+Offline algorithms get the arrays as arguments of their compiled program. Rows are in the order in
+which they were collected; within an episode `next_obs` and `next_action` are the next row's `obs`
+and `action`.
+"""
+
+import difflib
+import json
+import os
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import envs
+from algos.launch import rundir
+
+
+class Dataset(NamedTuple):
+    """n transitions, float32 and bool; no row spans a reset."""
+
+    obs: np.ndarray  # [n, obs_size]
+    action: np.ndarray  # [n, action_size], in [-1, 1]
+    reward: np.ndarray  # [n]
+    next_obs: np.ndarray  # [n, obs_size], true successor
+    next_action: np.ndarray  # [n, action_size], what the collecting policy did or would do there
+    terminated: np.ndarray  # [n], the task ended: the value of next_obs is zero
+    truncated: np.ndarray  # [n], cut by the clock or by the end of collection: the value goes on
+
+
+# --- reading ---
+
+HDF5 = (".hdf5", ".h5")  # suffixes of what is read as HDF5
+UNREADABLE = (OSError, RuntimeError, TypeError, ValueError)  # what a damaged file may raise
+
+
+def load(source: str, env: envs.Env) -> Dataset:
+    """Read a dataset for `env`; ValueError in one line if there is none, or it does not fit."""
+    if not source:
+        raise ValueError("no dataset: give --dataset PATH or --dataset minari:NAME")
+    path = minari_path(source[7:]) if source.startswith("minari:") else Path(source)
+    if not path.is_file():
+        raise ValueError(f"dataset {source!r} does not exist, or is not a file")
+    if path.suffix in HDF5:
+        dataset = read_hdf5(path)
+    else:
+        dataset, meta = read(path)
+        if meta["env"] != env.name:
+            raise ValueError(f"{source} is of {meta['env']} ({shapes(dataset)}), not {env.name}")
+    check(dataset, source, env)
+    return dataset
+
+
+def read(path: Path) -> tuple[Dataset, dict[str, Any]]:
+    """The arrays and the metadata of a file that `write` wrote."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = {*Dataset._fields, "__meta__"} - {*file.files}
+            if missing:
+                raise ValueError(f"no {', '.join(sorted(missing))}")
+            dataset = Dataset(*(file[name] for name in Dataset._fields))
+            meta = json.loads(str(file["__meta__"]))
+            if not isinstance(meta, dict) or "env" not in meta:
+                raise ValueError("its metadata names no env")
+    except (*UNREADABLE, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{path} is damaged or no dataset: {error}") from None
+    return dataset, meta
+
+
+def write(path: Path, dataset: Dataset, meta: dict[str, Any]) -> None:
+    """Write a dataset and its metadata, which names its environment; all of it or nothing."""
+    rundir.save_arrays(path, dataset._asdict(), meta)
+
+
+def check(dataset: Dataset, source: str, env: envs.Env) -> None:
+    """Raise ValueError if the rows cannot be of `env`, or would poison what is learned."""
+    if env.discrete:
+        raise ValueError(f"{env.name} has discrete actions, and datasets have continuous ones")
+    for name, x in dataset._asdict().items():
+        kind = "b" if name in ("terminated", "truncated") else "f"
+        if x.dtype.kind != kind:
+            kinds = {"b": "bool", "f": "float"}
+            raise ValueError(f"{source}: {name} is {x.dtype}, and {kinds[kind]} is needed")
+    n = dataset.obs.shape[0] if dataset.obs.ndim else 1
+    if not n:
+        raise ValueError(f"{source} has no rows")
+    wanted = {"obs": (env.obs_size,), "action": (env.action_size,)}
+    wanted |= {"next_obs": wanted["obs"], "next_action": wanted["action"]}
+    if any(x.shape != (n, *wanted.get(name, ())) for name, x in dataset._asdict().items()):
+        raise ValueError(
+            f"{source} has {shapes(dataset)}, and {env.name} needs "
+            f"obs [n, {env.obs_size}], action [n, {env.action_size}] and as many rows of each"
+        )
+    for name, x in dataset._asdict().items():
+        rows = np.flatnonzero(~np.isfinite(x).reshape(n, -1).all(1))
+        if len(rows):
+            raise ValueError(f"{source}: {name} is not finite in {len(rows)} rows, first {rows[0]}")
+    rows = np.flatnonzero(dataset.terminated & dataset.truncated)
+    if len(rows):
+        raise ValueError(
+            f"{source}: {len(rows)} rows, first {rows[0]}, are terminated and truncated: a step "
+            "that failed is not cut"
+        )
+    for name in ("action", "next_action"):
+        rows = np.flatnonzero((np.abs(getattr(dataset, name)) > 1.0 + 1e-5).any(1))
+        if len(rows):
+            worst = np.abs(getattr(dataset, name)).max()
+            raise ValueError(
+                f"{source}: {name} is outside [-1, 1] in {len(rows)} rows, first {rows[0]}, by up "
+                f"to {worst:g}: rescale it"
+            )
+
+
+def shapes(dataset: Dataset) -> str:
+    """Shapes of the observations and actions, to be read by people."""
+    return f"obs {list(dataset.obs.shape)}, action {list(dataset.action.shape)}"
+
+
+# --- episodes of others ---
+
+
+def from_episodes(episodes: Iterable[tuple]) -> Dataset:
+    """Transitions of episodes (obs [T or T + 1], action [T], reward [T], terminated: bool).
+
+    Of an episode that was truncated the last step is left out: nobody knows what was done after
+    it. The step before becomes the last one, and its value goes on.
+    """
+    parts = []
+    for obs, action, reward, terminated in episodes:
+        n = len(action) if terminated else len(action) - 1
+        if n < 1:
+            continue
+        # After a failure neither the observation nor the action counts: any will do.
+        following = lambda x: np.concatenate([x, x[-1:]])[1 : n + 1]  # noqa: B023
+        last = np.arange(n) == n - 1
+        ends = last & terminated, last & ~np.bool_(terminated)
+        parts.append((obs[:n], action[:n], reward[:n], following(obs), following(action), *ends))
+    if not parts:
+        raise ValueError("no episode has two steps")
+    columns = [np.concatenate(x) for x in zip(*parts, strict=True)]
+    return Dataset(*(x if x.dtype == bool else x.astype(np.float32) for x in columns))
+
+
+def to_episodes(dataset: Dataset) -> Iterable[tuple]:
+    """Episodes (obs [T + 1], action [T], reward [T], terminated), as `from_episodes` takes them."""
+    ends = np.flatnonzero(dataset.terminated | dataset.truncated)
+    for start, end in zip([0, *ends[:-1] + 1], ends, strict=True):
+        part = Dataset(*(x[start : end + 1] for x in dataset))
+        obs = np.concatenate([part.obs, part.next_obs[-1:]])
+        yield obs, part.action, part.reward, bool(part.terminated[-1])
+
+
+def read_hdf5(path: Path) -> Dataset:
+    """An HDF5 file with Minari's groups of episodes, or with D4RL's flat arrays."""
+    try:
+        import h5py
+    except ImportError:
+        raise ImportError(f'{path} needs h5py: pip install -e ".[minari]"') from None
+    try:
+        with h5py.File(path, "r") as file:
+            flat = "observations" in file
+            return from_episodes(flat_episodes(file) if flat else minari_episodes(file))
+    except (*UNREADABLE, AttributeError, LookupError) as error:
+        raise ValueError(f"{path} is damaged or no dataset: {error}") from None
+
+
+def minari_episodes(file: Mapping[str, Any]):
+    """Episodes of Minari's layout: a group each, with one observation more than actions."""
+    names = [name for name in file if name.startswith("episode_")]
+    for name in sorted(names, key=lambda name: int(name[8:])):
+        group = file[name]
+        obs, action, reward = (group[x][()] for x in ("observations", "actions", "rewards"))
+        yield obs, action, reward, bool(group["terminations"][-1])
+
+
+def flat_episodes(file: Mapping[str, Any]):
+    """Episodes of D4RL's layout: flat arrays, cut after each `terminals` and `timeouts`.
+
+    What follows the last flag was cut by the end of collection. A step that is flagged as both
+    failed.
+    """
+    obs, action, reward = (file[x][()] for x in ("observations", "actions", "rewards"))
+    terminals, timeouts = (file[x][()].astype(bool) for x in ("terminals", "timeouts"))
+    ends = np.union1d(np.flatnonzero(terminals | timeouts), [len(obs) - 1]).astype(int)
+    for start, end in zip([0, *ends[:-1] + 1], ends, strict=True):
+        part = slice(start, end + 1)
+        yield obs[part], action[part], reward[part], bool(terminals[end])
+
+
+def minari_root() -> Path:
+    """Where Minari keeps the datasets of this machine."""
+    return Path(os.environ.get("MINARI_DATASETS_PATH", Path.home() / ".minari" / "datasets"))
+
+
+def minari_path(name: str) -> Path:
+    """The file of a Minari dataset on this machine; ValueError lists the nearest names."""
+    root = minari_root()
+    path = root / name / "data" / "main_data.hdf5"
+    if not path.exists():
+        found = [str(x.parents[1].relative_to(root)) for x in root.rglob("main_data.hdf5")]
+        near = difflib.get_close_matches(name, found, n=4, cutoff=0.0)
+        raise ValueError(
+            f"no Minari dataset {name!r} in {root}: {', '.join(near) or 'it is empty'}"
+        )
+    return path
+
+
+# --- clones of the policies that collected ---
+
+
+def load_clones(run_dir: str, env: envs.Env, hidden: tuple[int, ...], seeds: Iterable[int]) -> Any:
+    """Parameters [R, ...] of the policies of a run of bc.py, those of `seeds` [R].
+
+    Raises ValueError if there is no such run, or it is of another environment or has other hidden
+    layers, or no policy of one of the seeds.
+    """
+    if not run_dir:
+        raise ValueError("behavior='': give --behavior RUN_DIR of bc.py, or a dual divergence")
+    saved = rundir.read_description(Path(run_dir))
+    task, layers = saved["config"]["env"], tuple(saved["config"].get("hidden", ()))
+    if saved["algo"] != "bc" or envs.canonical(task) != envs.canonical(env.name):
+        raise ValueError(
+            f"behavior={run_dir} is of {saved['algo']} on {task}: give a run of bc on {env.name}"
+        )
+    if layers != hidden:
+        raise ValueError(
+            f"behavior={run_dir} has hidden={layers}, the policy {hidden}: make them equal"
+        )
+    row_of = {seed: row for row, seed in enumerate(saved["rows"]["seeds"])}
+    if len(row_of) < len(saved["rows"]["seeds"]):
+        raise ValueError(
+            f"behavior={run_dir} has several policies of each seed, for it is a sweep: give a run "
+            "of bc with one value"
+        )
+    absent = sorted({int(seed) for seed in seeds} - row_of.keys())
+    if absent:
+        raise ValueError(
+            f"behavior={run_dir} has no seed {absent[0]} but {sorted(row_of)}: clone the same seeds"
+        )
+    trees = {}
+    for seed in sorted({int(seed) for seed in seeds}):  # rows of a sweep share their seed's
+        path = Path(run_dir) / f"policy_s{row_of[seed]:03d}.npz"
+        trees[seed] = rundir.read_policy(path)[-1]["actor"]
+        if not all(np.isfinite(x).all() for x in jax.tree.leaves(trees[seed])):
+            raise ValueError(f"{path} is of a dead seed, it is not finite: leave seed {seed} out")
+    return jax.tree.map(lambda *x: np.stack(x), *(trees[int(seed)] for seed in seeds))

@@ -1,0 +1,334 @@
+"""Where numbers go: console, metrics.jsonl, TensorBoard, Weights & Biases."""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from algos.launch import report
+from algos.launch.rundir import jsonable
+
+WIDTH = 78  # columns of a line on the console
+
+
+class Console:
+    """Standard error, or nothing from the moment it goes away: a run does not end with it."""
+
+    def __init__(self) -> None:
+        self.stream = sys.stderr  # None if it was closed from the start
+
+    def write(self, text: str) -> int:
+        """Write if there is a console."""
+        try:
+            if self.stream:
+                self.stream.write(text)
+        except (OSError, ValueError):
+            self.lose()
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush if there is a console."""
+        try:
+            if self.stream:
+                self.stream.flush()
+        except (OSError, ValueError):
+            self.lose()
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal."""
+        return bool(self.stream) and self.stream.isatty()
+
+    def lose(self) -> None:
+        """Go on without; what Python itself flushes at its end goes nowhere too."""
+        self.stream = None
+        null = os.open(os.devnull, os.O_WRONLY)
+        for number in (1, 2):
+            with contextlib.suppress(OSError):
+                os.dup2(null, number)
+        os.close(null)
+
+
+class Log:
+    """The console and, once opened, the files and W&B runs of a launch.
+
+    On hosts other than the lead it has verbosity -1 and is never opened: it does nothing.
+    """
+
+    def __init__(self, verbose: int):
+        self.verbose = verbose
+        self.console: Any = Console()
+        self.file: Any = None
+        self.tensorboard: Any = None
+        self.wandb_runs: list[tuple[Any, int | None]] = []  # (run, its row; None: all rows)
+        self.bar: Any = None
+
+    def open(
+        self, run_dir: Path, name: str, config: Any, launch: Any, rows: Any, step: int
+    ) -> None:
+        """Open the sinks in the run directory, to go on after `step`."""
+        self.file = open(run_dir / "metrics.jsonl", "a")  # noqa: SIM115
+        if launch.tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        if launch.track:
+            with self.wandb_guard():
+                self.wandb_runs = start_wandb(run_dir, name, config, launch, rows)
+
+    # console
+
+    def say(self, text: str, level: int = 1) -> None:
+        """Print a line if verbose enough, above the progress bar if there is one."""
+        if self.verbose >= level:
+            tqdm.tqdm.write(text, file=self.console)
+
+    @contextlib.contextmanager
+    def waiting(self, text: str):
+        """Show `text` with a running clock while the block works, and how long it took."""
+        start, ended = time.time(), threading.Event()
+        live = self.verbose >= 1 and self.console.isatty()
+
+        def tick():
+            while live and not ended.wait(1.0):
+                print(
+                    f"\r{text} {time.time() - start:.0f} s", end="", file=self.console, flush=True
+                )
+
+        if not live:
+            self.say(f"{text} ...")
+        thread = threading.Thread(target=tick, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            print("\r" if live else "", end="", file=self.console)
+        self.say(f"{text} took {time.time() - start:.1f} s")
+
+    @contextlib.contextmanager
+    def progress(self, total: int, done: int):
+        """Progress bar over steps, with speed and time left; terminals only."""
+        hidden = self.verbose < 1 or not self.console.isatty()
+        self.bar = tqdm.tqdm(
+            total=total,
+            initial=done,
+            unit=" steps",
+            unit_scale=True,
+            disable=hidden,
+            leave=False,
+            file=self.console,
+            ncols=WIDTH,
+        )
+        with self.bar:
+            yield
+
+    def advance(self, steps: int) -> None:
+        """Move the progress bar."""
+        self.bar.update(steps)
+
+    def evaluation(
+        self,
+        step: int,
+        total: int,
+        returns: dict[str, np.ndarray],
+        speed: float,
+        left: float | None,
+    ) -> None:
+        """The mean returns [n] of the seeds, NaN where dead, by swept value; one line a value."""
+        if not step:
+            self.say("greedy return: IQM over seeds [worst seed, best seed]")
+        pace = f"{short(speed)} steps/s, all seeds | {clock(left)} left" if step else "start"
+        texts = {label: spread(x) for label, x in returns.items()}
+        if len(texts) == 1:
+            (text,) = texts.values()
+            self.say(f"{short(step)}/{short(total)} | {text} | {pace}")
+            return
+        self.say(f"{short(step)}/{short(total)} | {pace}")
+        for label, text in texts.items():
+            self.say(f"  {label} | {text}")
+
+    # records
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Record `values`: numbers, or arrays [R] with NaN for what is absent."""
+        if self.file is None:
+            return
+        line = {"global_step": step} | {k: jsonable(v) for k, v in values.items()}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        scalars = aggregate(values)
+        self.say("  " + "  ".join(f"{k} {v:.4g}" for k, v in scalars.items()), 2)
+        if self.tensorboard:
+            for key, value in scalars.items():
+                self.tensorboard.add_scalar(key, value, step)
+        with self.wandb_guard():
+            for run, row in self.wandb_runs:
+                mine = scalars if row is None else row_values(values, row)
+                run.log({"global_step": step, **mine})
+
+    def flush(self) -> None:
+        """Bring to disk what a checkpoint stands for."""
+        if self.tensorboard:
+            self.tensorboard.flush()
+
+    def close(self) -> None:
+        """Finish all sinks."""
+        if self.file:
+            self.file.close()
+        if self.tensorboard:
+            self.tensorboard.close()
+        with self.wandb_guard():
+            for run, _ in self.wandb_runs:
+                run.finish()
+
+    @contextlib.contextmanager
+    def wandb_guard(self):
+        """Any failure of W&B ends the tracking, never the run."""
+        try:
+            yield
+        except Exception as error:
+            self.say(f"W&B failed and is off from here on: {error}", 0)
+            self.wandb_runs = []
+
+
+def print_warnings_once() -> None:
+    """Print each warning once, in one line; libraries reset Python's own registry of them."""
+    printed: set[str] = set()
+
+    def show(message, *_, **__):
+        if str(message) not in printed:
+            printed.add(str(message))
+            print(f"warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = show
+
+
+def clock(seconds: float | None) -> str:
+    """Seconds as m:ss or h:mm:ss, or a dash if not known yet."""
+    if seconds is None:
+        return "-"
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def short(number: float) -> str:
+    """A count to three digits: 950, 12.3k, 1.2M."""
+    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= 0.9995 * scale:
+            return f"{number / scale:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def spread(returns: np.ndarray) -> str:
+    """IQM [worst, best] of the seeds that are alive, and their number if some are not."""
+    alive = returns[np.isfinite(returns)]
+    if not len(alive):
+        return "no seed is alive"
+    text = f"IQM {report.iqm(alive):.4g} [{alive.min():.4g}, {alive.max():.4g}]"
+    return text if len(alive) == len(returns) else f"{text} | {len(alive)}/{len(returns)} alive"
+
+
+def start_wandb(run_dir: Path, name: str, config: Any, launch: Any, rows: Any):
+    """One W&B run for the launch, and one per row under --wandb-seeds."""
+    import wandb
+
+    device = jax.devices()[0].device_kind
+    options = {
+        "project": launch.wandb_project,
+        "entity": launch.wandb_entity or None,
+        "group": f"{name}__{config.env}",
+        "dir": str(run_dir),
+        "config": dataclasses.asdict(config) | dataclasses.asdict(launch) | versions(),
+        "tags": [*launch.wandb_tags, f"jax {jax.__version__}", device, commit()[:9] or "no commit"],
+        "reinit": "create_new",
+        "resume": "allow",
+    }
+    which = [None, *range(len(rows.seeds))] if launch.wandb_seeds else [None]
+    runs = []
+    for row in which:
+        suffix = "launch" if row is None else rows.name(row).replace("seed ", "seed")
+        identity = hashlib.sha256(f"{run_dir.resolve()} {suffix}".encode()).hexdigest()[:12]
+        run = wandb.init(
+            name=f"{run_dir.name}-{suffix}",
+            id=identity,
+            job_type="launch" if row is None else "seed",
+            **options,
+        )
+        run.define_metric("*", step_metric="global_step")
+        runs.append((run, row))
+    return runs
+
+
+def aggregate(values: dict[str, Any]) -> dict[str, float]:
+    """Means over the rows that have a value; returns also as min, max and IQM."""
+    scalars = {}
+    for key, value in values.items():
+        present = np.asarray(value, np.float64)
+        present = present[np.isfinite(present)]
+        if present.size:
+            scalars[key] = float(present.mean())
+            if key.endswith("episodic_return"):
+                scalars[key + "_min"] = float(present.min())
+                scalars[key + "_max"] = float(present.max())
+                scalars[key + "_iqm"] = report.iqm(present)
+    return scalars
+
+
+def row_values(values: dict[str, Any], row: int) -> dict[str, float]:
+    """The charts/ and eval/ values of one row."""
+    mine = {k: np.atleast_1d(v) for k, v in values.items() if k.startswith(("charts/", "eval/"))}
+    return {k: float(v[row]) for k, v in mine.items() if len(v) > row and np.isfinite(v[row])}
+
+
+# --- what a run was made with ---
+
+
+def surroundings() -> dict[str, Any]:
+    """Command, commit, versions and machine of this process."""
+    return {
+        "command": shlex.join(sys.argv),
+        "commit": commit(),
+        "versions": versions(),
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        # Of networks; None is jax's own.
+        "matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what can change a result."""
+    names = ("jax", "jaxlib", "flax", "optax", "brax", "mujoco", "mujoco-mjx", "gymnax", "numpy")
+    found = {name: importlib.metadata.version(name) for name in names}
+    return {"python": platform.python_version(), **found}
+
+
+def commit() -> str:
+    """Git commit, with + if algos/ or envs/ differ from it; empty outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parents[2])]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain", "algos", "envs"], capture_output=True, text=True
+        )
+    except OSError:
+        return ""
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")

@@ -1,0 +1,223 @@
+"""The compiled program of a launch: all rows side by side, laid over the local devices.
+
+    state = init(keys)
+    state, sums of metrics = train(state, number of updates)      # the state is donated
+    plays = begin(keys)
+    plays = play(state, plays, number of steps)                   # until all episodes have ended
+
+Nothing here knows an algorithm, and nothing calls back to the host from inside the program.
+"""
+
+import concurrent.futures
+import contextlib
+import math
+import operator
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+import envs
+from algos import common
+from algos.launch import evaluation, rundir
+from algos.launch.cli import Launch
+from algos.launch.rows import Rows, inputs
+
+
+class Program(NamedTuple):
+    """Functions of all rows of this host: jitted, or traced, or compiled."""
+
+    init: Any  # keys [R], hparams -> state
+    train: Any  # state (donated), hparams, number of updates, *data -> state, sums of metrics [R]
+    begin: Any  # keys [R] -> plays: an evaluation.Play of "" and of each further policy
+    play: Any  # state, plays (donated), number of steps -> plays
+    policies: Any  # state -> policies [R, ...]; always jitted
+    data: tuple  # what an offline algorithm learns from: shared arrays, then own ones [R, ...]
+    num_shared: int  # how many of `data` are shared
+
+
+# --- devices ---
+
+
+def setup_jax(num_rows: int) -> None:
+    """Settings that must be made before jax starts its backends."""
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        try:
+            count, index = (int(os.environ[f"JAX_{x}"]) for x in ("NUM_PROCESSES", "PROCESS_ID"))
+        except KeyError as missing:
+            raise ValueError(f"JAX_COORDINATOR_ADDRESS is set, but not {missing}") from None
+        jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], count, index)
+    if jax.config.jax_logging_level == "NOTSET":  # type: ignore[attr-defined]
+        # XLA prints three warnings for every compilation that it finds in the cache.
+        jax.config.update("jax_logging_level", "CRITICAL")
+    # One host device per core: on a CPU, seeds run faster side by side than with shared threads.
+    if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # the backend is already up, as in tests
+            jax.config.update("jax_num_cpu_devices", max(1, min(num_rows, os.cpu_count() or 1)))
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        with contextlib.suppress(RuntimeError):  # no home directory: nothing is cached
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "purepo"
+            jax.config.update("jax_compilation_cache_dir", str(cache))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    if jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        raise ValueError("JAX_ENABLE_X64 is set: unset it, runs are in single precision")
+    jax.config.update("jax_default_prng_impl", rundir.PRNG)
+    try:
+        jax.devices()
+    except Exception as error:  # jax raises what its backends raise, even AssertionError
+        wanted = os.environ.get("JAX_PLATFORMS", "")
+        raise ValueError(f"no device for JAX_PLATFORMS={wanted!r}: {error}".strip()) from None
+
+
+def row_devices(num_rows: int) -> list[jax.Device]:
+    """As many local devices as divide the rows of this host equally."""
+    devices = jax.local_devices()
+    return devices[: max(d for d in range(1, len(devices) + 1) if num_rows % d == 0)]
+
+
+# --- from an algorithm to a program ---
+
+
+def make_program(algorithm: ModuleType, config: Any, launch: Launch, rows: Rows) -> Program:
+    """The jitted functions of an algorithm's module for these rows; nothing is compiled yet."""
+    env = algorithm.make_env(config)
+    eval_env = envs.make(config.env, launch.eval_episodes, stagger=False, reset_mode="cached")
+    if env.stateful and len(rows.seeds) > 1:
+        raise ValueError(f"{env.name}: a program has one seed here, not {len(rows.seeds)}")
+    if env.stateful and launch.resume:
+        raise ValueError(f"{env.name}: its emulators are in no checkpoint: start a new run")
+    algo = algorithm.build(config, env)
+    state = jax.eval_shape(algo.init, jax.random.key(0))
+    # All fields of the state have a leading row axis except the counter, which the rows share.
+    axes = type(state)(*[0] * len(state))._replace(update=None)
+    mesh = jax.sharding.Mesh(row_devices(len(rows.seeds)), "row")
+    row, shared = PartitionSpec("row"), PartitionSpec()
+    specs = type(state)(*[row] * len(state))._replace(update=shared)
+    shared_data, own_data = algo.data(rows.seeds)
+    data_axes = [None] * len(shared_data) + [0] * len(own_data)
+    data_specs = [shared] * len(shared_data) + [row] * len(own_data)
+    place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+    data = tuple(map(place, (*shared_data, *own_data), data_specs))
+
+    def algo_of(hparams):
+        swept = common.with_hparams(config, hparams, algorithm.TRACEABLE)
+        return algorithm.build(swept, env) if hparams else algo
+
+    def init(key, hparams):
+        return jax.tree.map(strong, algo_of(hparams).init(key))
+
+    def train(state, hparams, num_updates, *data):
+        algo = algo_of(hparams)
+
+        def step(_, carry):
+            state, sums = carry
+            state, metrics = algo.update(state, *data)
+            return state, {k: reduction(k)(sums[k], metrics[k]) for k in sums}
+
+        names = jax.eval_shape(algo.update, state, *data)[1]
+        sums = {k: jnp.float32(-np.inf if reduction(k) is max_of else 0) for k in names}
+        return jax.lax.fori_loop(0, num_updates, step, (state, sums))
+
+    acts = {"": algo.act, **algo.further}
+
+    def begin(keys):
+        return dict.fromkeys(acts, evaluation.begin(eval_env, keys))
+
+    def play(state, plays, num_steps):
+        policies = jax.vmap(algo.policy_of, (axes,))(state)
+        advance = lambda name: evaluation.advance(
+            acts[name], policies, eval_env, plays[name], num_steps
+        )
+        return {name: advance(name) for name in acts}
+
+    def shard(function, in_specs, out_specs, **options):
+        # shard_map, not a plain jit: each device loops over its own rows and waits for no other.
+        mapped = jax.shard_map(
+            function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
+        place = lambda tree: jax.tree.map(lambda spec: NamedSharding(mesh, spec), tree)
+        shardings = {"in_shardings": place(in_specs), "out_shardings": place(out_specs)}
+        return jax.jit(mapped, **shardings, **options)
+
+    return Program(
+        init=shard(jax.vmap(init, out_axes=axes), (row, row), specs),
+        train=shard(
+            jax.vmap(train, (axes, 0, None, *data_axes), (axes, 0)),
+            (specs, row, shared, *data_specs),
+            (specs, row),
+            donate_argnums=0,
+        ),
+        begin=shard(begin, (row,), row),
+        play=shard(play, (specs, row, shared), row, donate_argnums=1),
+        policies=shard(jax.vmap(algo.policy_of, (axes,)), (specs,), row),
+        data=data,
+        num_shared=len(shared_data),
+    )
+
+
+def strong(x: jax.Array) -> jax.Array:
+    """`x` without a weak type, so that an update returns the types it was given."""
+    return x if rundir.is_key(x) else jax.lax.convert_element_type(x, x.dtype)
+
+
+def reduction(name: str) -> Callable:
+    """How a metric is reduced over updates: the largest of `.../max`, sums of all others."""
+    return max_of if name.endswith("/max") else operator.add
+
+
+def max_of(a, b):
+    """Elementwise maximum of jax or numpy arrays."""
+    return (jnp if isinstance(a, jax.Array) else np).maximum(a, b)
+
+
+# --- compilation ---
+
+
+def trace(program: Program, rows: Rows) -> Program:
+    """All functions traced for these rows."""
+    keys, hparams = inputs(rows)
+    state = jax.eval_shape(program.init, keys, hparams)
+    return program._replace(
+        init=program.init.trace(keys, hparams),
+        train=program.train.trace(state, hparams, jnp.int32(1), *program.data),
+        begin=program.begin.trace(keys),
+        play=program.play.trace(state, jax.eval_shape(program.begin, keys), jnp.int32(1)),
+    )
+
+
+def compile_ahead(traced: Program, rows: Rows) -> Program:
+    """All functions compiled, two at a time."""
+    names = "train", "play", "init", "begin"  # the slow ones first
+    lowered = [getattr(traced, name).lower() for name in names]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        compiled = pool.map(lambda x: x.compile(), lowered)
+    return traced._replace(**dict(zip(names, compiled, strict=True)))
+
+
+# --- memory ---
+
+
+def memory_text(compiled: Program, state: Any) -> str:
+    """How much memory training needs on each device, and what takes most of it."""
+    sizes = compiled.train.memory_analysis()
+    total = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
+    text = f"memory: {total / 2**20:,.0f} MiB on each device"
+    replay = row_bytes(getattr(state, "replay", None))
+    if replay:
+        text += f", {replay / 2**20:,.1f} MiB of replay for each row"
+    if compiled.data:
+        dataset = sum(x.nbytes for x in jax.tree.leaves(compiled.data[: compiled.num_shared]))
+        own = row_bytes((compiled.data[compiled.num_shared :], state))
+        text += f", {dataset / 2**20:,.1f} MiB of dataset, {own / 2**20:,.1f} MiB for each row"
+    return text
+
+
+def row_bytes(tree: Any) -> int:
+    """Bytes of one row of a tree of arrays [R, ...]."""
+    return sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in jax.tree.leaves(tree))

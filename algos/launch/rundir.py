@@ -1,0 +1,363 @@
+"""The run directory: the format of what a launch writes, and how it is read again.
+
+    config.json  meta.json  metrics.jsonl  eval.npz  final.npz  policy_s000.npz  partial_s000.npz
+    done.json
+    checkpoints/  plots/  videos/
+
+Everything is JSON or numpy arrays without pickles. `session.py` writes it, experiments read it.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib
+import json
+import math
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import filelock
+import jax
+import jax.numpy as jnp
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+import envs
+
+PRNG = "threefry2x32"  # of every key, whatever jax is told: seeds mean the same everywhere
+
+# --- trees of arrays as .npz, keyed by tree path ---
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Leaves by tree path, typed keys as their key data."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        jax.tree_util.keystr(path): jax.random.key_data(x) if is_key(x) else x for path, x in leaves
+    }
+
+
+def save_arrays(path: Path, arrays: dict[str, Any], meta: dict[str, Any]) -> None:
+    """Write arrays by name, and `meta` as JSON, to `path`; either all of it or nothing."""
+    arrays = {name: np.asarray(x) for name, x in arrays.items()}
+    # bfloat16 is not a numpy type: store the bits, the template knows the type.
+    arrays = {k: x.view(np.uint16) if x.dtype == jnp.bfloat16 else x for k, x in arrays.items()}
+    write_atomic(path, lambda file: np.savez(file, **arrays, __meta__=np.array(json.dumps(meta))))
+
+
+def load_tree(path: Path, template: Any) -> tuple[Any, dict[str, Any]]:
+    """Read what `save_arrays(path, flatten(tree), meta)` wrote, into the shape of `template`.
+
+    Raises ValueError if the file is damaged, or names what is missing, unexpected or changed.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        meta = json.loads(str(arrays.pop("__meta__")))
+    except (zipfile.BadZipFile, EOFError, OSError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged or not ours ({error}): delete it to use the one before"
+        ) from None
+    wanted = {
+        jax.tree_util.keystr(path): jax.eval_shape(jax.random.key_data, x) if is_key(x) else x
+        for path, x in jax.tree_util.tree_flatten_with_path(template)[0]
+    }
+    problems = [f"missing {name}" for name in wanted.keys() - arrays.keys()]
+    problems += [f"unexpected {name}" for name in arrays.keys() - wanted.keys()]
+    stored = lambda x: np.dtype(np.uint16 if x.dtype == jnp.bfloat16 else x.dtype)
+    problems += [
+        f"{name} is {arrays[name].dtype}{list(arrays[name].shape)}, not {x.dtype}{list(x.shape)}"
+        for name, x in wanted.items()
+        if name in arrays and (arrays[name].shape, arrays[name].dtype) != (x.shape, stored(x))
+    ]
+    if problems:
+        raise ValueError(f"{path} does not fit this configuration: " + "; ".join(problems[:5]))
+
+    def restore(path, x):
+        array = arrays[jax.tree_util.keystr(path)]
+        if is_key(x):
+            return jax.random.wrap_key_data(array, impl=PRNG)
+        return array.view(jnp.bfloat16) if x.dtype == jnp.bfloat16 else array
+
+    return jax.tree_util.tree_map_with_path(restore, template), meta
+
+
+def write_atomic(path: Path, write: Callable) -> None:
+    """Call `write(binary file)` and put the file in place only when it is complete on disk."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically."""
+    write_atomic(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+
+
+def jsonable(value: Any) -> Any:
+    """Plain numbers and lists, null for what is not finite."""
+    array = np.asarray(value, np.float64)
+    if array.ndim:
+        return [jsonable(x) for x in array]
+    return float(array) if np.isfinite(array) else None
+
+
+def is_key(x: Any) -> bool:
+    """True for arrays of typed keys, and their shapes."""
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; ValueError that names the file if it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
+
+
+# --- one process, one run ---
+
+
+def lock(run_dir: Path) -> filelock.FileLock:
+    """The lock of a run directory, held; ValueError if another process holds it."""
+    held = filelock.FileLock(run_dir / ".lock", timeout=0)
+    try:
+        held.acquire()
+    except filelock.Timeout:
+        raise ValueError(f"{run_dir} is in use by another process: wait until it ends") from None
+    return held
+
+
+def files(run_dir: Path) -> list[Path]:
+    """What a run has written to the directory, by name."""
+    names = ("config.json", "meta.json", "metrics.jsonl", "done.json", "checkpoints", "*.npz")
+    return sorted(path for name in names for path in run_dir.glob(name))
+
+
+# --- checkpoints ---
+
+
+def save_checkpoint(run_dir: Path, arrays: dict[str, Any], meta: dict[str, Any]) -> None:
+    """Save the flattened state after `meta["update"]` updates and keep the last two."""
+    folder = run_dir / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    save_arrays(folder / f"{meta['update']:09d}.npz", arrays, meta)
+    for old in checkpoints(run_dir)[:-2]:
+        old.unlink()
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted((run_dir / "checkpoints").glob("[0-9]*.npz"))
+
+
+# --- reading a run ---
+
+
+class Run(NamedTuple):
+    """A finished or running launch, as read from its directory."""
+
+    path: Path
+    algo: str
+    config: dict[str, Any]
+    launch: dict[str, Any]
+    labels: list[str]  # one per row: the swept values, or ""
+    seeds: np.ndarray  # [R]
+    steps: np.ndarray  # [E] steps of one seed: of environments, offline of gradients
+    seconds: np.ndarray  # [E] of training, without compilation and evaluation
+    returns: np.ndarray  # [R, E, K] greedy evaluation; NaN where a seed is dead
+    lengths: np.ndarray  # [R, E, K]
+    further: dict[str, np.ndarray]  # returns [R, E, K] of an algorithm's further policies
+    final: np.ndarray  # [R, F] returns of the last evaluation with all its episodes
+    final_further: dict[str, np.ndarray]  # the same of further policies
+    done: dict[str, Any] | None  # None if the launch did not reach its end
+
+
+def read_description(run_dir: Path) -> dict[str, Any]:
+    """What config.json says: algo, config, launch and rows; ValueError if it does not."""
+    try:
+        saved = json.loads((run_dir / "config.json").read_text())
+        missing = {"algo", "config", "launch", "rows"} - saved.keys()
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{run_dir} is not a run directory: {error}") from None
+    if missing:
+        raise ValueError(f"{run_dir} is not a run directory: its config.json is of something else")
+    return saved
+
+
+def read_run(run_dir: Path | str) -> Run:
+    """Read a run directory; ValueError if it is not one."""
+    path = Path(run_dir)
+    saved = read_description(path)
+    evals = read_evals(path / "eval.npz")
+    further = further_of(evals)
+    final = {"returns": evals["returns"][:, -1]} | {
+        f"{name}_returns": x[:, -1] for name, x in further.items()
+    }
+    if (path / "final.npz").exists():  # otherwise it is unfinished, or older than this file
+        final = read_evals(path / "final.npz")
+    done = path / "done.json"
+    return Run(
+        path=path,
+        algo=saved["algo"],
+        config=saved["config"],
+        launch=saved["launch"],
+        labels=saved["rows"]["labels"],
+        seeds=np.array(saved["rows"]["seeds"]),
+        steps=evals["steps"],
+        seconds=evals["seconds"],
+        returns=evals["returns"],
+        lengths=evals["lengths"],
+        further=further,
+        final=final["returns"],
+        final_further=further_of(final),
+        done=read_json(done) if done.exists() else None,
+    )
+
+
+def read_evals(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of eval.npz or final.npz; ValueError if it is not there or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path.parent} is not a run directory: {error}") from None
+
+
+def further_of(evals: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns of further policies by their names."""
+    end = "_returns"
+    return {name.removesuffix(end): x for name, x in evals.items() if name.endswith(end)}
+
+
+def load_algo(name: str, values: dict[str, Any]) -> tuple[envs.Env, Any]:
+    """The environments and the Algo of `algos/<name>.py` for the config.json values of a run."""
+    module = importlib.import_module(f"algos.{name}")
+    config = from_json(module.Config, values)
+    env = module.make_env(config)
+    return env, module.build(config, env)
+
+
+def from_json(config_type: type, values: dict[str, Any]) -> Any:
+    """A config dataclass from its JSON; ValueError if a field is unknown or of a wrong type."""
+    unknown = values.keys() - {field.name for field in dataclasses.fields(config_type)}
+    if unknown:
+        raise ValueError(
+            f"config.json was written by another version, which had {', '.join(sorted(unknown))}"
+        )
+    try:
+        return TypeAdapter(config_type).validate_python(values)  # lists become tuples again
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise ValueError(f"config.json: {field}={first['input']!r}: {first['msg']}") from None
+
+
+def read_policy(path: Path) -> tuple[envs.Env, Any, Any]:
+    """Environments, Algo and parameters of an exported policy; ValueError if there is none."""
+    if not path.is_file():
+        folder = path if path.is_dir() else path.parent
+        found = ", ".join(sorted(p.name for p in folder.glob("*_s*.npz"))) or "no policies"
+        problem = "is a folder, name a policy" if path.is_dir() else "does not exist"
+        raise ValueError(f"{path} {problem}; there: {found}")
+    saved = read_description(path.parent)
+    env, algo = load_algo(saved["algo"], saved["config"])
+    template = jax.eval_shape(lambda key: algo.policy_of(algo.init(key)), jax.random.key(0))
+    return env, algo, load_tree(path, template)[0]
+
+
+def load_policy(path: Path | str) -> Callable:
+    """Load an exported policy `RUN_DIR/policy_s000.npz` as `act(obs, key=None)`.
+
+    `act` takes observations [obs_size] or [N, obs_size] as the environment gives them, arrays or
+    lists, and returns actions, continuous ones clipped to [-1, 1]; greedy without a key, sampled
+    with one. The observation statistics are inside. It raises ValueError for another shape.
+    """
+    env, algo, policy = read_policy(Path(path))
+    size = env.obs_size - env.privileged_size
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def play(obs, key, greedy):
+        action = algo.act(policy, obs, key, greedy)
+        return action if env.discrete else jnp.clip(action, -1.0, 1.0)
+
+    def act(obs, key=None):
+        obs = jnp.asarray(obs)
+        if obs.ndim not in (1, 2) or obs.shape[-1] not in (size, env.obs_size):
+            raise ValueError(f"obs has shape {[*obs.shape]}: [{size}] or [N, {size}] is wanted")
+        return play(obs, jax.random.key(0) if key is None else key, key is None)
+
+    return act
+
+
+def write_evals(run_dir: Path, evals: dict[str, list]) -> None:
+    """Write eval.npz: steps [E], seconds [E], returns [R, E, K], lengths [R, E, K].
+
+    Further policies of an algorithm have NAME_returns [R, E, K].
+    """
+    arrays = {name: np.stack(values, min(1, np.ndim(values[0]))) for name, values in evals.items()}
+    write_atomic(run_dir / "eval.npz", lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+
+
+def write_final(run_dir: Path, final: dict[str, np.ndarray]) -> None:
+    """Write final.npz: returns and lengths [R, F] of the last evaluation with all its episodes."""
+    write_atomic(run_dir / "final.npz", lambda file: np.savez(file, **final))  # type: ignore[arg-type]
+
+
+def rewind(run_dir: Path, step: int, write: bool) -> dict[str, list]:
+    """The evaluations up to `step`; if `write`, drop what metrics.jsonl has after it."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    kept = "".join(x for i, x in enumerate(lines) if step_of(x, path, i, len(lines)) <= step)
+    if write:
+        write_atomic(path, lambda file: file.write(kept.encode()))
+    if not (run_dir / "eval.npz").exists():  # stopped before the first evaluation
+        return {}
+    run = read_run(run_dir)
+    keep = np.flatnonzero(run.steps <= step)
+    if not len(keep):
+        return {}
+    per_row = {"returns": run.returns, "lengths": run.lengths}
+    per_row |= {f"{name}_returns": x for name, x in run.further.items()}
+    return {
+        "steps": [int(run.steps[i]) for i in keep],
+        "seconds": [float(run.seconds[i]) for i in keep],
+        **{name: [x[:, i] for i in keep] for name, x in per_row.items()},
+    }
+
+
+def step_of(line: str, path: Path, number: int, count: int) -> float:
+    """The step of a line of metrics.jsonl; infinite for a last line that was cut short."""
+    try:
+        if line.endswith("\n"):
+            return json.loads(line)["global_step"]
+        raise ValueError("it has no end")
+    except (ValueError, KeyError, TypeError) as error:
+        if number == count - 1:
+            return math.inf
+        raise ValueError(f"{path} is damaged in line {number + 1} ({error})") from None
+
+
+def digest(tree: Any) -> str:
+    """SHA-256 of the leaves of a tree, their names and types."""
+    sha = hashlib.sha256()
+    for name, x in flatten(tree).items():
+        sha.update(f"{name} {x.dtype} {x.shape}".encode())
+        sha.update(np.ascontiguousarray(x).data)
+    return sha.hexdigest()
+
+
+def check_data(run_dir: Path, digests: list[str]) -> None:
+    """ValueError if a run learned from other data than these."""
+    path = run_dir / "meta.json"
+    saved = read_json(path).get("data", digests) if path.exists() else digests
+    if saved != digests:
+        raise ValueError(
+            f"cannot resume {run_dir}: the dataset or the clones are not those it learned from"
+        )

@@ -1,0 +1,454 @@
+"""A launch from the command line to its last line: the loop around the compiled program.
+
+keys  = key(seed + i) for i in range(num_seeds)    # seed i of a launch is the run --seed i
+state = init(keys)
+until the next evaluation: state, metrics = train(state, n updates)
+evaluate; log; save
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import json
+import math
+import re
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import envs
+from algos import common
+from algos.launch import cli, logs, render, report, rundir
+from algos.launch.cli import Launch
+from algos.launch.program import (
+    Program,
+    compile_ahead,
+    make_program,
+    memory_text,
+    reduction,
+    row_devices,
+    setup_jax,
+    trace,
+)
+from algos.launch.rows import Rows, evaluation_keys, gather, inputs, local, make_rows
+
+SLICE_SECONDS = 1.0  # device time between two looks at ctrl-C and the progress bar
+EVAL_STEPS = 100  # environment steps of the first slice of an evaluation
+
+
+def main(name: str, argv: list[str] | None = None) -> None:
+    """Train `algos/<name>.py` from the command line; bad input is one line and exit status 2.
+
+    With --verbose 2 an error keeps its traceback, for whoever is changing an algorithm.
+    """
+    launch = None
+    logs.print_warnings_once()
+    try:
+        algorithm = importlib.import_module(f"algos.{name}")
+        config, launch = cli.parse(name, algorithm.Config, algorithm.PRESETS, argv)
+        rows = make_rows(launch, config, algorithm.TRACEABLE)
+        common.check(config)
+        cli.check_updates(config)
+        setup_jax(len(rows.seeds))
+        session = Session(name, config, launch, rows)
+        session.check_run_dir()
+        session.log.say(session.plan())
+        session.open(make_program(algorithm, config, launch, local(rows)))
+    except (ValueError, OSError, ImportError) as error:
+        if launch and launch.verbose == 2:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    with session.lock:
+        session.run()
+
+
+class Session:
+    """One launch: its position, its run directory and its log. `open` is what starts it."""
+
+    def __init__(self, name: str, config: Any, launch: Launch, rows: Rows):
+        self.name, self.config, self.launch, self.rows = name, config, launch, rows
+        self.lead = jax.process_index() == 0  # the host that writes and prints
+        self.run_dir = Path(launch.run_dir or default_run_dir(name, config, launch)).expanduser()
+        self.log = logs.Log(launch.verbose if self.lead else -1)
+        self.update = 0
+        self.seconds = {"compile": 0.0, "train": 0.0, "eval": 0.0}
+        self.evals: dict[str, list] = {}  # as `rundir.write_evals` takes them
+        self.speed = 0.0  # steps per second of all rows, in the last interval
+        self.dead = np.zeros(len(rows.seeds), bool)
+        self.restored: Any = None
+        self.lock: Any = contextlib.nullcontext()  # of the run directory, once it is taken
+        self.stop = False
+        self.told_of_nan = False
+        self.started = time.time()
+
+    @property
+    def step(self) -> int:
+        """Finished steps of one row."""
+        return self.update * self.config.steps_per_update
+
+    # the run directory
+
+    def check_run_dir(self) -> None:
+        """ValueError if a new launch would write where a run is."""
+        found = rundir.files(self.run_dir)
+        if self.lead and not self.launch.resume and found:
+            raise ValueError(
+                f"{self.run_dir} already holds a run ({found[0].name}): --resume it or choose "
+                "another --run-dir"
+            )
+
+    def open(self, program: Program) -> None:
+        """Take or restore the run directory; ValueError in one line if that is not possible."""
+        self.program = program
+        digests = [rundir.digest(x) for x in program.data]
+        if self.lead:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self.lock = rundir.lock(self.run_dir)
+            self.check_run_dir()  # again: from here on nobody else can come first
+        if self.launch.resume:
+            if self.lead:
+                rundir.check_data(self.run_dir, digests)
+            self.restore()
+        if self.lead:
+            self.write_description(digests)
+            self.log.open(self.run_dir, self.name, self.config, self.launch, self.rows, self.step)
+
+    def write_description(self, digests: list[str]) -> None:
+        """config.json, from which the launch can be run again, and meta.json with its history."""
+        description = {
+            "algo": self.name,
+            "config": dataclasses.asdict(self.config),
+            "launch": dataclasses.asdict(dataclasses.replace(self.launch, resume="", run_dir="")),
+            "rows": {"seeds": self.rows.seeds.tolist(), "labels": self.rows.labels},
+        }
+        rundir.write_json(self.run_dir / "config.json", description)
+        meta = logs.surroundings() | {"data": digests}
+        meta["num_devices"] = len(self.devices()) * jax.process_count()
+        path = self.run_dir / "meta.json"
+        if self.launch.resume and path.exists():
+            first = rundir.read_json(path)
+            meta = first | {"resumed": [*first.get("resumed", []), meta]}
+        rundir.write_json(path, meta)
+
+    def restore(self) -> None:
+        """Read the last checkpoint and forget what was logged after it."""
+        saved = rundir.checkpoints(self.run_dir)
+        done = self.run_dir / "done.json"
+        if not saved:
+            if done.exists():
+                raise ValueError(f"{self.run_dir} has no checkpoint to resume from")
+            self.evals = rundir.rewind(self.run_dir, -1, write=self.lead)  # from the start again
+            return
+        template = jax.eval_shape(self.program.init, *inputs(self.rows))
+        self.restored, meta = rundir.load_tree(saved[-1], template)
+        self.update, self.seconds = meta["update"], meta["seconds"]
+        self.dead = np.array(meta["dead"])
+        # Without done.json it was stopped between its last update and its end: the end is to do.
+        if self.update >= self.config.num_updates and done.exists():
+            raise ValueError(
+                f"{self.run_dir} is complete ({self.update} updates): "
+                "raise --total-timesteps to train on"
+            )
+        if self.lead:  # these describe a shorter run
+            done.unlink(missing_ok=True)
+            (self.run_dir / "final.npz").unlink(missing_ok=True)
+        self.evals = rundir.rewind(self.run_dir, self.step, write=self.lead)
+
+    def devices(self) -> list[jax.Device]:
+        """The devices of this host that train."""
+        return row_devices(len(self.rows.seeds) // jax.process_count())
+
+    def plan(self) -> str:
+        """What will run, and where."""
+        config, devices = self.config, self.devices()
+        noun = "rows" if self.launch.sweep else "seeds"
+        return (
+            f"{self.name} on {envs.canonical(config.env)}: {len(self.rows.seeds)} {noun} x "
+            f"{config.num_updates * config.steps_per_update:,} steps "
+            f"({config.num_updates:,} updates of {config.steps_per_update:,}) "
+            f"on {len(devices)} x {devices[0].device_kind}\n"
+            f"run directory: {self.run_dir}"
+        )
+
+    # the steps of a run
+
+    def run(self) -> None:
+        """Compile, train, evaluate, save; exit status 130 if interrupted, 3 if every seed died."""
+        handlers = {}
+        if threading.current_thread() is threading.main_thread():  # others may not set them
+            handlers = {
+                x: signal.signal(x, self.on_signal) for x in (signal.SIGINT, signal.SIGTERM)
+            }
+        try:
+            state, complete = self.train(self.compile())
+            complete = complete and self.finish(state)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        if not complete:
+            self.save(state)
+            self.log.say(f"stopped and saved; go on with --resume {self.run_dir}", 0)
+        self.log.close()
+        if not complete or self.dead.all():
+            raise SystemExit(3 if complete else 130)
+
+    def train(self, state: Any) -> tuple[Any, bool]:
+        """Train, evaluate and save until the end; the state, and False if interrupted."""
+        total = self.config.num_updates * self.config.steps_per_update * len(self.rows.seeds)
+        with self.log.progress(total, self.step * len(self.rows.seeds)):
+            for i, point in self.eval_points():
+                state = self.train_until(point, state)
+                if self.stopped() or not self.evaluate(state):
+                    return state, False
+                self.export(state, self.partial_rows(), "partial")
+                every = self.launch.checkpoint_every
+                last = point == self.config.num_updates
+                if last or (every and i % every == 0 and i > 0):
+                    self.save(state)
+                if self.dead.all():
+                    break
+        return state, True
+
+    def stopped(self) -> bool:
+        """Whether a signal asked for the end, on any host: they stop together."""
+        return bool(gather(np.array([self.stop])).any())
+
+    def compile(self) -> Any:
+        """Trace and compile the program; returns the state to go on from."""
+        start, rows = time.time(), local(self.rows)
+        with self.log.waiting("tracing"):
+            traced = trace(self.program, rows)
+        with self.log.waiting("compiling"):
+            self.program = compile_ahead(traced, rows)
+            state = jax.block_until_ready(self.program.init(*inputs(rows)))
+        self.log.say(memory_text(self.program, state))
+        self.seconds["compile"] += time.time() - start
+        if self.restored is None:
+            return state
+        restored, self.restored = self.restored, None
+        return place(restored, state)
+
+    def eval_points(self):
+        """Evaluations still to come: (number, finished updates).
+
+        A run that is resumed with another --num-evals has another schedule; what lies before its
+        position is past.
+        """
+        num_updates = self.config.num_updates
+        count = min(self.launch.num_evals, num_updates)
+        points = {round(i * num_updates / count): i for i in range(count + 1)}
+        done = self.evals["steps"][-1] // self.config.steps_per_update if self.evals else -1
+        return [(i, p) for p, i in points.items() if p > done and p >= self.update]
+
+    def train_until(self, point: int, state: Any) -> Any:
+        """Train in slices of about SLICE_SECONDS until `point` updates are done, then log."""
+        hparams = inputs(local(self.rows))[1]
+        totals, first, start = None, self.update, self.seconds["train"]
+        length = 1
+        # Hosts must stay in step, so several of them stop only where they meet: at evaluations.
+        while self.update < point and not (self.stop and jax.process_count() == 1):
+            length = min(length, point - self.update)
+            clock = time.time()
+            state, sums = self.program.train(state, hparams, jnp.int32(length), *self.program.data)
+            sums = {k: np.asarray(v, np.float64) for k, v in sums.items()}
+            clock = time.time() - clock
+            totals = {k: reduction(k)(totals[k], sums[k]) for k in sums} if totals else sums
+            self.update += length
+            self.seconds["train"] += clock
+            self.log.advance(length * self.config.steps_per_update * len(self.rows.seeds))
+            length = max(1, int(length * SLICE_SECONDS / max(clock, 1e-6)))
+        if totals:
+            self.log_training(totals, self.update - first, self.seconds["train"] - start)
+        return state
+
+    def log_training(self, totals: dict, num_updates: int, seconds: float) -> None:
+        """Turn sums over updates into means, and name the seeds that died."""
+        totals = {k: gather(v) for k, v in totals.items()}
+        died = (totals["health/finite"] < num_updates) & ~self.dead
+        for i in np.flatnonzero(died):
+            self.log.say(
+                f"{self.rows.name(int(i))} is dead: parameters or loss not finite; left out", 0
+            )
+        self.dead |= died
+        broken = totals.get("health/env_nan", np.zeros(1)).sum()
+        if broken and not self.told_of_nan:
+            self.told_of_nan = True
+            self.log.say(
+                f"{broken:,.0f} steps had a reward or observation that is not finite: they end "
+                "their episodes\n  with reward 0 (health/env_nan in metrics.jsonl)",
+                0,
+            )
+        # A group with a count is averaged over what was counted, such as the episodes that ended.
+        counts = {k.split("/")[0]: totals.pop(k) for k in [*totals] if k.endswith("/count")}
+        values = {}
+        for k, total in totals.items():
+            if k != "health/env_nan" and not k.endswith("/max"):
+                count = counts.get(k.split("/")[0], num_updates)
+                total = total / np.where(count > 0, count, np.nan)
+            values[k.replace("episodes/", "charts/episodic_")] = total
+        values = {k: np.where(self.dead, np.nan, v) for k, v in values.items()}
+        values["health/finite"] = (~self.dead).astype(float)
+        values["health/seeds_alive"] = float((~self.dead).sum())
+        steps = num_updates * self.config.steps_per_update * len(self.rows.seeds)
+        values["charts/SPS"] = self.speed = steps / seconds
+        self.write(values)
+
+    def play(self, state: Any, part: int = 0) -> dict[str, Any] | None:
+        """Returns and lengths [R, K] of a part of an evaluation, by name; None if interrupted."""
+        clock = time.time()
+        plays = self.program.begin(evaluation_keys(local(self.rows), self.update, part))
+        length, alive = EVAL_STEPS, True
+        while alive and not (self.stop and jax.process_count() == 1):
+            start = time.time()
+            plays = self.program.play(state, plays, jnp.int32(length))
+            alive = any(np.asarray(play.alive).any() for play in plays.values())
+            length = max(1, int(length * SLICE_SECONDS / max(time.time() - start, 1e-6)))
+        self.seconds["eval"] += time.time() - clock
+        if alive:
+            return None
+        of_live = lambda x: np.where(self.dead[:, None], np.nan, gather(np.asarray(x)))
+        played = {f"{k}_returns".lstrip("_"): of_live(x.returns) for k, x in plays.items()}
+        return played | {"lengths": of_live(plays[""].lengths)}
+
+    def evaluate(self, state: Any) -> bool:
+        """Greedy evaluation, to the log, eval.npz and the console; False if interrupted."""
+        played = self.play(state)
+        if played is None:
+            return False
+        for key, value in {"steps": self.step, "seconds": self.seconds["train"], **played}.items():
+            self.evals.setdefault(key, []).append(value)
+        means = {k: x.mean(1) for k, x in played.items()}
+        names = {"returns": "episodic_return", "lengths": "episodic_length"}
+        self.write({f"eval/{names.get(k, k.removesuffix('s'))}": x for k, x in means.items()})
+        if self.lead:
+            rundir.write_evals(self.run_dir, self.evals)
+        spent = self.seconds["train"] + self.seconds["eval"]
+        left = spent * (self.config.num_updates / self.update - 1) if self.update else None
+        total = self.config.num_updates * self.config.steps_per_update
+        labels = np.array(self.rows.labels)
+        shown = {x: means["returns"][labels == x] for x in dict.fromkeys(self.rows.labels)}
+        self.log.evaluation(self.step, total, shown, self.speed, left)
+        return True
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Log `values` with the times so far."""
+        times = {f"time/{k}": v for k, v in self.seconds.items()}
+        times["time/wall"] = time.time() - self.started
+        self.log.write(self.step, values | times)
+
+    def save(self, state: Any) -> None:
+        """Write a checkpoint of all rows of all hosts."""
+        arrays = {k: np.asarray(v) for k, v in rundir.flatten(state).items()}
+        arrays = {k: v if k == ".update" else gather(v) for k, v in arrays.items()}
+        meta = {"update": self.update, "seconds": self.seconds, "dead": self.dead.tolist()}
+        if self.lead:
+            self.log.flush()
+            rundir.save_checkpoint(self.run_dir, arrays, meta)
+
+    def partial_rows(self) -> Any:
+        """Rows whose last two evaluations are the first two in a row to reach --stop-at-return."""
+        target = self.launch.stop_at_return
+        if target is None or len(self.evals["returns"]) < 2:
+            return []
+        reached = np.stack(self.evals["returns"]).mean(-1) >= target  # [E, R], never if dead
+        twice = reached[1:] & reached[:-1]
+        return np.flatnonzero(twice[-1] & ~twice[:-1].any(0))
+
+    def export(self, state: Any, rows: Any, prefix: str) -> None:
+        """Write the policies of some rows as PREFIX_sNNN.npz."""
+        if not len(rows):
+            return
+        policies = rundir.flatten(self.program.policies(state))
+        policies = {k: gather(np.asarray(v)) for k, v in policies.items()}
+        for i in rows if self.lead else []:
+            row = {k: v[i] for k, v in policies.items()}
+            meta = {"seed": int(self.rows.seeds[i]), "label": self.rows.labels[i]}
+            meta |= {"step": self.step}
+            meta["return"] = rundir.jsonable(self.evals["returns"][-1][i].mean())
+            rundir.save_arrays(self.run_dir / f"{prefix}_s{i:03d}.npz", row, meta)
+            if prefix == "partial":
+                self.log.say(f"seed {self.rows.seeds[i]} reached the return: {prefix}_s{i:03d}.npz")
+
+    def finish(self, state: Any) -> bool:
+        """Play the last episodes, export policies, draw the curve; False if interrupted.
+
+        The last evaluation has more episodes than the others; done.json is written last.
+        """
+        parts = [{k: x[-1] for k, x in self.evals.items() if k not in ("steps", "seconds")}]
+        count = math.ceil(self.launch.final_episodes / self.launch.eval_episodes)
+        for part in range(1, 1 if self.dead.all() else count):
+            played = self.play(state, part)
+            if played is None:
+                return False
+            parts.append(played)
+        self.export(state, range(len(self.rows.seeds)), "policy")
+        if not self.lead:
+            return True
+        final = {k: np.concatenate([part[k] for part in parts], 1) for k in parts[0]}
+        rundir.write_final(self.run_dir, final)
+        run = rundir.read_run(self.run_dir)
+        curve = self.run_dir / "plots" / "curve.png"
+        lines = [(label or self.name, run, index) for label, index in report.groups(run)]
+        report.plot_curves(lines, curve, f"{self.name} on {self.config.env}")
+        results: list[dict[str, Any]] = []
+        for label, index in report.groups(run):
+            numbers = report.final(run.final[index])
+            others = {name: report.final(x[index]) for name, x in run.final_further.items()}
+            result = numbers | ({"further": others} if others else {})
+            result = {"label": label, "n": len(index)} | jax.tree.map(rundir.jsonable, result)
+            results.append(result)
+            lo, hi = numbers["interval"]
+            self.log.say(
+                f"{label or 'final greedy return'}: IQM {numbers['iqm']:.1f}, "
+                f"95 % interval [{lo:.1f}, {hi:.1f}]"
+                f"\n  {np.isfinite(numbers['per_seed']).sum()} of {len(index)} seeds alive, "
+                f"{run.final.shape[1]} episodes each"
+            )
+        seconds = self.seconds | {"wall": time.time() - self.started}
+        done: dict[str, Any] = {"steps": int(run.steps[-1]), "alive": int((~self.dead).sum())}
+        done |= {"episodes": run.final.shape[1], "results": results, "seconds": seconds}
+        rundir.write_json(self.run_dir / "done.json", done)
+        times = ", ".join(f"{k} {v:.1f}" for k, v in seconds.items())
+        self.log.say(f"seconds: {times}\ncurve: {curve}")
+        if self.launch.render:
+            render.render_run(self.run_dir)
+        return True
+
+    def on_signal(self, number, frame) -> None:
+        """First ctrl-C: stop after the slice. Second: stop at once, losing what is not saved."""
+        if self.stop:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            raise KeyboardInterrupt
+        self.stop = True
+        self.log.say("stopping after this slice; ctrl-C again to stop at once", 0)
+
+
+def default_run_dir(name: str, config: Any, launch: Launch) -> str:
+    """`runs/<env>/<algo>/<time>_s<seed>x<seeds>_<hash>`."""
+    settings = dataclasses.asdict(config) | dataclasses.asdict(launch)
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    env = re.sub("[^A-Za-z0-9_.]+", "-", envs.canonical(config.env))
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return f"runs/{env}/{name}/{stamp}_s{launch.seed}x{launch.num_seeds}_{digest[:6]}"
+
+
+def place(tree: Any, like: Any) -> Any:
+    """Put this host's rows of `tree` where those of `like` lie."""
+    count, index = jax.process_count(), jax.process_index()
+
+    def put(x, y):
+        if x.ndim:
+            part = len(x) // count
+            x = x[index * part : (index + 1) * part]
+        return jax.device_put(x, y.sharding)
+
+    return jax.tree.map(put, tree, like)

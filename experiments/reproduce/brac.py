@@ -1,0 +1,171 @@
+"""The offline pipeline: a partly trained policy, five types of data, clones, and what learns.
+
+    python experiments/reproduce/brac.py policy pure eps1 eps3 gaussian1 gaussian3 --num-seeds 4
+    python experiments/reproduce/brac.py eps1 --tasks pendulum --num-seeds 4
+
+groups:
+  policy     SAC, which exports its policy when it is partly trained
+  pure, eps1, eps3, gaussian1, gaussian3
+             a dataset of this type, clones of it, and offline algorithms at a CPU's sizes
+
+The tables have both policies of BRAC, and the mean return of the policies that collected. Beside
+the curves, TASK_alpha.png has the last returns against alpha.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+if __name__ == "__main__":  # import from this checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from algos.launch import datasets, report, rundir
+from experiments.collect_data import TYPES
+from experiments.reproduce import runner
+from experiments.reproduce.runner import Job, Report
+
+# Return at which a policy counts as partly trained: 40 % of the way from random to trained, which
+# is -1309 to -120 and 16 to 2826. Pendulum goes that way in a few hundred steps.
+POLICIES = {
+    "pendulum": "--stop-at-return -830 --total-timesteps 40000 --num-evals 160",
+    "hopper": "--stop-at-return 1140 --total-timesteps 600000 --num-evals 30 --batch-size 128 "
+    "--buffer-size 600000",
+}
+ROWS = {"pendulum": 100_000, "hopper": 200_000}
+BUDGETS = {  # gradient steps and evaluations of every learner
+    "pendulum": "--total-timesteps 10000 --batch-size 128 --num-evals 5",
+    "hopper": "--total-timesteps 20000 --batch-size 64 --num-evals 2 --eval-episodes 8",
+}
+SMALL = "--dataset {here}/data.npz --hidden 64 64"
+CRITIC = f"{SMALL} --critic-hidden 64 64"
+ACTOR_CRITIC = f"{CRITIC} --warm-start 2000 --learning-rate 3e-4"
+CLONED = f"{ACTOR_CRITIC} --behavior {{here}}/bc{{more}}"
+LEARNERS = {
+    "bc": ("bc", SMALL),
+    "bcq": ("bcq", f"{CRITIC} --vae-hidden 128 128"),
+    "brac_kl_vp": ("brac", f"{CLONED} --alpha 0.1 1 10 100"),
+    "brac_kl_vp_1q": ("brac", f"{CLONED} --alpha 0.1 1 10 100 --num-critics 1"),
+    "brac_kl_pr": ("brac", f"{CLONED} --alpha 0.1 1 10 100 --preset policy_regularisation"),
+    "brac_mmd_vp": ("brac", f"{CLONED} --alpha 1 10 100 500 --preset mmd"),
+    "brac_dual_kl_pr": ("brac", f"{ACTOR_CRITIC} --alpha 0.1 1 10 100 --preset dual"),
+    "brac_wasserstein_vp": ("brac", f"{ACTOR_CRITIC} --alpha 0.1 1 10 100 --preset wasserstein"),
+    "offline_sac": ("brac", f"{CRITIC} --preset sac"),
+}
+GROUPS: dict[str, list[Job]] = {
+    "policy": [Job(task, "sac", "sac", flags) for task, flags in POLICIES.items()],
+    **{
+        kind: [
+            Job(task, name, algo, f"{flags} {BUDGETS[task]}")
+            for task in POLICIES
+            for name, (algo, flags) in LEARNERS.items()
+        ]
+        for kind in TYPES
+    },
+}
+
+
+def collect(job: Job, run_dir: Path) -> None:
+    """Collect the dataset that a job learns from, if it learns from one and it is not there.
+
+    What it says of itself is written beside it as JSON, for the table: the dataset is too large to
+    be kept with the results.
+    """
+    path = run_dir.parent / "data.npz"
+    if job.algo == "sac":
+        return
+    if not path.exists():
+        collect_dataset(job, run_dir, path)
+    rundir.write_json(path.with_suffix(".json"), datasets.read(path)[1])
+
+
+def collect_dataset(job: Job, run_dir: Path, path: Path) -> None:
+    """Collect with the first seed that has a partly trained policy."""
+    kind, out = run_dir.parents[1].name, run_dir.parents[2]
+    found = sorted((out / "policy" / job.task / "sac").glob("partial_s*.npz"))
+    if not found:
+        raise SystemExit(f"no partly trained policy of {job.task} in {out}: run the group policy")
+    script = os.path.relpath(runner.ROOT / "experiments" / "collect_data.py")
+    program = [sys.executable, script, str(found[0])]
+    flags = ["--type", kind, "--steps", str(ROWS[job.task]), "--out", str(path)]
+    runner.run([*program, *flags])
+
+
+def behaviour_return(folder: Path) -> float:
+    """Mean return of those who collected the dataset of a task, by their shares."""
+    parts = json.loads((folder / "data.json").read_text())["parts"]
+    shares = [part["count"] for part in parts]
+    return np.average([part["returns"]["mean"] for part in parts], weights=shares)
+
+
+def plot_alphas(done: Report) -> None:
+    """Draw the last greedy returns of every form of BRAC against alpha, to TASK_alpha.png.
+
+    Points: IQM and 95 % interval over seeds. Lines: the learners without alpha, and who collected.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    for task in dict.fromkeys(job.task for job in done.runs):
+        figure = Figure(figsize=(9, 5), layout="constrained")
+        FigureCanvasAgg(figure)
+        axis = figure.subplots()
+        for i, job in enumerate(job for job in done.runs if job.task == task):
+            run, color = done.runs[job], f"C{i}"
+            finals = {label: report.final(run.final[x]) for label, x in report.groups(run)}
+            middle = np.array([final["iqm"] for final in finals.values()])
+            if "" in finals:
+                axis.axhline(middle[0], color=color, linestyle="--", label=job.name)
+                continue
+            interval = np.array([final["interval"] for final in finals.values()]).T
+            alpha = [float(label.removeprefix("alpha=")) for label in finals]
+            error = np.abs(interval - middle)
+            axis.errorbar(alpha, middle, error, color=color, marker="o", capsize=3, label=job.name)
+        behaviour = behaviour_return(done.folder / task)
+        axis.axhline(behaviour, color="black", linestyle=":", label="who collected")
+        axis.set(xscale="log", xlabel="alpha", ylabel="last greedy return", title=task)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside right center", frameon=False)
+        figure.savefig(done.folder / f"{task}_alpha.png", dpi=110)
+
+
+def both_policies(done: Report) -> str:
+    """Table of the returns of both policies of every run, beside those who collected."""
+    rows = []
+    for task in dict.fromkeys(job.task for job in done.runs):
+        behaviour = behaviour_return(done.folder / task)
+        for job in (job for job in done.runs if job.task == task):
+            run = done.runs[job]
+            for label, index in report.groups(run):
+                name = f"{job.name} {label}".strip()
+                cells = [
+                    cell(returns[index]) for returns in (run.final, *run.final_further.values())
+                ]
+                rows.append([task, name, *[*cells, ""][:2], f"{behaviour:.1f}"])
+    return "\n" + report.table(["task", "learner", "greedy", "max_q", "who collected"], rows)
+
+
+def cell(returns: np.ndarray) -> str:
+    """IQM and interval of final returns [R, F]."""
+    final = report.final(returns)
+    lo, hi = final["interval"]
+    return f"{final['iqm']:.1f} [{lo:.1f}, {hi:.1f}]"
+
+
+def further(done: Report) -> str:
+    """What the group of a type of data has beside the common table and curves."""
+    plot_alphas(done)
+    return both_policies(done)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Reproduce from the command line."""
+    tables = dict.fromkeys(TYPES, further)
+    runner.main(__doc__ or "", GROUPS, "results/brac", tables, argv, before=collect)
+
+
+if __name__ == "__main__":
+    main()

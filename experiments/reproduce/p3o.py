@@ -1,0 +1,84 @@
+"""P3O beside A2C and PPO, and its ablations: runs, a table, and curves.
+
+    python experiments/reproduce/p3o.py tasks ablations --num-seeds 10 --out results/p3o
+
+groups:
+  tasks      cartpole, MinAtar and hopper at budgets for a CPU, at equal environment steps
+  ablations  replay ratio, clipping and the weight of the KL on one task, with curves of
+             OUT/ablations/<task>-replay.png: ESS, KL and share of clipped ratios
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+if __name__ == "__main__":  # import from this checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from experiments.reproduce import runner
+from experiments.reproduce.runner import Job, Report
+
+BUDGETS = {"cartpole": 500_000, "breakout": 300_000, "asterix": 200_000}
+BUDGETS |= {"space_invaders": 200_000, "hopper": 300_000}
+ALGOS = {"p3o": ("p3o", ""), "a2c": ("p3o", "--preset a2c"), "ppo": ("ppo", "")}
+ABLATIONS = {
+    "default": "",
+    "replay_ratio_0": "--replay-ratio 0",
+    "replay_ratio_1": "--replay-ratio 1",
+    "replay_ratio_4": "--replay-ratio 4",
+    "replay_half": "--replay-fraction 0.0143",
+    "replay_times_4": "--replay-fraction 0.1144",
+    "fixed_clip": "--max-ratio 1",
+    "no_kl": "--kl-coef 0",
+    "kl_0.1": "--kl-coef 0.1",
+    "kl_0.5": "--kl-coef 0.5",
+    "kl_reduction_sum": "--kl-reduction sum",
+    "kl_direction_beta_pi": "--kl-direction beta_pi",
+    "no_trace": "--gae-lambda 1",
+    "off_policy_entropy": "--off-policy-entropy",
+}
+GROUPS: dict[str, list[Job]] = {
+    "tasks": [
+        Job(task, name, algo, f"{flags} --total-timesteps {budget}".strip())
+        for task, budget in BUDGETS.items()
+        for name, (algo, flags) in ALGOS.items()
+    ],
+    "ablations": [
+        Job("cartpole", name, "p3o", f"--total-timesteps 100000 {flags}".strip())
+        for name, flags in ABLATIONS.items()
+    ],
+}
+SHOWN = {"replay/ess": "ESS", "replay/kl": "KL", "replay/clip_fraction": "clipped ratios"}
+
+
+def replay_curves(done: Report) -> str:
+    """Draw what the replay was like: means over the seeds of first launches; returns where."""
+    if not done.runs:
+        return ""
+    figure = Figure(figsize=(4 * len(SHOWN), 3.5), layout="constrained")
+    axes = figure.subplots(1, len(SHOWN))
+    for job, run in done.runs.items():
+        records = [json.loads(x) for x in (run.path / "metrics.jsonl").read_text().splitlines()]
+        for axis, (metric, label) in zip(axes, SHOWN.items(), strict=True):
+            found = [(r["global_step"], np.array(r[metric], float)) for r in records if metric in r]
+            found = [(step, np.nanmean(x)) for step, x in found if np.isfinite(x).any()]
+            if found:
+                axis.plot(*zip(*found, strict=True), label=job.name)
+            axis.set(xlabel="environment steps", ylabel=label)
+    axes[0].legend(fontsize="x-small")
+    out = done.folder / f"{next(iter(done.runs)).task}-replay.png"
+    FigureCanvasAgg(figure).print_png(str(out))
+    return f"\nESS, KL and clipped ratios: {out}\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Reproduce from the command line."""
+    runner.main(__doc__ or "", GROUPS, "results/p3o", {"ablations": replay_curves}, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Scripts import from their own checkout, and leave a user's modules alone."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(script, *argv, cwd, **variables):
+    """A script's output; it must end with status 0."""
+    done = subprocess.run(
+        [sys.executable, str(script), *argv],
+        cwd=cwd,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_second_clone_runs_its_own_code(tmp_path):
+    """Even if another clone is the installed one."""
+    for folder in ("algos", "envs", "experiments"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    path = tmp_path / "algos" / "launch" / "cli.py"
+    path.write_text(path.read_text().replace("num_evals: int = 20", "num_evals: int = 77"))
+    assert "(default: 77)" in run(tmp_path / "algos" / "ppo.py", "--help", cwd=tmp_path)
+
+
+ENVIRONMENT = """
+from common import SIDE  # the user's own, not algos/common.py
+
+import envs
+
+
+def make():
+    assert SIDE == 1
+    print("made")
+    return envs.probes.make("action")
+"""
+
+
+@pytest.mark.parametrize("module", ["launch", "ppo", "datasets"])
+def test_a_users_modules_are_found_under_any_name(tmp_path, module):
+    (tmp_path / "common.py").write_text("SIDE = 1\n")
+    text = ENVIRONMENT.replace("import envs", "import envs.probes")
+    (tmp_path / f"{module}.py").write_text(text)
+    flags = "--total-timesteps 64 --num-envs 2 --num-steps 32 --hidden 4 --num-evals 1"
+    flags += " --final-episodes 1 --eval-episodes 1 --num-epochs 1 --num-minibatches 1 --verbose 0"
+    argv = ["--env", f"{module}:make", *flags.split(), "--run-dir", str(tmp_path / "run")]
+    said = run(ROOT / "algos" / "ppo.py", *argv, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert "made" in said
