@@ -60,10 +60,10 @@ def test_seeds_and_environments_are_independent_simulations(raw, start, play):
 
 
 def test_an_argument_without_the_axis_is_shared(raw, start):
-    state, actions = start
-    each = jax.jit(jax.vmap(raw.step, (None, 0, None)))(None, state[0], actions[0, 0, 0])
-    shared = jnp.broadcast_to(actions[0, 0, 0], (NUM_ENVS, raw.action_size))
-    assert_same(each, jax.jit(jax.vmap(raw.step, (None, 0, 0)))(None, state[0], shared))
+    state, action = start[0][0, 0], start[1][0, 0]  # one state, NUM_ENVS actions
+    one_state = jax.jit(jax.vmap(raw.step, (None, None, 0)))(None, state, action)
+    states = jnp.broadcast_to(state, (NUM_ENVS, *state.shape))
+    assert_same(one_state, jax.jit(jax.vmap(raw.step, (None, 0, 0)))(None, states, action))
 
 
 def test_the_state_is_all_there_is(start, play):
