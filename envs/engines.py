@@ -19,6 +19,7 @@ import contextlib
 import copy
 import ctypes
 import importlib.util
+import io
 import math
 import os
 from collections import Counter, defaultdict
@@ -34,8 +35,6 @@ import numpy as np
 from mujoco.batch import Batch
 
 from envs import mjx, viewer
-
-ENGINES = ("c", "mjx", "warp")
 
 
 class Physics(NamedTuple):
@@ -64,6 +63,8 @@ def make(engine: str | None, physics: Physics) -> Engine:
     engine = engine or ("c" if device == "cpu" else "mjx")
     if engine == "c" and device != "cpu":
         raise ValueError(f"{physics.name}: engine=c needs a CPU, and this is a {device}: use mjx")
+    if engine == "warp" and device != "gpu":
+        raise ValueError(f"{physics.name}: engine=warp needs an NVIDIA GPU, and this is a {device}")
     if engine == "warp" and importlib.util.find_spec("warp") is None:
         raise ImportError(f"{physics.name}: engine=warp needs NVIDIA Warp: pip install warp-lang")
     if engine == "warp" and "cfrc_ext" in physics.reads:
@@ -87,26 +88,26 @@ def _c(physics: Physics) -> Engine:
     nstate is the size of mjSTATE_INTEGRATION, which determines all that follows.
     """
     model = physics.model
-    # Devices step at the same time: they share the CPU's threads, and none shares simulations.
+    # Devices step at the same time: they divide the CPU's threads and share no simulations.
     threads = max(1, (os.cpu_count() or 1) // jax.local_device_count())
     idle: defaultdict[int, SimpleQueue] = defaultdict(SimpleQueue)  # by number of simulations
 
     @contextlib.contextmanager
-    def simulations(n):
+    def borrow(n):
         try:
-            lent = idle[n].get_nowait()
+            simulations = idle[n].get_nowait()
         except Empty:
-            lent = _Simulations(physics, n, threads)
-        yield lent
-        idle[n].put(lent)
+            simulations = _Simulations(physics, n, threads)
+        yield simulations
+        idle[n].put(simulations)  # not after an exception
 
     def reset(qpos, qvel):
-        with simulations(len(qpos)) as lent:
-            return lent.reset(qpos, qvel)
+        with borrow(len(qpos)) as simulations:
+            return simulations.reset(qpos, qvel)
 
     def step(state, ctrl):
-        with simulations(len(state)) as lent:
-            return lent.step(state, ctrl)
+        with borrow(len(state)) as simulations:
+            return simulations.step(state, ctrl)
 
     def poses(frames):
         rows = np.ascontiguousarray(frames).view(np.float64)
@@ -179,7 +180,7 @@ def _single(array):
 
 def _mjx(physics: Physics, implementation: str) -> Engine:
     """State: MuJoCo's integration state by field, and the memory, in float32."""
-    with contextlib.redirect_stdout(None):  # it prints that warp is missing, which few need
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints that warp is missing
         from mujoco import mjx as library
 
     model = copy.copy(physics.model)

@@ -225,13 +225,20 @@ def test_an_accelerator_gets_mjx(monkeypatch):
     assert engines.make(None, None) == engines.make("mjx", None) == "jax"
 
 
+def test_warp_needs_a_gpu():
+    with pytest.raises(ValueError, match="engine=warp needs an NVIDIA GPU, and this is a cpu"):
+        envs.make("Hopper-v5?engine=warp", 1)
+
+
 def test_warp_that_is_missing_is_said_in_one_line(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install warp-lang"):
         envs.make("Hopper-v5?engine=warp", 1)
 
 
-def test_warp_has_no_contact_forces():
-    pytest.importorskip("warp")
-    with pytest.raises(ValueError, match="engine=mjx"):
+def test_warp_has_no_contact_forces(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: "found")
+    with pytest.raises(ValueError, match="Warp has no contact forces"):
         envs.make("Ant-v5?engine=warp", 1)
