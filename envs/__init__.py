@@ -18,6 +18,7 @@ from envs.wrappers import RESET_MODES, Env, Goals, RawEnv, wrap
 
 __all__ = ["ALIASES", "Env", "Goals", "RawEnv", "canonical", "make"]
 
+ENGINES = ("c", "mjx", "warp")  # of MuJoCo; see envs/engines.py
 BRAX_BACKENDS = ("mjx", "generalized", "spring", "positional")
 
 # All games that ale-py ships.
@@ -151,7 +152,7 @@ MODULES = {
 
 # option -> allowed values, or `int` for any positive integer; those of gym are in envs/gym.py
 OPTIONS: dict[str, dict[str, Any]] = {
-    "brax": {"backend": BRAX_BACKENDS, "iterations": int, "ls_iterations": int},
+    "brax": {"backend": BRAX_BACKENDS, "engine": ENGINES, "iterations": int, "ls_iterations": int},
     "playground": {"iterations": int, "ls_iterations": int, "privileged": ("0", "1")},
     "gymnax": {},
     "arm": {},

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 
-from envs import engines, viewer
+from envs import ENGINES, engines, viewer
 from envs.wrappers import RawEnv
 
 
@@ -100,9 +100,8 @@ def normalise(task: str, changes: dict[str, str], name: str) -> dict[str, str]:
     result = {}
     for option, text in changes.items():
         if option == "engine":
-            if text not in engines.ENGINES:
-                listed = ", ".join(engines.ENGINES)
-                raise ValueError(f"{name!r}: engine={text!r} must be one of {listed}")
+            if text not in ENGINES:
+                raise ValueError(f"{name!r}: engine={text!r} must be one of {', '.join(ENGINES)}")
             result[option] = text
             continue
         if option not in defaults:
