@@ -2,8 +2,9 @@
 
 Models are the XML files of the installed gymnasium; its environments are not used. Arguments of
 Gymnasium's environments are options of the name: gym/Hopper-v5?ctrl_cost_weight=0.01. A task is a
-rule (see envs/engines.py) and a distribution of start states. On MJX, Humanoid and HumanoidStandup
-run with Newton's solver for want of PGS.
+rule (see envs/engines.py) and a distribution of start states. On C the numbers are Gymnasium's. On
+MJX, Humanoid and HumanoidStandup run with Newton's solver for want of PGS, and friction of capsules
+on the floor points in other directions, which Ant feels most.
 
 Units are MuJoCo's: m, rad, s, N, Nm. Actions in [-1, 1] are scaled to the range of the actuators.
 """
@@ -34,9 +35,7 @@ class Task(NamedTuple):
     """One environment of Gymnasium."""
 
     xml: str
-    rule: (
-        Callable  # xp, data, memory [..., 1], options -> memory, Outcome; the memory is a body's x
-    )
+    rule: Callable  # xp, data, memory [..., 1] (x where the task pays speed), options: see below
     start: Callable  # key, qpos0, nv, options -> qpos, qvel
     reads: tuple[str, ...]  # derived fields of MjData
     options: dict[str, Any]  # Gymnasium's arguments and their defaults
@@ -48,8 +47,8 @@ def make(task: str, engine: str | None = None, **changes: str) -> RawEnv:
     spec = TASKS[task]
     path = distribution("gymnasium").locate_file(f"gymnasium/envs/mujoco/assets/{spec.xml}")
     model = mujoco.MjModel.from_xml_path(str(path))
-    texts = {option: parse(text, spec.options[option]) for option, text in changes.items()}
-    options = SimpleNamespace(**spec.options | texts)
+    values = {option: parse(text, spec.options[option]) for option, text in changes.items()}
+    options = SimpleNamespace(**spec.options | values)
     options.timestep = model.opt.timestep
     options.dt = model.opt.timestep * options.frame_skip
     options.body_mass = model.body_mass

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 import envs
-from envs import mjx
+from envs import gym, mjx
 
 pytestmark = pytest.mark.xdist_group("gym")
 
@@ -156,6 +156,17 @@ def test_actions_are_scaled_and_clipped():
     np.testing.assert_array_equal(beyond[1], full[1])
     ctrl = raw.frame(full[1])  # the state: ctrl is in it as 0.4, the bound of Humanoid's actuators
     assert np.count_nonzero(np.asarray(ctrl).view(np.float64) == np.float32(0.4)) == 17
+
+
+def test_an_environment_draws_its_states(tmp_path, monkeypatch):
+    raw, theirs = load("Hopper-v5")
+    obs, rows = jax.jit(jax.vmap(raw.reset))(jax.random.split(jax.random.key(0), 5))
+    seen = []
+    monkeypatch.setattr(gym.viewer, "render", lambda *args, **kwargs: seen.extend(args))
+    raw.render(np.asarray(jax.vmap(raw.frame)(rows)), tmp_path / "a")
+    model, poses, path, dt = seen
+    assert (model.ngeom, path, dt) == (theirs.model.ngeom, tmp_path / "a", theirs.dt)
+    np.testing.assert_array_equal(np.float32(poses["qpos"][:, 1:]), obs[:, :5])
 
 
 # --- names ---
