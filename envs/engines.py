@@ -131,13 +131,15 @@ class _Simulations:
 
     def __init__(self, physics: Physics, n: int, threads: int):
         self.physics = physics
-        # mj_step leaves out contact forces; they need the whole MjData of every simulation
+        # mj_step leaves out forces on bodies; they need the whole MjData of every simulation, and
+        # come from contacts alone: no task has equality constraints
         self.forces = "cfrc_ext" in physics.reads
         self.batch = Batch(physics.model, n, threads, persistent=self.forces)
         fields = {"qpos", "qvel", "ctrl", *physics.reads} - {"cfrc_ext"}
         self.data = SimpleNamespace(**{field: self.batch.bind(field) for field in fields})
         if self.forces:
             self.data.cfrc_ext = np.zeros((n, physics.model.nbody, 6))
+            self.num_contacts = self.batch.bind("ncon")
             self.scratch = mujoco.MjData(physics.model)
 
     def reset(self, qpos, qvel):
@@ -158,10 +160,11 @@ class _Simulations:
         self.batch.step(nstep=self.physics.frame_skip)
         unstable = (self.batch.warning[:, UNSTABLE, COUNT] != before).any(-1)
         if self.forces:
-            for i, forces in enumerate(self.data.cfrc_ext):
+            self.data.cfrc_ext[:] = 0.0
+            for i in np.flatnonzero(self.num_contacts):
                 self.batch.get_data(i, self.scratch)
                 mujoco.mj_rnePostConstraint(self.physics.model, self.scratch)
-                forces[:] = self.scratch.cfrc_ext
+                self.data.cfrc_ext[i] = self.scratch.cfrc_ext
         return *self._apply_rule(rows[:, self.batch.nstate :]), unstable
 
     def _apply_rule(self, memory):
