@@ -18,6 +18,7 @@ from envs.wrappers import RESET_MODES, Env, Goals, RawEnv, check, wrap
 
 __all__ = ["ALIASES", "Env", "Goals", "RawEnv", "canonical", "make"]
 
+ENGINES = ("c", "mjx", "warp")  # of MuJoCo; see envs/engines.py
 BRAX_BACKENDS = ("mjx", "generalized", "spring", "positional")
 
 # All games that ale-py ships.
@@ -37,6 +38,19 @@ ATARI = """
 """
 
 TASKS: dict[str, tuple[str, ...]] = {
+    "gym": (
+        "Ant-v5",
+        "HalfCheetah-v5",
+        "Hopper-v5",
+        "Humanoid-v5",
+        "HumanoidStandup-v5",
+        "InvertedDoublePendulum-v5",
+        "InvertedPendulum-v5",
+        "Pusher-v5",
+        "Reacher-v5",
+        "Swimmer-v5",
+        "Walker2d-v5",
+    ),
     "brax": (
         "ant",
         "halfcheetah",
@@ -127,6 +141,7 @@ TASKS: dict[str, tuple[str, ...]] = {
 }
 
 MODULES = {
+    "gym": "envs.gym",
     "brax": "envs.brax",
     "playground": "envs.playground",
     "gymnax": "envs.gymnax",
@@ -135,9 +150,9 @@ MODULES = {
     "probe": "envs.probes",
 }
 
-# option -> allowed values, or `int` for any positive integer
+# option -> allowed values, or `int` for any positive integer; those of gym are in envs/gym.py
 OPTIONS: dict[str, dict[str, Any]] = {
-    "brax": {"backend": BRAX_BACKENDS, "iterations": int, "ls_iterations": int},
+    "brax": {"backend": BRAX_BACKENDS, "engine": ENGINES, "iterations": int, "ls_iterations": int},
     "playground": {"iterations": int, "ls_iterations": int},
     "gymnax": {},
     "arm": {},
@@ -156,6 +171,7 @@ ALIASES: dict[str, str] = {
     "freeway": "gymnax/Freeway-MinAtar",
     "seaquest": "gymnax/Seaquest-MinAtar",
     "space_invaders": "gymnax/SpaceInvaders-MinAtar",
+    **{task: f"gym/{task}" for task in TASKS["gym"]},
     **{task: f"brax/{task}" for task in TASKS["brax"]},
     **{task: f"playground/{task}" for task in TASKS["playground"]},
 }
@@ -264,10 +280,10 @@ def _parse(name: str) -> tuple[str, str, dict[str, Any]]:
     if task not in TASKS.get(source, ()):
         known = [*ALIASES, *(f"{source}/{task}" for source in TASKS for task in TASKS[source])]
         raise ValueError(f"unknown environment {name!r}; did you mean {_nearest(base, known)}?")
-    options = {}
-    for item in filter(None, query.split("&")):
-        option, _, value = item.partition("=")
-        options[option] = _option(source, option, value, name)
+    pairs = [item.partition("=")[::2] for item in query.split("&") if item]
+    if source == "gym":
+        return source, task, importlib.import_module("envs.gym").normalise(task, dict(pairs), name)
+    options = {option: _option(source, option, value, name) for option, value in pairs}
     if task == "swimmer" and options.get("backend", "generalized") != "generalized":
         raise ValueError(f"{name!r}: Brax implements swimmer for backend=generalized only")
     return source, task, options
