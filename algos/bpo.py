@@ -9,8 +9,8 @@ pi is improved and evaluated. After each rollout of mu, pi and V learn as in ppo
               + gamma lambda (1 - done_t) min(ratio_t, clip_c) D_{t+1}     (V learns V(s_t) + D_t)
     A_t     = delta_t + gamma lambda (1 - done_t) D_{t+1}
 
-and then epochs on a replay buffer of the last rollouts fit, by fitted Q evaluation of the new pi, Q
-and the second moment Q^ of the return, and at last the mu of the next rollout:
+A replay buffer of the last rollouts then trains Q and Q^, the second moment of pi's return, by
+fitted Q evaluation, and after them the mu of the next rollout:
 
     Q(s, a)   = r + gamma (1 - terminated) E_pi[Q(s', a')]
     Q^(s, a)  = 2 r Q(s, a) - r^2 + gamma^2 (1 - terminated) E_pi[Q^(s', a')]
@@ -19,8 +19,9 @@ and the second moment Q^ of the return, and at last the mu of the next rollout:
 s'_t is the true successor of s_t, taken before any reset. A time limit (truncated) therefore
 bootstraps from V(s'_t), and a failure (terminated) does not; both end the trace (done).
 
-Differences from ppo.py: mu acts; the surrogate's ratio is pi / mu, which weights the first action,
-and A and D weight the later ones; Q, Q^ and mu; the entropy bonus acts on mu alone.
+Differences from ppo.py: mu acts. The ratio of the surrogate is pi / mu, which weights the first
+action; A weights the later ones. `learn_from_replay` trains Q, Q^ and mu, and `mu_target` makes mu
+differ from pi. The entropy bonus acts on mu alone.
 
     python algos/bpo.py --env cartpole --num-seeds 16
     python algos/bpo.py --env ant --preset mujoco_ppo_gsde ppo_bpo_zero --num-seeds 4
@@ -92,7 +93,7 @@ class Config:
     symlog_targets: bool = True  # regress symlog(target)
     symlog_reg_coef: NonNegativeFloat = 1.0  # with symlog: weight of the pull to the target network
     polyak_tau: UnitFloat = 0.02  # step of the target networks; 0 copies them after each epoch
-    # Q and Q^ with layer normalisation, orthogonal kernels and a last layer that starts at 0
+    # Q and Q^: layer normalisation, orthogonal kernels, and a last layer that starts at 0
     zero_norm_final: bool = True
 
     # behaviour policy
@@ -126,7 +127,7 @@ class Config:
         return math.ceil(self.total_timesteps / self.steps_per_update)
 
     def validate(self) -> None:
-        """Raise ValueError if rollouts cannot be cut into equal minibatches."""
+        """Raise ValueError if rollouts cannot be cut into equal minibatches, or Q has no bounds."""
         size = self.steps_per_update if self.shuffle == "transitions" else self.num_steps
         if size % self.num_minibatches:
             raise ValueError(
@@ -277,8 +278,8 @@ class Batch(NamedTuple):
     log_prob: jax.Array  # of mu
     advantage: jax.Array
     target: jax.Array
-    value: jax.Array  # for the metrics, as is the next
-    log_ratio: jax.Array  # log pi - log mu during the rollout
+    value: jax.Array  # V at obs; only for metrics
+    log_ratio: jax.Array  # log pi - log mu in the rollout; only for metrics
 
 
 class TrainState(NamedTuple):

@@ -461,7 +461,11 @@ PAPER = {  # everything that a task's preset may have changed, back to the publi
     "policy_gain": 1.0, "log_std_init": 0.0,
 }
 PRESETS: dict[str, dict[str, Any]] = {
-    # tasks
+    # tasks; "gym" is every task of that source without a preset of its own
+    "gym": {
+        "total_timesteps": 1_000_000, "num_envs": 16, "num_steps": 128, "num_epochs": 10,
+        "num_minibatches": 16, "anneal_lr": True, "normalize_obs": True, "normalize_reward": True,
+    },
     "cartpole": {
         "total_timesteps": 200_000, "num_envs": 32, "num_steps": 32, "num_epochs": 4,
         "num_minibatches": 4, "learning_rate": 2.5e-3, "anneal_lr": True,

@@ -747,6 +747,14 @@ def test_a_policy_says_what_observations_it_takes(whole):
         rundir.load_policy(whole[0])
 
 
+def test_a_policy_of_an_older_version_can_be_loaded(copy):
+    """Its config.json may have fields that are gone."""
+    observation = np.zeros(4)
+    expected = rundir.load_policy(copy / "policy_s000.npz")(observation)
+    other_version(copy)
+    assert rundir.load_policy(copy / "policy_s000.npz")(observation) == expected
+
+
 def test_another_schedule_of_evaluations_goes_on_from_where_the_run_is():
     """Six updates of 32 steps; three are done, evaluated at 0, 2 and 3."""
     resumed = session_of(num_evals=6)
