@@ -437,17 +437,17 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         (obs, obs_stats, env_state), (traj, info) = jax.lax.scan(step, carry, xs)
         return state._replace(obs=obs, obs_stats=obs_stats, env_state=env_state), traj, info
 
-    def evaluate(critic_params, policy, obs, key):
+    def value_of(critic_params, policy, obs, key):
         """Value and entropy of the policy, estimated by one action, and the critic's features."""
         u = policy.sample(noise_of(key, obs.shape[:-1]))
         prediction = critic.apply(critic_params, obs, jnp.tanh(u))
         return prediction.value, -policy.log_prob(u), prediction.features
 
     def targets(state, traj, key) -> Batch:
-        """Targets of a rollout."""
+        """Soft TD(lambda) targets of a rollout, and features of its next states."""
         policy = actor.apply(state.params["actor"]["net"], traj.next_obs)
         next_value, entropy, features = jax.lax.map(
-            lambda key: evaluate(state.params["critic"], policy, traj.next_obs, key),
+            lambda key: value_of(state.params["critic"], policy, traj.next_obs, key),
             jax.random.split(key, config.value_samples),
         )
         next_value, entropy, features = next_value.mean(0), entropy.mean(0), features[-1]
@@ -471,7 +471,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         prediction = critic.apply(params, step.obs, step.action)
         error = critic_loss(prediction, batch.target, config.vmin, config.vmax)
         aux_error = jnp.zeros_like(error)
-        if config.aux_loss_mult:
+        if config.aux_loss_mult:  # else neither the head nor next features are computed
             aux_error = aux_loss(prediction.predicted, batch)
         has_target = step.valid & (aligned | ~step.truncated)
         mean = lambda x: jnp.where(has_target, x, 0.0).mean()
@@ -487,7 +487,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         key_action, key_kl = jax.random.split(key)
         step = batch.step
         policy = actor.apply(params["net"], step.obs)
-        value, entropy, _ = evaluate(state.params["critic"], policy, step.obs, key_action)
+        value, entropy, _ = value_of(state.params["critic"], policy, step.obs, key_action)
         if config.kl_estimator == "exact":
             kl = kl_divergence(step.policy, policy)
         else:

@@ -375,16 +375,16 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         (obs, obs_stats, env_state), (traj, info) = jax.lax.scan(step, carry, xs)
         return state._replace(obs=obs, obs_stats=obs_stats, env_state=env_state), traj, info
 
-    def evaluate(critic_params, policy, obs):
+    def value_of(critic_params, policy, obs):
         """Value and entropy of the policy, and the critic's features."""
         prediction = critic.apply(critic_params, obs)
         value = (jax.nn.softmax(policy.logits) * prediction.value).sum(-1)
         return value, policy.entropy(), prediction.features
 
     def targets(state, traj) -> Batch:
-        """Targets of a rollout."""
+        """Soft TD(lambda) targets of a rollout, and features of its next states."""
         policy = actor.apply(state.params["actor"]["net"], traj.next_obs)
-        next_value, entropy, features = evaluate(state.params["critic"], policy, traj.next_obs)
+        next_value, entropy, features = value_of(state.params["critic"], policy, traj.next_obs)
         temperature = jnp.exp(state.params["actor"]["duals"]["temperature"])
         bonus = config.gamma * temperature * entropy
         target = soft_td_lambda(
@@ -406,7 +406,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         value, logits = taken(prediction.value), taken(prediction.logits)
         error = critic_loss(logits, batch.target, config.vmin, config.vmax)
         aux_error = jnp.zeros_like(error)
-        if config.aux_loss_mult:
+        if config.aux_loss_mult:  # else neither the head nor next features are computed
             aux_error = aux_loss(prediction.predicted, batch)
         mean = lambda x: jnp.where(step.valid, x, 0.0).mean()
         loss = mean(error + config.aux_loss_mult * aux_error)
@@ -420,7 +420,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     def actor_loss_fn(params, state, batch):
         step = batch.step
         policy = actor.apply(params["net"], step.obs)
-        value, entropy, _ = evaluate(state.params["critic"], policy, step.obs)
+        value, entropy, _ = value_of(state.params["critic"], policy, step.obs)
         kl = kl_divergence(step.policy, policy)
         duals = jax.tree.map(jnp.exp, params["duals"])
         sac_loss = -jax.lax.stop_gradient(duals["temperature"]) * entropy - value

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-import envs
 from algos import common
 
 # --- distributions ---

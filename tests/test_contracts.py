@@ -428,7 +428,7 @@ def test_command_line_end_to_end(lab, trained, tmp_path, signals):
     assert rundir.from_json(lab.module.Config, run.config) == lab.config
     assert run.steps.tolist() == [0, 96, 192]
     assert run.returns.shape == run.lengths.shape == (2, 3, 2)
-    others = evaluated(lab, state, number=2)
+    others = evaluated(lab, state, number=6)  # of updates
     np.testing.assert_array_equal(run.returns[:, -1], others.pop(""))
     assert run.final.shape == (2, 6)  # three parts of two episodes
     np.testing.assert_array_equal(run.final[:, :2], run.returns[:, -1])

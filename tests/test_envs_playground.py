@@ -109,15 +109,19 @@ def joystick():
 
 
 def test_only_the_policys_observation_by_default(joystick):
-    raw = playground.adapt("fake", joystick, 1000, privileged=False)
-    assert (raw.obs_size, raw.privileged_size) == (2, 0)
-    assert jax.eval_shape(raw.reset, jax.random.key(0))[0].shape == (2,)
+    raw = playground.adapt("fake", joystick, 1000)
+    env = wrappers.wrap(raw, 3, stagger=False)
+    assert (env.obs_size, env.privileged_size) == (2, 0)
+    obs, state = jax.jit(env.reset)(jax.random.key(0))
+    assert obs.shape == (3, 2)
+    obs, *_, info = jax.jit(env.step)(jax.random.key(1), state, jnp.ones((3, 2)))
+    assert obs.shape == info["final_observation"].shape == (3, 2)
 
 
 def test_privileged_part_is_at_the_end_and_no_key_is_kept(joystick):
-    raw = playground.adapt("fake", joystick, 1000, privileged=True)
+    raw = playground.adapt("fake", joystick, 1000)
     assert (raw.obs_size, raw.privileged_size) == (6, 4)
-    env = wrappers.wrap(raw, 3, stagger=False)
+    env = wrappers.wrap(raw, 3, stagger=False, privileged=True)
     obs, state = jax.jit(env.reset)(jax.random.key(0))
     assert obs.shape == (3, 6)
     for leaf in jax.tree.leaves(state):
@@ -133,9 +137,8 @@ def test_privileged_part_is_at_the_end_and_no_key_is_kept(joystick):
     assert len(np.unique(seen)) == 9  # noise comes from the key of the step
 
 
-def test_privileged_is_refused_where_there_is_none():
-    with pytest.raises(ValueError, match="no privileged observation"):
-        envs.make("CartpoleBalance?privileged=1", 1)
+def test_where_there_is_nothing_privileged_asking_changes_nothing():
+    assert envs.make("CartpoleBalance", 1, privileged=True).privileged_size == 0
 
 
 # --- what is missing ---
@@ -167,7 +170,7 @@ def test_missing_playground_names_the_extra(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("task", JOYSTICK)
 def test_joystick_tasks_run_where_their_models_are(task):
-    env = envs.make(f"{task}?privileged=1", 2)
+    env = envs.make(task, 2, privileged=True)
     obs, state = jax.jit(env.reset)(jax.random.key(0))
     obs = jax.jit(env.step)(jax.random.key(1), state, jnp.zeros((2, env.action_size)))[0]
     assert obs.shape == (2, env.obs_size)

@@ -16,7 +16,7 @@ from envs.wrappers import RawEnv
 
 
 def counter(max_steps=5, reset_mode="fresh", ends_at=1000, nan_at=1000, hidden_nan_at=1000):
-    """Observation [start, t, action]: a random start, the step of the episode, 64 times the last action."""
+    """Observation [start, t, 64 action]: a random start, the step, the last action."""
 
     def observe(state, action):
         return jnp.array([state["start"], state["t"], action], jnp.float32)

@@ -239,7 +239,7 @@ def further_of(evals: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def load_algo(name: str, values: dict[str, Any]) -> tuple[envs.Env, Any]:
     """The environments and the Algo of `algos/<name>.py` for the config.json values of a run."""
     module = importlib.import_module(f"algos.{name}")
-    # Of an older version's fields only those that still exist matter: a policy's shapes are checked.
+    # Fields of an older version that are gone do not matter: a policy's shapes are checked.
     fields = {field.name for field in dataclasses.fields(module.Config)}
     config = from_json(module.Config, {k: v for k, v in values.items() if k in fields})
     env = module.make_env(config)

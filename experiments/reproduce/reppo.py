@@ -32,7 +32,11 @@ ABLATIONS = {
     "target_mode_shifted": "--target-mode shifted",
     "kl_estimator_exact": "--kl-estimator exact",
 }
-DETAILS = {"min_std_0": "--min-std 0", "value_samples_16": "--value-samples 16"}
+DETAILS = {
+    "min_std_0": "--min-std 0",
+    "normalize_obs_off": "--no-normalize-obs",
+    "value_samples_16": "--value-samples 16",
+}
 GROUPS: dict[str, list[Job]] = {
     "tasks": [
         Job("pendulum", "reppo", "reppo"),
