@@ -444,15 +444,17 @@ def test_command_line_end_to_end(lab, trained, tmp_path, signals):
     assert all(f"eval/{policy}_return" in lines[-1] for policy in others)
     check_means(lines[1], arrays(lab.train(lab.start(), 3)[1]), 3)
 
-    algo = build(lab.name, lab.config)
+    env = lab.module.make_env(lab.config)
+    algo = lab.module.build(lab.config, env)
+    bounded = lambda action: action if env.discrete else jnp.clip(action, -1.0, 1.0)
     obs = jax.random.normal(jax.random.key(1), (5, 4))
     for i in range(2):
         act = rundir.load_policy(run_dir / f"policy_s00{i}.npz")
         policy = row(lab.program.policies(trained[0]), i)
         same = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-        same(act(obs), algo.act(policy, obs, jax.random.key(0), True))
+        same(act(obs), bounded(algo.act(policy, obs, jax.random.key(0), True)))
         key = jax.random.key(7)
-        same(act(obs, key), algo.act(policy, obs, key, False))
+        same(act(obs, key), bounded(algo.act(policy, obs, key, False)))
         if lab.name not in RANDOM:  # else draws depend on how many there are
             same(act(obs[0]), act(obs)[0])
 
