@@ -830,9 +830,10 @@ def config_for(env: str, *presets: str, **changes) -> Config:
 # Fields that may be arrays, so that a sweep is one more vmap.
 TRACEABLE = ("critic_lr", "max_grad_norm", "gamma", "gae_lambda")
 
-# --- presets: values that differ from the defaults; docs/presets.md has their origins ---
+# --- presets ---
 
 # fmt: off
+# Values that differ from the defaults; docs/presets.md has their origins.
 PPO_HER = replace(PPO_BRAIN, her_ratio=0.12)
 DDPG_FIRST = replace(
     DDPG_BRAIN, her_ratio=0.05, importance_resampling=False, turn_minibatches=11 / 6,

@@ -75,10 +75,10 @@ class Config:
     # objective
     gamma: UnitFloat = 0.99  # discount
     td_lambda: UnitFloat = 0.95  # lambda of TD(lambda)
-    # next observations in targets: true successors, or as published, what follows a reset
+    # bootstrap from true successors, or as published, from what follows a reset (shifted)
     target_mode: Literal["aligned", "shifted"] = "aligned"
     value_samples: PositiveInt = 1  # actions drawn for the value of a next state
-    # loss of a state: Q or KL by the bound (clipped), both (full), Q alone (value)
+    # loss of a state: Q below the bound and KL above it (clipped), both (full), or Q (value)
     kl_mode: Literal["clipped", "full", "value"] = "clipped"
     kl_bound: NonNegativeFloat = 0.1  # largest KL of a state, in nats
     kl_estimator: Literal["sampled", "exact"] = "sampled"  # mean over samples, or closed form
@@ -372,8 +372,8 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     def init(key) -> TrainState:
         key_actor, key_critic, key_env, key = jax.random.split(key, 4)
         obs, env_state = env.reset(key_env)
-        duals = {"temperature": config.temperature_init, "kl_coef": config.kl_coef_init}
-        duals = {name: jnp.log(jnp.float32(x)) for name, x in duals.items()}
+        multipliers = {"temperature": config.temperature_init, "kl_coef": config.kl_coef_init}
+        duals = {name: jnp.log(jnp.float32(x)) for name, x in multipliers.items()}
         action = jnp.zeros((1, env.action_size))
         params = {
             "actor": {"net": actor.init(key_actor, obs[:1]), "duals": duals},
@@ -602,12 +602,15 @@ def config_for(env: str, *presets: str, **changes) -> Config:
 
 
 # Fields that may be arrays, so that a sweep is one more vmap.
-TRACEABLE = ("learning_rate", "max_grad_norm", "dual_lr_mult", "gamma", "td_lambda", "kl_bound")
-TRACEABLE += ("kl_coef_init", "temperature_init", "target_entropy_mult", "reward_scale")
+TRACEABLE = (
+    "learning_rate", "max_grad_norm", "dual_lr_mult", "gamma", "td_lambda", "kl_bound",
+    "kl_coef_init", "temperature_init", "target_entropy_mult", "reward_scale",
+)  # fmt: skip
 
-# --- presets: values that differ from the defaults; docs/presets.md has their origins ---
+# --- presets ---
 
 # fmt: off
+# Values that differ from the defaults; docs/presets.md has their origins.
 UNIT = {"gamma": 0.99, "vmin": 0.0, "vmax": 150.0, "reward_scale": 1.0, "reward_range": (0.0, 1.0)}
 CPU = {
     "total_timesteps": 500_000, "num_envs": 32, "num_steps": 32, "num_epochs": 8,

@@ -316,8 +316,8 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     def init(key) -> TrainState:
         key_actor, key_critic, key_env, key = jax.random.split(key, 4)
         obs, env_state = env.reset(key_env)
-        duals = {"temperature": config.temperature_init, "kl_coef": config.kl_coef_init}
-        duals = {name: jnp.log(jnp.float32(x)) for name, x in duals.items()}
+        multipliers = {"temperature": config.temperature_init, "kl_coef": config.kl_coef_init}
+        duals = {name: jnp.log(jnp.float32(x)) for name, x in multipliers.items()}
         action = jnp.zeros(1, jnp.int32)
         params = {
             "actor": {"net": actor.init(key_actor, obs[:1]), "duals": duals},
@@ -527,12 +527,15 @@ def config_for(env: str, *presets: str, **changes) -> Config:
 
 
 # Fields that may be arrays, so that a sweep is one more vmap.
-TRACEABLE = ("learning_rate", "max_grad_norm", "dual_lr_mult", "gamma", "td_lambda", "kl_bound")
-TRACEABLE += ("kl_coef_init", "temperature_init", "target_entropy_mult", "reward_scale")
+TRACEABLE = (
+    "learning_rate", "max_grad_norm", "dual_lr_mult", "gamma", "td_lambda", "kl_bound",
+    "kl_coef_init", "temperature_init", "target_entropy_mult", "reward_scale",
+)  # fmt: skip
 
-# --- presets: values that differ from the defaults; docs/presets.md has their origins ---
+# --- presets ---
 
 # fmt: off
+# Values that differ from the defaults; docs/presets.md has their origins.
 MINATAR = {
     "total_timesteps": 5_000_000, "num_envs": 128, "num_steps": 32, "num_minibatches": 8,
     "gamma": 0.99, "vmin": 0.0, "vmax": 50.0, "normalize_obs": False,

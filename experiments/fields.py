@@ -32,7 +32,7 @@ if __name__ == "__main__":
 ROOT = Path(__file__).resolve().parents[1]
 OBJECTIVE, OPTIMISER = "constant of the objective", "constant of the optimiser"
 SIZE = "size"
-KEPT = {  # fields that may be unused, and why: numbers, never switches
+KEPT = {  # fields that may be unused, and why
     "env": "the task",
     "num_envs": SIZE,
     "num_steps": SIZE,
@@ -60,6 +60,12 @@ KEPT = {  # fields that may be unused, and why: numbers, never switches
     "temperature_init": "initial value",
     "kl_coef_init": "initial value",
     "log_std_init": "initial value",
+    "symlog_reg_coef": "constant of the authors' blocks (BPO)",
+    "divergence_steps": "published constant (BRAC)",
+    "warmup_fraction": "the authors' command: 15,000 of 50,000 frames (P3O)",
+    "anneal_lr": "on in the authors' command (P3O); one line with reppo.py (REPPO, discrete)",
+    "vmin": "support of the critic, as in reppo.py",
+    "reward_scale": "scale of rewards on that support, as in reppo.py",
 }
 
 

@@ -423,15 +423,15 @@ def point_mass():
 
 @pytest.mark.slow
 def test_point_mass_is_brought_to_rest():
-    """At least 95 % of the way from doing nothing to the best policy, a = -2 x."""
+    """95 % of the way from doing nothing to the best policy, a = -2 x; median of 5 seeds."""
     config = reppo.Config(
         env="test_reppo_update:point_mass", num_envs=32, num_steps=16, num_epochs=4,
         num_minibatches=4, total_timesteps=100_000, gamma=0.95, vmin=-50.0, vmax=10.0,
         hidden=(64, 64), critic_width=64, dual_lr_mult=3.0,
     )  # fmt: skip
-    state = jax.jit(reppo.make_train(config))(jax.random.key(0))["state"]
+    keys = jax.vmap(jax.random.key)(jnp.arange(5))
+    states = jax.jit(jax.vmap(reppo.make_train(config)))(keys)["state"]
     algo = tiny.build("reppo", config)
-    policy = algo.policy_of(state)
     start = jnp.linspace(-2.0, 2.0, 41)[:, None]
 
     def play(act):
@@ -439,9 +439,13 @@ def test_point_mass_is_brought_to_rest():
             obs = obs + 0.5 * jnp.clip(act(obs), -1.0, 1.0)
             return obs, -(obs[:, 0] ** 2)
 
-        return float(jax.lax.scan(step, start, length=32)[1].sum(0).mean())
+        return jax.lax.scan(step, start, length=32)[1].sum(0).mean()
 
-    learned = play(lambda obs: algo.act(policy, obs, jax.random.key(0), True))
+    def learned_by(state):
+        policy = algo.policy_of(state)
+        return play(lambda obs: algo.act(policy, obs, jax.random.key(0), True))
+
+    learned = np.median(jax.vmap(learned_by)(states))
     best, idle = play(lambda obs: -2.0 * obs), play(jnp.zeros_like)
     assert (learned - idle) / (best - idle) > 0.95
 
