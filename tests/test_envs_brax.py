@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import envs
-from algos import bpo, cli, ppo
+from algos import bpo, ppo
+from algos.launch import cli
 from envs import brax, mjx, viewer, wrappers
 from envs.wrappers import raw_state
 
