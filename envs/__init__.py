@@ -153,9 +153,9 @@ MODULES = {
 # option -> allowed values, or `int` for any positive integer; those of gym are in envs/gym.py
 OPTIONS: dict[str, dict[str, Any]] = {
     "brax": {"backend": BRAX_BACKENDS, "engine": ENGINES, "iterations": int, "ls_iterations": int},
-    "playground": {"iterations": int, "ls_iterations": int},
+    "playground": {"engine": ENGINES, "iterations": int, "ls_iterations": int},
     "gymnax": {},
-    "arm": {},
+    "arm": {"engine": ENGINES},
     "atari": {},
     "probe": {},
 }

@@ -1,4 +1,4 @@
-"""The two-link arm with four torques that has to touch a target, moving or not, in MJX.
+"""The two-link arm with four torques that has to touch a target, moving or not.
 
 After Unity's Reacher: two capsules hang from a pivot; torques about x and z act on each of them
 from outside, so that one link's torque has no reaction on the other; the target goes round a
@@ -10,14 +10,13 @@ the world's axes), link B likewise, target, hand, speed of the target.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import mujoco
-from mujoco import mjx
 
-from envs import viewer
+from envs import engines, viewer
 from envs.wrappers import Goals, RawEnv
 
 MODEL = """
@@ -67,40 +66,50 @@ KINDS = ("env", "proxy", "proxy_sum", "sparse")
 class ArmState(NamedTuple):
     """What a step reads."""
 
+    rest: Any  # the engine's state of an arm at rest, into which a step writes qpos and qvel
     qpos: jax.Array  # [4] rad
     qvel: jax.Array  # [4] rad/s
     angle: jax.Array  # [] of the target, degrees
     speed: jax.Array  # [] of the target, degrees per physics step
 
 
-def make(task: str) -> RawEnv:
+def make(task: str, engine: str | None = None) -> RawEnv:
     """Build "reacher-moving", or "reacher-static" whose target stays where it is."""
     moving = task == "reacher-moving"
     model = mujoco.MjModel.from_xml_string(MODEL)
-    mjx_model, data = mjx.put_model(model), mjx.make_data(model)
+    physics = engines.Physics(
+        name=f"arm/{task}",
+        model=model,
+        frame_skip=1,
+        reads=(),
+        rule=lambda xp, data, memory: (memory, (data.qpos, data.qvel)),
+        memory_size=0,
+        inputs=("qpos", "qvel", "xfrc_applied"),
+    )
+    simulation = engines.make(engine, physics)
 
     def reset(key):
         key_angle, key_speed = jax.random.split(key)
         angle = jax.random.randint(key_angle, (), 0, 360).astype(jnp.float32)
         speed = jax.random.uniform(key_speed, minval=-1.0, maxval=1.0) if moving else 0.0 * angle
-        state = ArmState(jnp.zeros(4), jnp.zeros(4), angle, speed)
+        rest, (qpos, qvel) = simulation.reset(jnp.zeros(4), jnp.zeros(4))
+        state = ArmState(rest, qpos, qvel, angle, speed)
         return observe(state), state
 
     def step(key, state, action):
-        torque = TORQUE * jnp.clip(action, -1.0, 1.0)
-        force = jnp.zeros((model.nbody, 6)).at[1:3, jnp.array([3, 5])].set(torque.reshape(2, 2))
-        now = data.replace(qpos=state.qpos, qvel=state.qvel, xfrc_applied=force)
+        torque = TORQUE * action.reshape(2, 2)
+        force = jnp.zeros((model.nbody, 6)).at[1:3, jnp.array([3, 5])].set(torque)
 
         def substep(now, _):
-            now = mjx.step(mjx_model, now)
-            return now.replace(qvel=jnp.clip(now.qvel, -MAX_SPEED, MAX_SPEED)), None
+            _, (qpos, qvel), unstable = simulation.step(state.rest, *now, force)
+            return (qpos, jnp.clip(qvel, -MAX_SPEED, MAX_SPEED)), unstable
 
-        now, _ = jax.lax.scan(substep, now, length=SUBSTEPS)
+        now, unstable = jax.lax.scan(substep, (state.qpos, state.qvel), length=SUBSTEPS)
         angle = (state.angle + SUBSTEPS * state.speed) % 360.0
-        state = ArmState(now.qpos, now.qvel, angle, state.speed)
+        state = ArmState(state.rest, *now, angle, state.speed)
         obs = observe(state)
         reward = compute_reward(achieved_goal(obs), desired_goal(obs), "env")[0]
-        return obs, state, reward, jnp.bool_(False), {}
+        return obs, state, reward, jnp.bool_(False), {"env_nan": unstable.any()}
 
     def frame(state):
         quaternion = jnp.array([[1.0, 0.0, 0.0, 0.0]])

@@ -109,7 +109,7 @@ def make(
         zero = jnp.zeros(())
         # metrics are written and never read, so an empty dict will do; step may write into info
         before = brax_envs.State(state.pipeline, None, zero, zero, metrics={}, info={**state.info})
-        after = env.step(before, jnp.clip(action, -1.0, 1.0))
+        after = env.step(before, action)
         pipeline = after.pipeline_state
         unstable = ~mjx.all_finite((pipeline.q, pipeline.qd))
         if backend == "mjx":

@@ -46,13 +46,14 @@ class Physics(NamedTuple):
     reads: tuple[str, ...]  # derived fields of MjData that the rule reads
     rule: Callable  # xp, data, memory -> memory, outputs
     memory_size: int
+    inputs: tuple[str, ...] = ("ctrl",)  # fields of the integration state that a step is given
 
 
 class Engine(NamedTuple):
     """Pure functions of one simulation, to be vmapped."""
 
-    reset: Callable  # qpos [nq], qvel [nv] -> state, outputs
-    step: Callable  # state, ctrl [nu] -> state, outputs, unstable []
+    reset: Callable  # qpos [nq], qvel [nv], inputs or none -> state, outputs
+    step: Callable  # state, inputs (a ctrl [nu] by default) -> state, outputs, unstable []
     frame: Callable  # state -> pytree that `poses` needs
     poses: Callable  # frames (numpy leaves [T, ...]) -> qpos, mocap_pos, mocap_quat, each [T, ...]
 
@@ -101,13 +102,13 @@ def _c(physics: Physics) -> Engine:
         yield simulations
         idle[n].put(simulations)  # not after an exception
 
-    def reset(qpos, qvel):
+    def reset(qpos, qvel, *inputs):
         with borrow(len(qpos)) as simulations:
-            return simulations.reset(qpos, qvel)
+            return simulations.reset(qpos, qvel, inputs)
 
-    def step(state, ctrl):
+    def step(state, *inputs):
         with borrow(len(state)) as simulations:
-            return simulations.step(state, ctrl)
+            return simulations.step(state, inputs)
 
     def poses(frames):
         rows = np.ascontiguousarray(frames).view(np.float64)
@@ -117,10 +118,14 @@ def _c(physics: Physics) -> Engine:
 
     nstate = mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_INTEGRATION)
     state = jax.ShapeDtypeStruct((2 * (nstate + physics.memory_size),), jnp.uint32)
-    vector = lambda size: jax.ShapeDtypeStruct((size,), jnp.float32)
+    fresh = mujoco.MjData(model)
+    defaults = [np.float32(getattr(fresh, field)) for field in physics.inputs]
+    vectors = [jax.ShapeDtypeStruct((size,), jnp.float32) for size in (model.nq, model.nv)]
+    inputs = [jax.ShapeDtypeStruct(value.shape, jnp.float32) for value in defaults]
+    host_reset = host_function(f"{physics.name}/reset", reset, *vectors, *inputs)
     return Engine(
-        reset=host_function(f"{physics.name}/reset", reset, vector(model.nq), vector(model.nv)),
-        step=host_function(f"{physics.name}/step", step, state, vector(model.nu)),
+        reset=lambda qpos, qvel, *inputs: host_reset(qpos, qvel, *(inputs or defaults)),
+        step=host_function(f"{physics.name}/step", step, state, *inputs),
         frame=lambda state: state,
         poses=poses,
     )
@@ -135,27 +140,28 @@ class _Simulations:
         # come from contacts alone: no task has equality constraints
         self.forces = "cfrc_ext" in physics.reads
         self.batch = Batch(physics.model, n, threads, persistent=self.forces)
-        fields = {"qpos", "qvel", "ctrl", *physics.reads} - {"cfrc_ext"}
+        fields = {"qpos", "qvel", "ctrl", *physics.inputs, *physics.reads} - {"cfrc_ext"}
         self.data = SimpleNamespace(**{field: self.batch.bind(field) for field in fields})
         if self.forces:
             self.data.cfrc_ext = np.zeros((n, physics.model.nbody, 6))
             self.num_contacts = self.batch.bind("ncon")
             self.scratch = mujoco.MjData(physics.model)
 
-    def reset(self, qpos, qvel):
-        """As mj_resetData, the new qpos and qvel, mj_forward."""
+    def reset(self, qpos, qvel, inputs):
+        """As mj_resetData, the new fields, mj_forward."""
         self.batch.reset(stage=mujoco.mjtStage.mjSTAGE_NONE.value)
+        self._write(inputs)
         self.data.qpos[:], self.data.qvel[:] = qpos, qvel
         self.batch.forward()
         if self.forces:
             self.data.cfrc_ext[:] = 0.0
         return self._apply_rule(np.zeros((len(qpos), self.physics.memory_size)))
 
-    def step(self, state, ctrl):
+    def step(self, state, inputs):
         """As mj_step `frame_skip` times."""
         rows = state.view(np.float64)
         self.batch.state[:] = rows[:, : self.batch.nstate]
-        self.data.ctrl[:] = ctrl
+        self._write(inputs)
         before = self.batch.warning[:, UNSTABLE, COUNT].copy()
         self.batch.step(nstep=self.physics.frame_skip)
         unstable = (self.batch.warning[:, UNSTABLE, COUNT] != before).any(-1)
@@ -166,6 +172,10 @@ class _Simulations:
                 mujoco.mj_rnePostConstraint(self.physics.model, self.scratch)
                 self.data.cfrc_ext[i] = self.scratch.cfrc_ext
         return *self._apply_rule(rows[:, self.batch.nstate :]), unstable
+
+    def _write(self, inputs):
+        for field, value in zip(self.physics.inputs, inputs, strict=True):
+            getattr(self.data, field)[:] = value
 
     def _apply_rule(self, memory):
         memory, outputs = self.physics.rule(np, self.data, memory)
@@ -192,6 +202,7 @@ def _mjx(physics: Physics, implementation: str) -> Engine:
     compiled = library.put_model(model, impl=implementation)
     default = library.make_data(model, impl=implementation)
     fields = {"qpos", "qvel", "ctrl", *physics.reads}
+    named = lambda inputs: dict(zip(physics.inputs, inputs, strict=True)) if inputs else {}
 
     def apply_rule(data, memory):
         source = lambda field: data if field in data.__dataclass_fields__ else data._impl
@@ -199,13 +210,14 @@ def _mjx(physics: Physics, implementation: str) -> Engine:
         memory, outputs = physics.rule(jnp, view, memory)
         return (mjx.pack(data), memory), outputs
 
-    def reset(qpos, qvel):
-        data = library.forward(compiled, default.replace(qpos=qpos, qvel=qvel))
+    def reset(qpos, qvel, *inputs):
+        start = default.replace(**named(inputs) | {"qpos": qpos, "qvel": qvel})
+        data = library.forward(compiled, start)
         return apply_rule(data, jnp.zeros(physics.memory_size))
 
-    def step(state, ctrl):
+    def step(state, *inputs):
         packed, memory = state
-        data = mjx.unpack({**packed, "ctrl": ctrl}, default)
+        data = mjx.unpack(packed | named(inputs), default)
         data = jax.lax.fori_loop(
             0, physics.frame_skip, lambda _, data: library.step(compiled, data), data
         )

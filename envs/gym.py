@@ -68,7 +68,7 @@ def make(task: str, engine: str | None = None, **changes: str) -> RawEnv:
         return outcome.obs, state
 
     def step(key, state, action):
-        ctrl = (low + high) / 2 + (high - low) / 2 * jnp.clip(action, -1.0, 1.0)
+        ctrl = (low + high) / 2 + (high - low) / 2 * action
         state, outcome, unstable = simulation.step(state, ctrl)
         return outcome.obs, state, outcome.reward, outcome.terminated, {"env_nan": unstable}
 

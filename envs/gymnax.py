@@ -43,7 +43,7 @@ def make(task: str) -> RawEnv:
         if discrete:
             action = action.astype(jnp.int32)
         else:
-            action = space.low + (jnp.clip(action, -1, 1) + 1) / 2 * (space.high - space.low)
+            action = space.low + (action + 1) / 2 * (space.high - space.low)
         obs, state, reward, terminated, _ = env.step_env(key, state, action, params)
         if task in ENDS_AT_LIMIT:
             terminated = terminated | env.is_truncated(state, params)

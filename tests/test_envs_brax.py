@@ -69,7 +69,7 @@ def run_source(task, backend):
 
     def play(key, actions):
         def step(state, action):
-            after = wrappers.strong(source.step(state, jnp.clip(action, -1, 1)))
+            after = wrappers.strong(source.step(state, action))
             outputs = (after.obs, after.reward, after.done > 0.5)
             return after, (pack(state.pipeline_state), state.info, outputs)
 
@@ -78,7 +78,7 @@ def run_source(task, backend):
 
     keys = jax.random.split(jax.random.key(0), NUM_ENVS)
     shape = (NUM_ENVS, NUM_STEPS, source.action_size)
-    actions = jax.random.uniform(jax.random.key(1), shape, minval=-1.2, maxval=1.2)
+    actions = jax.random.uniform(jax.random.key(1), shape, minval=-1.0)
     start, (before, info, outputs) = jax.jit(jax.vmap(play))(keys, actions)
     return Rollout(keys, start, actions, before, info, outputs)
 

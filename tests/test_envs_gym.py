@@ -149,13 +149,11 @@ def test_reset_noise_scale_scales_the_start():
     assert 0.45 < np.abs(obs[:, -1]).max() <= 0.5
 
 
-def test_actions_are_scaled_and_clipped():
+def test_actions_are_scaled():
     raw, _ = load("Humanoid-v5")
-    step, (_, state) = jax.jit(raw.step), jax.jit(raw.reset)(jax.random.key(0))
-    beyond, full = (step(None, state, jnp.full(17, value)) for value in (3.0, 1.0))
-    np.testing.assert_array_equal(beyond[1], full[1])
-    ctrl = raw.frame(full[1])  # the state: ctrl is in it as 0.4, the bound of Humanoid's actuators
-    assert np.count_nonzero(np.asarray(ctrl).view(np.float64) == np.float32(0.4)) == 17
+    _, state = jax.jit(raw.reset)(jax.random.key(0))
+    row = np.asarray(jax.jit(raw.step)(None, state, jnp.ones(17))[1]).view(np.float64)
+    assert np.count_nonzero(row == np.float32(0.4)) == 17  # ctrl, at the bound of the actuators
 
 
 def test_an_environment_draws_its_states(tmp_path, monkeypatch):
