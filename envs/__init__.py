@@ -10,6 +10,7 @@ import difflib
 import functools
 import importlib
 import io
+import sys
 from typing import Any
 
 import jax
@@ -233,11 +234,27 @@ def _load(name: str) -> RawEnv:
         source, task, options = _parse(name)
         if source == "brax":
             options.setdefault("backend", _default_backend(task))
-        # mujoco.mjx prints that warp is missing, which nothing here needs.
-        with contextlib.redirect_stdout(io.StringIO()):
+        with _without_warp() if options.get("engine") != "warp" else contextlib.nullcontext():
             adapter = importlib.import_module(MODULES[source])
-        raw = adapter.make(task, **options)
+            raw = adapter.make(task, **options)
     return raw._replace(name=name, reset=precise(raw.reset), step=precise(raw.step))
+
+
+@contextlib.contextmanager
+def _without_warp():
+    """Let mujoco.mjx believe that Warp is missing: importing Warp's kernels takes two seconds.
+
+    mujoco.mjx prints that it is missing, which nobody needs to read.
+    """
+    hidden = "warp" not in sys.modules
+    if hidden:
+        sys.modules["warp"] = None  # type: ignore[assignment]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        if hidden:
+            del sys.modules["warp"]
 
 
 def precise(function):

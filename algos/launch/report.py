@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 import envs
 from algos.launch import rundir
@@ -49,7 +48,7 @@ def entries(runs: list[rundir.Run]) -> list[tuple[str, rundir.Run, np.ndarray]]:
 def iqm(x: np.ndarray) -> float:
     """Interquartile mean of the finite values: the mean of the middle half."""
     x = x[np.isfinite(x)]
-    return float(stats.trim_mean(x, 0.25)) if len(x) else float("nan")
+    return float(middle_mean(x)) if len(x) else float("nan")
 
 
 def iqm_interval(x: np.ndarray, num_resamples: int = 2000) -> tuple[float, float]:
@@ -63,7 +62,13 @@ def resampled_iqm(x: np.ndarray, rng: np.random.Generator, num_resamples: int = 
     x = x[np.isfinite(x)]
     if len(x) < 2:
         return np.full(num_resamples, np.nan)
-    return stats.trim_mean(rng.choice(x, (num_resamples, len(x))), 0.25, axis=1)
+    return middle_mean(rng.choice(x, (num_resamples, len(x))))
+
+
+def middle_mean(x: np.ndarray) -> np.ndarray:
+    """Mean over the last axis without its lowest and highest quarter (rounded down)."""
+    cut = x.shape[-1] // 4
+    return np.sort(x)[..., cut : x.shape[-1] - cut].mean(-1)
 
 
 def final(returns: np.ndarray) -> dict[str, Any]:
