@@ -135,6 +135,11 @@ class Config:
                 f"of a rollout (num_envs={self.num_envs}, num_steps={self.num_steps}): "
                 "change one of them"
             )
+        if self.steps_per_update == self.num_minibatches:
+            raise ValueError(
+                f"num_minibatches={self.num_minibatches} makes minibatches of one transition, and a "
+                "single advantage standardises to 0: lower it"
+            )
         kept = self.replay_rollouts
         for name in ("num_vf_minibatches", "num_mu_minibatches"):
             n = getattr(self, name)

@@ -216,6 +216,7 @@ def test_entropy_bonus_raises_entropy():
     [
         ({"num_minibatches": 3}, r"num_minibatches=3 .* 32 transitions .*num_envs=4, num_steps=8"),
         ({"num_minibatches": 16, "shuffle": "rows"}, r"num_minibatches=16 .* 8 rows"),
+        ({"num_minibatches": 32}, r"num_minibatches=32 makes minibatches of one transition"),
     ],
 )
 def test_a_batch_that_does_not_divide_names_its_numbers(changes, message):

@@ -48,19 +48,35 @@ def save_arrays(path: Path, arrays: dict[str, Any], meta: dict[str, Any]) -> Non
     write_atomic(path, lambda file: np.savez(file, **arrays, __meta__=np.array(json.dumps(meta))))
 
 
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a .npz file by name; ValueError that names the file if it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except Exception as error:  # damage may show in numpy, zipfile, zlib or tokenize
+        raise ValueError(f"{path} is damaged or not ours ({error})") from None
+
+
+def load_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays and the metadata that `save_arrays` wrote; ValueError if the file is damaged."""
+    arrays = read_arrays(path)
+    try:
+        meta = json.loads(str(arrays.pop("__meta__")))
+    except (KeyError, ValueError):
+        meta = None
+    if not isinstance(meta, dict):
+        raise ValueError(f"{path} is damaged or not ours (no __meta__)")
+    return arrays, meta
+
+
 def load_tree(path: Path, template: Any) -> tuple[Any, dict[str, Any]]:
     """Read what `save_arrays(path, flatten(tree), meta)` wrote, into the shape of `template`.
 
     Raises ValueError if the file is damaged, or names what is missing, unexpected or changed.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        meta = json.loads(str(arrays.pop("__meta__")))
-    except (zipfile.BadZipFile, EOFError, OSError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged or not ours ({error}): delete it to use the one before"
-        ) from None
+    arrays, meta = load_arrays(path)
     wanted = {
         jax.tree_util.keystr(path): jax.eval_shape(jax.random.key_data, x) if is_key(x) else x
         for path, x in jax.tree_util.tree_flatten_with_path(template)[0]
@@ -113,12 +129,21 @@ def is_key(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds; ValueError that names the file if it is damaged."""
+def read_json(path: Path, **wanted: type) -> dict[str, Any]:
+    """The object in a JSON file; ValueError that names the file if it is damaged.
+
+    `wanted` are names that the object must have, and the types of their values.
+    """
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged (no object)")
+    for name, kind in wanted.items():
+        if not isinstance(value.get(name), kind):
+            raise ValueError(f"{path} is damaged or not ours (no {kind.__name__} {name!r})")
+    return value
 
 
 # --- one process, one run ---
@@ -181,13 +206,16 @@ class Run(NamedTuple):
 
 def read_description(run_dir: Path) -> dict[str, Any]:
     """What config.json says: algo, config, launch and rows; ValueError if it does not."""
+    path = run_dir / "config.json"
     try:
-        saved = json.loads((run_dir / "config.json").read_text())
-        missing = {"algo", "config", "launch", "rows"} - saved.keys()
-    except (OSError, ValueError, AttributeError) as error:
+        saved = read_json(path, algo=str, config=dict, launch=dict, rows=dict)
+        rows = saved["rows"]
+        if not all(isinstance(rows.get(name), list) for name in ("seeds", "labels")):
+            raise ValueError(f"{path} is damaged or not ours (no seeds or labels in 'rows')")
+        if not isinstance(saved["config"].get("env"), str):
+            raise ValueError(f"{path} is damaged or not ours (no env in 'config')")
+    except ValueError as error:
         raise ValueError(f"{run_dir} is not a run directory: {error}") from None
-    if missing:
-        raise ValueError(f"{run_dir} is not a run directory: its config.json is of something else")
     return saved
 
 
@@ -195,13 +223,14 @@ def read_run(run_dir: Path | str) -> Run:
     """Read a run directory; ValueError if it is not one."""
     path = Path(run_dir)
     saved = read_description(path)
-    evals = read_evals(path / "eval.npz")
+    num_rows = len(saved["rows"]["seeds"])
+    evals = read_evals(path / "eval.npz", num_rows)
     further = further_of(evals)
     final = {"returns": evals["returns"][:, -1]} | {
         f"{name}_returns": x[:, -1] for name, x in further.items()
     }
     if (path / "final.npz").exists():  # otherwise it is unfinished, or older than this file
-        final = read_evals(path / "final.npz")
+        final = read_final(path / "final.npz", num_rows)
     done = path / "done.json"
     return Run(
         path=path,
@@ -217,17 +246,28 @@ def read_run(run_dir: Path | str) -> Run:
         further=further,
         final=final["returns"],
         final_further=further_of(final),
-        done=read_json(done) if done.exists() else None,
+        done=read_json(done, seconds=dict) if done.exists() else None,
     )
 
 
-def read_evals(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of eval.npz or final.npz; ValueError if it is not there or damaged."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path.parent} is not a run directory: {error}") from None
+def read_evals(path: Path, num_rows: int) -> dict[str, np.ndarray]:
+    """The arrays of eval.npz, as `write_evals` describes them; ValueError if it is damaged."""
+    evals = read_arrays(path)
+    count = evals["steps"].size if "steps" in evals else 0
+    per_row = {"returns", "lengths", *(name for name in evals if name.endswith("_returns"))}
+    shapes = {"steps": (count,), "seconds": (count,)} | dict.fromkeys(per_row, (num_rows, count))
+    for name, shape in shapes.items():
+        if not count or name not in evals or evals[name].shape[: 2] != shape:
+            raise ValueError(f"{path} is damaged or not ours (no {name} of {count} evaluations)")
+    return evals
+
+
+def read_final(path: Path, num_rows: int) -> dict[str, np.ndarray]:
+    """The arrays of final.npz, as `write_final` describes them; ValueError if it is damaged."""
+    final = read_arrays(path)
+    if "returns" not in final or any(x.shape[:1] != (num_rows,) or x.ndim != 2 for x in final.values()):
+        raise ValueError(f"{path} is damaged or not ours (no returns of {num_rows} rows)")
+    return final
 
 
 def further_of(evals: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -338,7 +378,7 @@ def step_of(line: str, path: Path, number: int, count: int) -> float:
     """The step of a line of metrics.jsonl; infinite for a last line that was cut short."""
     try:
         if line.endswith("\n"):
-            return json.loads(line)["global_step"]
+            return float(json.loads(line)["global_step"])
         raise ValueError("it has no end")
     except (ValueError, KeyError, TypeError) as error:
         if number == count - 1:
