@@ -5,9 +5,9 @@ critic does not take an action. It takes the parameters of a Gaussian: Q(s, g, m
 expected return of drawing one action from it and following the policy pi afterwards. DDPG then has
 a differentiable critic although pi is stochastic, and PPO has a baseline, Q at pi's own parameters.
 
-A learning rule with its own optimiser, target actor, schedule and share of the replay buffer is
-called a brain. The brains take turns; each trains the one actor and the one critic. The n-step
-target y = y_0 of a sampled step, by target networks Q' and pi', and the losses are
+A brain is a learning rule with its own optimiser, target actor, schedule and window of the replay
+buffer. The brains take turns; all of them train the same actor and the same critic. The losses use
+the n-step target y = y_0 of a sampled step, which target networks Q' and pi' compute:
 
     V_j     = Q'(s_j, g_j, mean_j, std_j)
     y_j     = r_j + gamma ((1 - lambda) V_{j+1} + lambda y_{j+1})                     j < n - 1
@@ -16,22 +16,22 @@ target y = y_0 of a sampled step, by target networks Q' and pi', and the losses 
     PPO:     -E[min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)],   A = y - Q(s, g, pi(s, g))
     DDPG:    -E[Q(s, g, pi(s, g))]
 
-mean and std are those of the behaviour policy, which the replay buffer holds. The ratio is pi over
-the behaviour policy; by default it is the geometric mean of the ratios of the action's dimensions.
+mean and std are those of the behaviour policy; the replay buffer holds them. ratio is pi(a | s, g)
+over the behaviour policy's density, by default the geometric mean over the action's dimensions.
 
 Hindsight relabelling replaces the goals of some sampled steps by goals that the same episode had at
-other times ("shift"), and computes their rewards again. The behaviour policy under the original
-goals stays the correct denominator of the ratio, as long as the new goals do not depend on the
-actions; docs/bnpo.md derives this.
+other times ("shift"), and recomputes the rewards. The behaviour policy under the original goals is
+still the correct denominator of the ratio, as long as the new goals do not depend on the actions;
+docs/bnpo.md derives this.
 
 Differences from ppo.py:
 
 1. The critic is Q(s, g, mean, std), not V(s). A reward may be a vector of m parts: Q has m outputs.
-2. Minibatches come from a replay buffer of whole episodes. Their targets are computed when they are
-   sampled, by target networks. These also give the policy that is evaluated and exported.
+2. Minibatches come from a replay buffer of whole episodes. Target networks compute the targets of
+   a minibatch when it is sampled. A target actor is also the policy to evaluate and export.
 3. An update is one short episode in all environments, from a reset to the time limit. The brains
-   learn during it, from the episodes before it. No target reaches as far as a time limit.
-4. Noise on the actor's weights explores too. The actor has no biases, and its std is bounded.
+   learn during it, from earlier episodes. Steps are sampled so that no target reaches a time limit.
+4. Noise on the actor's weights adds exploration. The actor has no biases, and its std is bounded.
 5. Observation statistics change at every environment step.
 6. Advantages are not standardised, and there is no entropy bonus.
 
@@ -56,7 +56,7 @@ import numpy as np
 import optax
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
-if __name__ == "__main__":  # import from this checkout, and nothing by accident from algos/
+if __name__ == "__main__":  # the checkout, not algos/, comes first on the import path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import envs
@@ -81,9 +81,9 @@ class Brain:
     importance_resampling: bool = False  # prefer steps whose action is likely under pi
 
     # schedule
-    learning_starts: PositiveInt = 2048  # steps that must be there to sample before it learns
+    learning_starts: PositiveInt = 2048  # steps to sample from before it starts to learn
     turn_interval: PositiveInt = 60  # steps of each environment between two turns
-    turn_minibatches: PositiveFloat = 6.0  # minibatches of a turn; 1.5: one and two alternately
+    turn_minibatches: PositiveFloat = 6.0  # minibatches per turn; 1.5: 1 and 2 alternately
 
     # optimiser of the actor: Adam, or natural gradient steps, which need no learning rate
     learning_rate: NonNegativeFloat = 1e-3  # learning rate of Adam
@@ -102,7 +102,7 @@ class Brain:
             raise ValueError("mean_only=True: rule='ppo' has no gradient through the critic")
 
     def minibatches(self, steps):
-        """Minibatches that are due after so many steps of each environment; `steps` is an array."""
+        """Number of minibatches due in the first `steps` (array) steps of each environment."""
         return (steps // self.turn_interval * self.turn_minibatches).astype(np.int32)
 
 
@@ -140,12 +140,12 @@ class Config:
     gae_lambda: UnitFloat = 0.95  # lambda of the n-step targets
     max_nstep: PositiveInt = 10  # largest n of the n-step targets
     floating_nstep: bool = True  # n from 1 to max_nstep, equally often; else always max_nstep
-    # hindsight goals: the goals from another step on, or what was achieved at a later step
+    # hindsight goals: the episode's goals from another step on, or those achieved at a later step
     her_strategy: Literal["shift", "future"] = "shift"
     # denominator of the ratio for relabelled steps: the behaviour policy under the original goals,
     # or the policy at the start of the turn under the new goals
     ratio_denominator: Literal["behaviour", "relabelled"] = "behaviour"
-    ratio_reduce: Literal["mean", "sum"] = "mean"  # of the log-ratios of the action's dimensions
+    ratio_reduce: Literal["mean", "sum"] = "mean"  # of log-ratios over action dimensions
 
     # observations and rewards
     reward_kind: Literal["env", "proxy", "proxy_sum", "sparse"] = "proxy"  # reward to learn from
@@ -179,7 +179,7 @@ class Config:
 
     def warmup(self, brain: Brain) -> int:
         """Number of episodes that must be complete before a brain learns."""
-        steps = self.num_envs * (self.num_steps - self.max_nstep)  # of an episode, to sample from
+        steps = self.num_envs * (self.num_steps - self.max_nstep)  # to sample from in an episode
         return math.ceil(brain.learning_starts / steps)
 
     def validate(self) -> None:
@@ -211,7 +211,7 @@ class Config:
 class Actor(nn.Module):
     """Policy network without biases: observation [..., obs_size] and parameter noise -> Gaussian.
 
-    The noise of a layer [in, out] is scaled by a learned factor for each weight and added to them.
+    A layer's weights [in, out] are kernel + noise_std * noise; kernel and noise_std are learned.
     """
 
     config: Config
@@ -220,7 +220,8 @@ class Actor(nn.Module):
     @nn.compact
     def __call__(self, x, noise):
         for i, size in enumerate((*self.config.hidden, self.action_size)):
-            x, shape = nn.relu(x) if i else x, (x.shape[-1], size)
+            x = nn.relu(x) if i > 0 else x
+            shape = x.shape[-1], size
             kernel = self.param(f"kernel_{i}", uniform(math.sqrt(3.0 / shape[0])), shape)
             noise_std = self.param(f"noise_std_{i}", nn.initializers.constant(0.017), shape)
             x = x @ (kernel + noise_std * noise[i])
@@ -242,10 +243,10 @@ class Critic(nn.Module):
     @nn.compact
     def __call__(self, x, policy, action=None):
         if self.config.critic_input == "distribution":
-            policy = jnp.concatenate([policy.mean, jnp.exp(policy.log_std)], -1)
-        else:
-            policy = policy.mean if action is None else action
-        x = jnp.concatenate([nn.relu(dense(x, x.shape[-1])), dense(policy, x.shape[-1])], -1)
+            action = jnp.concatenate([policy.mean, jnp.exp(policy.log_std)], -1)
+        elif action is None:
+            action = policy.mean
+        x = jnp.concatenate([nn.relu(dense(x, x.shape[-1])), dense(action, x.shape[-1])], -1)
         for size in self.config.hidden:
             x = nn.relu(dense(x, size))
         return dense(x, self.num_heads, 3e-3)
@@ -257,9 +258,10 @@ def uniform(bound: float):
 
 
 def dense(x, size: int, bound: float | None = None):
-    """Linear layer; weights within `bound`, by default 1 / sqrt(outputs), as the author has it."""
-    init = uniform(bound or 1.0 / math.sqrt(size)), uniform(1.0 / math.sqrt(x.shape[-1]))
-    return nn.Dense(size, kernel_init=init[0], bias_init=init[1])(x)
+    """Linear layer; weights within `bound`, by default 1 / sqrt(outputs) as the author has it."""
+    kernel_init = uniform(bound or 1.0 / math.sqrt(size))
+    bias_init = uniform(1.0 / math.sqrt(x.shape[-1]))
+    return nn.Dense(size, kernel_init=kernel_init, bias_init=bias_init)(x)
 
 
 # --- data types ---
@@ -269,9 +271,9 @@ class Transition(NamedTuple):
     """One step of the rollout; arrays [T, N, ...]."""
 
     obs: jax.Array  # as the environment gave it
-    action: jax.Array  # unclipped
-    policy: common.Gaussian  # the behaviour policy, parameter noise included
-    reward: jax.Array  # the task's
+    action: jax.Array  # unclipped; the environment clips
+    policy: common.Gaussian  # the behaviour policy, with its parameter noise
+    reward: jax.Array  # of the task, whatever reward_kind
     terminated: jax.Array
     next_obs: jax.Array  # true successor, never a reset observation
 
@@ -279,27 +281,27 @@ class Transition(NamedTuple):
 class Trajectory(NamedTuple):
     """Consecutive steps: the replay buffer [W, N, T, ...], or samples of it [B, H, ...]."""
 
-    obs: jax.Array  # one more than steps; the last is the last true successor
+    obs: jax.Array  # one more than there are steps: the last true successor
     action: jax.Array
     policy: common.Gaussian  # the behaviour policy
-    reward: jax.Array  # [..., m], of the kind that is learned from
+    reward: jax.Array  # [..., m], of reward_kind
     terminated: jax.Array
 
 
 class Rows(NamedTuple):
-    """Sampled steps: where they are in the replay buffer, and hindsight; int arrays [B]."""
+    """Where sampled steps are in the replay buffer, and their hindsight; int arrays [B]."""
 
     episode: jax.Array
     env: jax.Array
     step: jax.Array
-    relabel: jax.Array  # bool: replace the goals
+    relabel: jax.Array  # bool: the goals are replaced
     goal_step: jax.Array  # step of the same episode that the new goals come from
 
 
 class Batch(NamedTuple):
     """What the losses need of sampled steps; arrays [B, ...]."""
 
-    obs: jax.Array  # normalised; relabelled, if at all
+    obs: jax.Array  # normalised, after relabelling
     action: jax.Array
     policy: common.Gaussian  # the behaviour policy
     reward: jax.Array  # [B, m]
@@ -310,13 +312,13 @@ class Batch(NamedTuple):
 class TrainState(NamedTuple):
     """Everything that a run carries from one update to the next."""
 
-    params: dict  # of "actor" and "critic"
+    params: dict  # keys "actor" and "critic"
     target_params: dict  # of "critic" and of "actor0", "actor1", ...: one per brain, or one for all
     opt_state: dict  # of "critic" and of "actor0", "actor1", ...: one per brain
     noise: tuple  # parameter noise of the actor, [in, out] per layer
     obs_stats: common.Stats
     replay: Trajectory
-    obs: jax.Array  # [N, obs_size]
+    obs: jax.Array  # [N, obs_size], as the environment gave it
     env_state: Any
     key: jax.Array
     update: jax.Array  # [] int32, finished updates
@@ -331,14 +333,14 @@ def normalize(obs_stats, obs):
 
 
 def reward_of(goals, kind, obs):
-    """Rewards [..., m] for arriving at `obs` [..., obs_size], given the goal in it."""
+    """Rewards [..., m] for arriving at `obs` [..., obs_size], under the goal in it."""
     return goals.compute_reward(goals.achieved_goal(obs), goals.desired_goal(obs), kind)
 
 
 def draw_rows(config, brain, update, size, keys) -> Rows:
-    """`size` steps, drawn uniformly from the brain's window before this update; five `keys`.
+    """`size` steps, drawn uniformly from the brain's window of finished episodes; five `keys`.
 
-    More than max_nstep steps of the episode follow, so that no target reaches its time limit.
+    At least max_nstep steps of its episode follow each, so that no target reaches the time limit.
     """
     T, H = config.num_steps, config.max_nstep
     age = jax.random.randint(keys[0], (size,), 0, jnp.minimum(update, config.window(brain)))
@@ -356,25 +358,26 @@ def draw_rows(config, brain, update, size, keys) -> Rows:
 def resample(key, ratio, size):
     """Indices [size] of rows, drawn without replacement in proportion to min(ratio [B], 2)^0.666.
 
-    Importance resampling after Schlegel et al. 2019, by adding Gumbel noise to the logarithms.
+    Importance resampling after Schlegel et al. 2019. The rows with the largest log-weight plus
+    Gumbel noise are such a draw.
     """
     score = 0.666 * jnp.log(jnp.clip(ratio, 1e-8, 2.0)) + jax.random.gumbel(key, ratio.shape)
     return jax.lax.top_k(score, size)[1]
 
 
 def gather(replay, rows, num_steps) -> Trajectory:
-    """The `num_steps` steps [B, num_steps, ...] from each row on, as they were recorded."""
+    """The `num_steps` steps [B, num_steps, ...] from each row on, not relabelled."""
     episode = rows.episode[:, None], rows.env[:, None]
     step = rows.step[:, None] + np.arange(num_steps + 1)
     traj = jax.tree.map(lambda x: x[(*episode, step[:, :-1])], replay._replace(obs=None))
-    return traj._replace(obs=replay.obs[(*episode, step)])
+    return traj._replace(obs=replay.obs[(*episode, step)])  # one more than there are steps
 
 
 def relabel(goals, config, replay, rows, traj) -> Trajectory:
-    """Hindsight: other goals for the rows that are to get some, and the rewards for them.
+    """Hindsight: new goals for the rows with `relabel`, and the rewards under these goals.
 
-    "shift": the goals that the episode had from `goal_step` on. "future": what was achieved at
-    `goal_step`, as a constant goal.
+    "shift": the goals that the episode had from `goal_step` on. "future": the goal achieved at
+    `goal_step`, for all steps.
     """
     at = lambda step: replay.obs[rows.episode[:, None], rows.env[:, None], step]
     goal = goals.desired_goal(traj.obs)
@@ -382,12 +385,13 @@ def relabel(goals, config, replay, rows, traj) -> Trajectory:
         ahead = np.arange(traj.obs.shape[1])
         new_goal = goals.desired_goal(at(rows.goal_step[:, None] + ahead))
     else:
+        # The first entries of what was achieved are a goal; the others only matter to rewards.
         new_goal = goals.achieved_goal(at(rows.goal_step[:, None]))[..., : goal.shape[-1]]
     obs = goals.with_goal(traj.obs, jnp.where(rows.relabel[:, None, None], new_goal, goal))
-    # After a terminated step obs is that of the next start, so such a step keeps its reward.
-    renew = rows.relabel[:, None] & ~traj.terminated
+    # A terminated step keeps its reward: the observation after it is that of a new start.
+    changed = rows.relabel[:, None] & ~traj.terminated
     reward = reward_of(goals, config.reward_kind, obs[:, 1:])
-    return traj._replace(obs=obs, reward=jnp.where(renew[..., None], reward, traj.reward))
+    return traj._replace(obs=obs, reward=jnp.where(changed[..., None], reward, traj.reward))
 
 
 def lookaheads(config, size):
@@ -397,10 +401,10 @@ def lookaheads(config, size):
 
 
 def nstep_target(reward, next_value, bootstrap, n, terminated, gamma, lam):
-    """n-step targets [B, m]: the value plus the GAE of n steps, in which the value cancels.
+    """n-step targets [B, m]: the value plus the GAE of n steps, from which the value cancels.
 
-    `reward` [B, H, m], `terminated` [B, H], and `next_value` [B, H, m], the values after each step.
-    `bootstrap` [B, m] takes the place of the value after the last of the n [B] steps.
+    `reward` [B, H, m], `terminated` [B, H], and `next_value` [B, H, m], the value after each step.
+    After the last of the `n` [B] steps, `bootstrap` [B, m] takes its place.
     """
 
     def backward(target, step):
@@ -433,7 +437,7 @@ def actor_loss(brain, q, ratio, target):
     if brain.rule == "ppo":
         gain = (target - jax.lax.stop_gradient(q)).sum(-1)  # the advantage
     else:
-        gain = (q - target).sum(-1)
+        gain = (q - target).sum(-1)  # the target only selects the ratio or the clipped one
         ratio = jax.lax.stop_gradient(ratio)
     if brain.rule == "ddpg":
         return -gain.mean()
@@ -447,37 +451,38 @@ def gaussian_kl(p: common.Gaussian, q: common.Gaussian):
     return (q.log_std - p.log_std + 0.5 * moments * jnp.exp(-2.0 * q.log_std) - 0.5).sum(-1)
 
 
-def fisher_product(policy_of, params, vector, damping):
-    """(F + damping I) v, where F is the Fisher matrix of the Gaussians [B, A] of `policy_of`.
+def fisher_product(policy_at, params, vector, damping):
+    """(F + damping I) v, where F is the Fisher matrix of the Gaussians [B, A] of `policy_at`.
 
     F is the mean over rows of J' M J. J is the derivative of (mean, log std) by the parameters, and
     M = diag(1 / std^2, 2) is the Fisher matrix of a Gaussian by (mean, log std).
     """
-    policy, change = jax.jvp(policy_of, (params,), (vector,))
+    policy, change = jax.jvp(policy_at, (params,), (vector,))
     change = common.Gaussian(jnp.exp(-2.0 * policy.log_std) * change.mean, 2.0 * change.log_std)
-    (product,) = jax.vjp(policy_of, params)[1](change)
+    (product,) = jax.vjp(policy_at, params)[1](change)
     return jax.tree.map(lambda p, v: p / len(policy.mean) + damping * v, product, vector)
 
 
-def natural_step(loss_of, policy_of, params, grads, delta=1e-3, damping=1e-3, iterations=10):
+def natural_step(loss_at, policy_at, params, grads, delta=1e-3, damping=1e-3, iterations=10):
     """Parameters after a natural gradient step (Schulman et al. 2015, appendix C).
 
+    `loss_at` and `policy_at` are functions of the parameters, and `grads` the gradient of the loss.
     The full step has a mean KL of `delta`, to second order. It is halved up to nine times, until
-    the loss falls by a thousandth of what the gradient predicts for the full step and the KL is at
-    most 1.5 delta. If this never happens, the parameters stay as they are.
+    the loss falls by a thousandth of the predicted decrease and the KL is at most 1.5 delta. If
+    this never happens, the parameters stay as they are.
     """
-    product = partial(fisher_product, policy_of, params, damping=damping)
+    product = partial(fisher_product, policy_at, params, damping=damping)
     downhill = jax.tree.map(jnp.negative, grads)
     direction, _ = jax.scipy.sparse.linalg.cg(product, downhill, maxiter=iterations)
     size = jnp.sqrt(2.0 * delta / (optax.tree.vdot(direction, product(direction)) + 1e-12))
-    predicted = size * jnp.abs(optax.tree.vdot(grads, direction))
+    predicted = size * jnp.abs(optax.tree.vdot(grads, direction))  # decrease by the full step
     moved = lambda scale: jax.tree.map(lambda p, d: p + scale * size * d, params, direction)
-    policy, loss = policy_of(params), loss_of(params)
+    policy, loss = policy_at(params), loss_at(params)
 
     def accepted(scale):
         new = moved(scale)
-        near = gaussian_kl(policy, policy_of(new)).mean() <= 1.5 * delta
-        return (loss_of(new) < loss - 1e-3 * scale * predicted) & near
+        near = gaussian_kl(policy, policy_at(new)).mean() <= 1.5 * delta
+        return (loss_at(new) < loss - 1e-3 * scale * predicted) & near
 
     smallest = 0.5**9
     rejected = lambda scale: (scale >= smallest) & ~accepted(scale)
@@ -553,11 +558,11 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         )
 
     def noise_of(key, shape):
-        """Exploration noise for `shape` actions."""
+        """Exploration noise [*shape, action_size] for actions of batch shape `shape`."""
         return jax.random.normal(key, (*shape, A))
 
     def redraw(noise, key, due):
-        """Parameter noise; if `due`, one layer, chosen at random, has new values."""
+        """Parameter noise; if `due`, one layer, chosen at random, gets new values."""
         key_layer, *keys = jax.random.split(key, 1 + len(noise))
         layer = jax.random.randint(key_layer, (), 0, len(noise))
         draw = lambda i: jax.random.normal(keys[i], noise[i].shape)
@@ -591,8 +596,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
 
     def episode_of(traj) -> Trajectory:
         """A whole rollout [T, N] as the replay buffer keeps it, with the rewards to learn from."""
-        own = kind == "env"
-        reward = traj.reward[..., None] if own else reward_of(goals, kind, traj.next_obs)
+        reward = traj.reward[..., None] if kind == "env" else reward_of(goals, kind, traj.next_obs)
         return Trajectory(
             obs=jnp.concatenate([traj.obs, traj.next_obs[-1:]]),
             action=traj.action,
@@ -602,13 +606,13 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         )
 
     def learner(k, brain):
-        """How brain number k learns, as a function `turn(state, steps, key)`."""
+        """The function `turn(state, steps, key)` by which brain number k learns."""
         target_actor = "actor0" if config.share_target_actor else f"actor{k}"
         optimizer_of = {"actor": f"actor{k}", "critic": "critic"}
         learning_rate = {"actor": brain.learning_rate, "critic": config.critic_lr}
 
         def trajectory(state, rows, num_steps) -> Trajectory:
-            """The steps from each row on, relabelled if the brain uses hindsight."""
+            """The `num_steps` steps from each row on, relabelled if the brain uses hindsight."""
             traj = gather(state.replay, rows, num_steps)
             return relabel(goals, config, state.replay, rows, traj) if brain.her_ratio else traj
 
@@ -627,27 +631,25 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             return jax.tree.map(lambda x: x[chosen], rows)
 
         def nstep_targets(state, rows, traj, key):
-            """Targets [B, m] of the target networks."""
+            """n-step targets [B, m], computed by the target networks."""
             obs = normalize(state.obs_stats, traj.obs)
             q_of = partial(critic.apply, state.target_params["critic"])
             longest = lookaheads(config, brain.batch_size)
-            # A relabelled row looks one step ahead: later actions were chosen for the old goal.
+            # Relabelled rows have n = 1, because later actions were chosen for the old goal.
             n = jnp.where(rows.relabel, 1, longest)
-            # The values after the first n - 1 steps; with floating n, half of all are not needed.
+            # Values after steps 1 to n - 1; with floating n, half of the [B, H] values are unused.
             row, j = np.nonzero(np.arange(1, H) < longest[:, None])
             policy = jax.tree.map(lambda x: x[row, j + 1], traj.policy)
             value = q_of(obs[row, j + 1], policy, traj.action[row, j + 1])
             next_value = jnp.zeros_like(traj.reward).at[row, j].set(value)
-            # The value after step n, at the policy of a target actor.
+            # The value after step n, for the policy of a target actor.
             last = obs[jnp.arange(len(n)), n]
             policy = actor.apply(bootstrap_actor(state, key), last, no_noise)
-            trace = config.gamma, config.gae_lambda
-            return nstep_target(
-                traj.reward, next_value, q_of(last, policy), n, traj.terminated, *trace
-            )
+            gamma, lam, bootstrap = config.gamma, config.gae_lambda, q_of(last, policy)
+            return nstep_target(traj.reward, next_value, bootstrap, n, traj.terminated, gamma, lam)
 
         def bootstrap_actor(state, key):
-            """Parameters of the target actor whose policy the targets bootstrap from."""
+            """Parameters of the target actor that the targets bootstrap from."""
             if brain.own_target_actor:
                 return state.target_params[target_actor]
             actors = [x for name, x in state.target_params.items() if name != "critic"]
@@ -655,7 +657,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             return jax.tree.map(lambda *x: jnp.stack(x)[which], *actors)
 
         def denominator(state, old_actor, rows, step):
-            """Log-probabilities [B, A] of the actions of a `step`, for the ratio's denominator."""
+            """Log-densities [B, A] of the actions of a `step`, for the ratio's denominator."""
             log_prob = log_prob_of(step.policy, step.action)
             if config.ratio_denominator == "behaviour":
                 return log_prob
@@ -711,9 +713,9 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             aux |= {f"{name}_grad_norm": optax.global_norm(grads[name]) for name in grads}
             if not brain.natural_gradient:
                 return descend(state, grads), aux
-            loss_of = lambda x: loss_fn(state.params | {"actor": x}, state, batch)[0]
-            policy_of = lambda x: actor.apply(x, batch.obs, state.noise)
-            new = natural_step(loss_of, policy_of, state.params["actor"], grads.pop("actor"))
+            loss_at = lambda x: loss_fn(state.params | {"actor": x}, state, batch)[0]
+            policy_at = lambda x: actor.apply(x, batch.obs, state.noise)
+            new = natural_step(loss_at, policy_at, state.params["actor"], grads.pop("actor"))
             state = descend(state, grads)
             return state._replace(params=state.params | {"actor": new}), aux
 
@@ -734,9 +736,9 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             `steps` are those of each environment since the run began. The last U of them are new.
             """
             old_actor = state.params["actor"]
-            end = brain.minibatches(steps)
-            before = brain.minibatches(steps - U)
-            first = jnp.where(state.update < config.warmup(brain), end, before)
+            end = brain.minibatches(steps)  # minibatches are numbered from the start of the run
+            start = brain.minibatches(steps - U)
+            start = jnp.where(state.update < config.warmup(brain), end, start)  # none in warm-up
 
             def minibatch(number, state):
                 key_rows, key_targets = jax.random.split(jax.random.fold_in(key, number))
@@ -752,9 +754,9 @@ def build(config: Config, env: envs.Env) -> common.Algo:
                 state, aux = minibatch(number, carry[0])
                 return state, jax.tree.map(jnp.add, carry[1], aux)
 
-            shapes = jax.eval_shape(minibatch, first, state)[1]
+            shapes = jax.eval_shape(minibatch, start, state)[1]
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            state, sums = jax.lax.fori_loop(first, end, add, (state, zeros))
+            state, sums = jax.lax.fori_loop(start, end, add, (state, zeros))
             return state, {f"brain{k}/{name}": x for name, x in sums.items()}
 
         return turn

@@ -1,27 +1,33 @@
-"""Behaviour policy optimisation (BPO): PPO on data of a second policy that reduces variance.
+"""Behaviour policy optimisation (BPO): PPO on data from a second policy, for lower variance.
 
 Goodall et al. 2026, https://arxiv.org/abs/2511.10843. A behaviour policy mu acts; the target policy
-pi is improved and evaluated. After each rollout of mu, pi and V learn as in ppo.py from
+pi is improved and evaluated. After each rollout of mu, pi and V take PPO's gradient steps with
 
-    delta_t = r_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)
-    ratio_t = pi(a_t | s_t) / mu(a_t | s_t)
-    D_t     = min(ratio_t, clip_rho) delta_t
-              + gamma lambda (1 - done_t) min(ratio_t, clip_c) D_{t+1}     (V learns V(s_t) + D_t)
-    A_t     = delta_t + gamma lambda (1 - done_t) D_{t+1}
+    delta_t  = r_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)
+    ratio_t  = pi(a_t | s_t) / mu(a_t | s_t)
+    D_t      = min(ratio_t, clip_rho) delta_t
+               + gamma lambda (1 - done_t) min(ratio_t, clip_c) D_{t+1}            (V-trace)
+    A_t      = delta_t + gamma lambda (1 - done_t) D_{t+1}
+    target_t = V(s_t) + D_t
 
-A replay buffer of the last rollouts then trains Q and Q^, the second moment of pi's return, by
-fitted Q evaluation, and after them the mu of the next rollout:
+A and target are computed once per rollout and are constants in the loss.
+
+Then Q and Q^, the second moment of pi's return, are learned by fitted Q evaluation on a replay
+buffer of the last rollouts. Last, the mu of the next rollout is fitted to pi and Q^:
 
     Q(s, a)   = r + gamma (1 - terminated) E_pi[Q(s', a')]
     Q^(s, a)  = 2 r Q(s, a) - r^2 + gamma^2 (1 - terminated) E_pi[Q^(s', a')]
     mu(a | s) = pi(a | s) sqrt(Q^(s, a)) / Z(s)
 
 s'_t is the true successor of s_t, taken before any reset. A time limit (truncated) therefore
-bootstraps from V(s'_t), and a failure (terminated) does not; both end the trace (done).
+bootstraps from V(s'_t), and a terminal state (terminated) does not; both end the trace (done).
 
-Differences from ppo.py: mu acts. The ratio of the surrogate is pi / mu, which weights the first
-action; A weights the later ones. `learn_from_replay` trains Q, Q^ and mu, and `mu_target` makes mu
-differ from pi. The entropy bonus acts on mu alone.
+Differences from ppo.py:
+
+1. mu acts. The ratio of the surrogate loss is pi / mu. It is the importance weight of a_t, so A_t
+   has only the weights of later actions.
+2. `learn_from_replay` trains Q, Q^ and mu; `mu_target` makes mu differ from pi.
+3. The entropy bonus is that of mu, not of pi.
 
     python algos/bpo.py --env cartpole --num-seeds 16
     python algos/bpo.py --env ant --preset mujoco_ppo_gsde ppo_bpo_zero --num-seeds 4
@@ -41,7 +47,7 @@ import jax.numpy as jnp
 import optax
 from pydantic import NonNegativeFloat, PositiveInt
 
-if __name__ == "__main__":  # import from this checkout, and nothing by accident from algos/
+if __name__ == "__main__":  # the checkout, not algos/, comes first on the import path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import envs
@@ -61,7 +67,7 @@ class Config:
     num_steps: PositiveInt = 64  # length of a rollout in each environment
     num_epochs: PositiveInt = 8  # epochs per rollout
     num_minibatches: PositiveInt = 4  # gradient steps per epoch
-    # draw minibatches from single transitions, or from time steps of all environments
+    # unit of shuffling: single transitions, or rows (one time step of all environments)
     shuffle: Literal["transitions", "rows"] = "transitions"
 
     # optimiser: Adam, after clipping by global norm
@@ -81,25 +87,26 @@ class Config:
     # importance weights
     clip_rho: NonNegativeFloat = 1.5  # largest ratio of the first step of a value target
     clip_c: NonNegativeFloat = 1.5  # largest ratio of each later step
-    clip_traj: bool = False  # clip the product of the later ratios by clip_c, instead of each
+    clip_traj: bool = False  # clip the product of the later ratios by clip_c, not each ratio
 
     # replay buffer and fitted Q evaluation of Q and Q^
     replay_rollouts: PositiveInt = 1  # rollouts in the replay buffer
     num_vf_epochs: PositiveInt = 4  # epochs of Q, and of Q^, on the replay buffer
     num_vf_minibatches: PositiveInt = 4  # gradient steps per epoch on a full replay buffer
-    weight_td: bool = False  # weight the regression by pi / mu
-    clip_targets: bool = True  # bound targets by what the rewards seen so far can add up to
+    weight_td: bool = False  # weight the squared errors by pi / mu
+    clip_targets: bool = True  # clip targets to the returns that the rewards so far make possible
     clip_actions: bool = True  # clip the actions that Q and Q^ see, as the environment does
-    symlog_targets: bool = True  # regress symlog(target)
-    symlog_reg_coef: NonNegativeFloat = 1.0  # with symlog: weight of the pull to the target network
-    polyak_tau: UnitFloat = 0.02  # step of the target networks; 0 copies them after each epoch
-    # Q and Q^: layer normalisation, orthogonal kernels, and a last layer that starts at 0
+    symlog_targets: bool = True  # fit symlog(target) instead of the target
+    # with symlog_targets: weight of the squared distance from the target network's output
+    symlog_reg_coef: NonNegativeFloat = 1.0
+    polyak_tau: UnitFloat = 0.02  # Polyak step of the target networks; 0: copy after each epoch
+    # give Q and Q^ layer normalisation, orthogonal hidden layers and a last layer that starts at 0
     zero_norm_final: bool = True
 
     # behaviour policy
     num_mu_epochs: PositiveInt = 4  # epochs of mu on the replay buffer
     num_mu_minibatches: PositiveInt = 4  # gradient steps per epoch on a full replay buffer
-    # fit mu to pi sqrt(Q^), to pi, or to pi sqrt(Q^ - 2 V Q + V^2)
+    # kl_qhat: fit mu to pi sqrt(Q^); kl: to pi; centred: to pi sqrt(Q^ - 2 V Q + V^2)
     mu_loss: Literal["kl_qhat", "kl", "centred"] = "kl_qhat"
 
     # observations and rewards
@@ -107,12 +114,12 @@ class Config:
     normalize_reward: bool = False  # divide rewards by the std of the discounted return
 
     # exploration
-    noise_interval: PositiveInt = 1  # steps for which an environment's noise is held
+    noise_interval: PositiveInt = 1  # steps for which each draw of exploration noise is held
 
     # networks
     hidden: tuple[PositiveInt, ...] = (64, 64)  # fully connected hidden layers of each network
     activation: Literal["tanh", "relu"] = "tanh"  # activation of the hidden layers
-    kernel_init: Literal["orthogonal", "lecun_normal"] = "orthogonal"  # of every layer
+    kernel_init: Literal["orthogonal", "lecun_normal"] = "orthogonal"  # initial weights
     policy_gain: NonNegativeFloat = 0.01  # factor on the initial weights of the policy's last layer
     log_std_init: float = 0.0  # initial log standard deviation of a Gaussian policy
 
@@ -127,7 +134,7 @@ class Config:
         return math.ceil(self.total_timesteps / self.steps_per_update)
 
     def validate(self) -> None:
-        """Raise ValueError if rollouts cannot be cut into equal minibatches, or Q has no bounds."""
+        """Raise ValueError if minibatches are unequal or of one, or if targets have no bounds."""
         size = self.steps_per_update if self.shuffle == "transitions" else self.num_steps
         if size % self.num_minibatches:
             raise ValueError(
@@ -137,8 +144,8 @@ class Config:
             )
         if self.steps_per_update == self.num_minibatches:
             raise ValueError(
-                f"num_minibatches={self.num_minibatches} makes minibatches of one transition, and a "
-                "single advantage standardises to 0: lower it"
+                f"num_minibatches={self.num_minibatches} makes minibatches of one transition, "
+                "whose standardised advantage is 0: lower it"
             )
         kept = self.replay_rollouts
         for name in ("num_vf_minibatches", "num_mu_minibatches"):
@@ -151,7 +158,7 @@ class Config:
                 )
         if self.clip_targets and self.gamma == 1.0:
             raise ValueError(
-                "clip_targets=True needs gamma below 1: there are no bounds at gamma=1"
+                "clip_targets=True needs gamma below 1: at gamma=1 returns have no bounds"
             )
 
 
@@ -182,7 +189,7 @@ class Torso(nn.Module):
 
 
 class Actor(nn.Module):
-    """Policy network, of pi and of mu: observation [..., obs_size] -> Categorical or Gaussian."""
+    """Policy network of pi or mu: observation [..., obs_size] -> Categorical or Gaussian."""
 
     config: Config
     obs_shape: tuple[int, ...]
@@ -215,7 +222,7 @@ class Critic(nn.Module):
 class ActionCritic(nn.Module):
     """Q, or Q^ if `positive`: observation [..., obs_size] and action -> [...].
 
-    If actions are discrete, it can do without one and then gives all: [..., action_size].
+    Without an action, which must be discrete: the values of all actions, [..., action_size].
     """
 
     config: Config
@@ -249,9 +256,9 @@ def initializer(config: Config, gain: float = 1.0):
 
 
 def patches(x):
-    """3 x 3 squares [..., H - 2, W - 2, 9 C] of images [..., H, W, C].
+    """3 x 3 patches [..., H - 2, W - 2, 9 C] of images [..., H, W, C].
 
-    A dense layer of them is a convolution; XLA's own are slow in a loop on a CPU.
+    A dense layer on patches is a convolution. XLA's own convolution is slow inside a loop on a CPU.
     """
     for axis in (-2, -3):
         size = x.shape[axis] - 2
@@ -267,7 +274,7 @@ class Transition(NamedTuple):
     """One step of the rollout; arrays [T, N, ...]."""
 
     obs: jax.Array  # as the environment gave it
-    action: jax.Array  # unclipped
+    action: jax.Array  # unclipped; the environment clips
     log_prob: jax.Array  # of mu
     reward: jax.Array
     terminated: jax.Array
@@ -276,7 +283,7 @@ class Transition(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What the loss needs of a transition; arrays [T N, ...], or [T, N, ...] to shuffle rows."""
+    """What the loss needs of a rollout; arrays [T N, ...], or [T, N, ...] if rows are shuffled."""
 
     obs: jax.Array  # normalised
     action: jax.Array
@@ -290,15 +297,15 @@ class Batch(NamedTuple):
 class TrainState(NamedTuple):
     """Everything that a run carries from one update to the next."""
 
-    params: dict  # of "actor", "critic", "mu", "q" and "qhat"
-    opt_state: dict  # likewise
-    target_params: dict  # of "q" and "qhat"
-    replay: Transition  # the last K rollouts, [K T, N, ...]
-    reward_range: jax.Array  # [2] smallest and largest reward so far, and 0
-    r_hat_max: jax.Array  # [] largest reward of Q^ so far
+    params: dict  # keys "actor", "critic", "mu", "q" and "qhat"
+    opt_state: dict  # the same keys
+    target_params: dict  # keys "q" and "qhat"
+    replay: Transition  # the last replay_rollouts = K rollouts, [K T, N, ...]
+    reward_range: jax.Array  # [2] smallest and largest reward so far, 0 included; not scaled
+    r_hat_max: jax.Array  # [] largest `second_moment_reward` so far; not scaled
     obs_stats: common.Stats
     reward_scale: common.RewardScale
-    obs: jax.Array  # [N, obs_size]
+    obs: jax.Array  # [N, obs_size], as the environment gave it
     env_state: Any
     key: jax.Array
     update: jax.Array  # [] int32, finished updates
@@ -310,10 +317,11 @@ class TrainState(NamedTuple):
 def step_estimator(
     reward, value, next_value, terminated, done, log_ratio, gamma, lam, clip_rho, clip_c
 ):
-    """Advantages and value targets [T, N]: V-trace with a lambda; arrays [T, N].
+    """Advantages and value targets [T, N] by V-trace with lambda; arrays [T, N].
 
-    `next_value` is the value of the true successor. It counts unless the step terminated; the trace
-    ends at every `done`. The surrogate weights the first action, so the advantage does not.
+    `next_value` is the value of the true successor. A terminated step does not bootstrap from it,
+    and every done step ends the trace. The ratio of the surrogate loss weights the first action, so
+    the advantage has only the weights of later ones.
     """
     ratio = jnp.exp(log_ratio)
     rho, c = jnp.minimum(ratio, clip_rho), jnp.minimum(ratio, clip_c)
@@ -333,16 +341,20 @@ def step_estimator(
 def trajectory_estimator(
     reward, value, next_value, terminated, done, log_ratio, gamma, lam, clip_rho, clip_c
 ):
-    """As `step_estimator`, but `clip_c` bounds the product of the later ratios, not each."""
+    """As `step_estimator`, but `clip_c` bounds the product of the later ratios, not each ratio.
+
+    The advantage at t is the sum of weight[t, k] delta_k over the steps k >= t of its episode.
+    """
     t = jnp.arange(len(reward))
     rho = jnp.minimum(jnp.exp(log_ratio), clip_rho)
     delta = reward + gamma * jnp.where(terminated, 0.0, next_value) - value
-    episode = jnp.cumsum(done, 0) - done
+    episode = jnp.cumsum(done, 0) - done  # [T, N] number of the episode; a done step is its last
     total = jnp.cumsum(log_ratio, 0)
     lag = t - t[:, None]  # [t, k] = k - t
-    together = (lag >= 0)[..., None] & (episode[:, None] == episode)  # [t, k, N]
-    weight = jnp.exp(jnp.minimum(jnp.log(clip_c), total - total[:, None]))
-    weight = jnp.where(together, (gamma * lam) ** jnp.maximum(lag, 0)[..., None] * weight, 0.0)
+    same_episode = (lag >= 0)[..., None] & (episode[:, None] == episode)  # [t, k, N]
+    product = jnp.exp(jnp.minimum(jnp.log(clip_c), total - total[:, None]))  # steps t + 1 to k
+    decay = (gamma * lam) ** jnp.maximum(lag, 0)[..., None]
+    weight = jnp.where(same_episode, decay * product, 0.0)
     advantage = jnp.einsum("tkn,kn->tn", weight, delta)
     return advantage, value + rho * advantage
 
@@ -360,12 +372,12 @@ def policy_loss(log_prob, old_log_prob, advantage, clip_eps):
 
 
 def value_loss(value, target):
-    """Mean squared error to the lambda-return."""
+    """Mean squared error to the value target."""
     return ((value - target) ** 2).mean()
 
 
 def symlog(x):
-    """Logarithm of magnitudes that is odd and close to the identity near 0."""
+    """Signed logarithm, sign(x) log(1 + |x|): compresses large values, keeps small ones."""
     return jnp.sign(x) * jnp.log1p(jnp.abs(x))
 
 
@@ -375,12 +387,12 @@ def symexp(x):
 
 
 def fqe_target(reward, terminated, next_value, gamma):
-    """Target of fitted Q evaluation, which bootstraps unless the step terminated."""
+    """Target of fitted Q evaluation; a terminated step does not bootstrap."""
     return reward + gamma * jnp.where(terminated, 0.0, next_value)
 
 
 def fqe_loss(output, target, anchor, weight, reg_coef):
-    """Weighted squared error to the target, plus a pull to the target network's output `anchor`."""
+    """Weighted mean squared error to `target`, and to the target network's output `anchor`."""
     return (weight * ((output - target) ** 2 + reg_coef * (output - anchor) ** 2)).mean()
 
 
@@ -401,7 +413,7 @@ def centred_moment(qhat, q, value):
 
 
 def mu_target(log_pi, moment):
-    """Log of pi sqrt(moment), not normalised. The moment is all that makes mu differ from pi."""
+    """Log of pi sqrt(moment), not normalised. The moment alone makes mu differ from pi."""
     return log_pi + 0.5 * jnp.log(moment)
 
 
@@ -411,7 +423,7 @@ def mu_loss_discrete(log_mu, log_target):
 
 
 def mu_loss_continuous(log_mu, log_target):
-    """KL divergence of mu from the target, up to log Z, at reparameterised actions of mu [...]."""
+    """KL(mu || target), up to log Z, from reparameterised actions of mu; arrays [...]."""
     return (log_mu - log_target).mean()
 
 
@@ -450,7 +462,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             "qhat": nets["qhat"].init(key_qhat, obs[:1], action[:1]),
         }
         scalar, flag = jnp.zeros(N), jnp.zeros(N, bool)
-        row = Transition(obs, action, scalar, scalar, flag, flag, obs)
+        row = Transition(obs, action, scalar, scalar, flag, flag, obs)  # for shapes and types
         return TrainState(
             params=params,
             opt_state={name: optimizer.init(params[name]) for name in params},
@@ -470,7 +482,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return obs_stats.normalize(obs.astype(jnp.float32)) if config.normalize_obs else obs
 
     def noise_of(key, shape):
-        """Exploration noise for `shape` actions."""
+        """Exploration noise [*shape, action_size] for actions of batch shape `shape`."""
         draw = jax.random.gumbel if env.discrete else jax.random.normal
         return draw(key, (*shape, env.action_size))
 
@@ -478,7 +490,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         """Act with mu for T steps; returns the state, transitions [T, N] and infos [T, N]."""
         key_noise, key_env, key_refresh = jax.random.split(key, 3)
         noise = noise_of(key_noise, (math.ceil(T / config.noise_interval), N))
-        env_state = env.refresh(key_refresh, state.env_state)
+        env_state = env.refresh(key_refresh, state.env_state)  # new start states, where cached
 
         def step(carry, x):
             obs, env_state = carry
@@ -507,7 +519,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return state.reward_scale.factor() if config.normalize_reward else 1.0
 
     def targets(state, traj) -> Batch:
-        """Advantages and value targets of a rollout."""
+        """Advantages and value targets of a rollout, computed once before its gradient steps."""
         obs, next_obs = (normalize(state.obs_stats, x) for x in (traj.obs, traj.next_obs))
         value, next_value = (critic.apply(state.params["critic"], x) for x in (obs, next_obs))
         log_pi = actor.apply(state.params["actor"], obs).log_prob(traj.action)
@@ -524,7 +536,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return batch
 
     def remaining(state):
-        """The share of the run that is still to come, for schedules."""
+        """Share of the run that is left, for schedules: 1 in the first update."""
         return 1.0 - state.update / config.num_updates
 
     def loss_fn(params, state, batch):
@@ -544,7 +556,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         }
 
     def bounds(state):
-        """The least and the largest value of Q and Q^ that the rewards seen so far allow."""
+        """Smallest and largest value of Q and Q^ that the rewards seen so far make possible."""
         if not config.clip_targets:
             return dict.fromkeys(nets, (-jnp.inf, jnp.inf))
         scale = reward_scale(state)
@@ -563,35 +575,39 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return jnp.clip(value, *bounds(state)[name])
 
     def sampled(policy, key):
-        """One action for each state; None, which stands for all of them, if they are discrete."""
+        """One action for each state; None, for all actions, if they are discrete."""
         return None if env.discrete else policy.sample(noise_of(key, policy.mean.shape[:-1]))
 
     def fqe_loss_fn(params, state, batch, key):
-        """Fitted Q evaluation of the network in `params`, which is Q or Q^."""
+        """Fitted Q evaluation of Q or Q^, the only network in `params`; the target is constant."""
         (name,) = params
-        apply, online, frozen = nets[name].apply, params[name], state.target_params[name]
-        # As in the authors' code: elsewhere the target network only pulls the output.
-        source = online if config.symlog_targets or env.discrete else frozen
+        apply, online, target_net = nets[name].apply, params[name], state.target_params[name]
+        # As in the authors' code, only continuous actions without symlog use the target network.
+        bootstrap_net = online if config.symlog_targets or env.discrete else target_net
         pi = actor.apply(state.params["actor"], batch.next_obs)
-        next_value = to_value(apply(source, batch.next_obs, sampled(pi, key)))
+        next_value = to_value(apply(bootstrap_net, batch.next_obs, sampled(pi, key)))
         if env.discrete:
             next_value = (jax.nn.softmax(pi.logits) * next_value).sum(-1)
         target = fqe_target(batch.reward, batch.terminated, next_value, gammas[name])
-        bounded = jnp.clip(target, *bounds(state)[name])
-        wanted = jax.lax.stop_gradient(symlog(bounded) if config.symlog_targets else bounded)
-        weight, reg_coef = 1.0, config.symlog_reg_coef if config.symlog_targets else 0.0
+        clipped = jnp.clip(target, *bounds(state)[name])
+        label = jax.lax.stop_gradient(symlog(clipped) if config.symlog_targets else clipped)
+        reg_coef = config.symlog_reg_coef if config.symlog_targets else 0.0
+        weight = 1.0
         if config.weight_td:
             log_pi = actor.apply(state.params["actor"], batch.obs).log_prob(batch.action)
             weight = td_weight(log_pi - batch.log_prob)
-        output, anchor = (apply(x, batch.obs, batch.action) for x in (online, frozen))
-        loss = fqe_loss(output, wanted, anchor, weight, reg_coef)
+        output, anchor = (apply(x, batch.obs, batch.action) for x in (online, target_net))
+        loss = fqe_loss(output, label, anchor, weight, reg_coef)
         return loss, {
             f"losses/{name}_loss": loss,
-            f"health/{name}_target_clip_fraction": (bounded != target).mean(),
+            f"health/{name}_target_clip_fraction": (clipped != target).mean(),
         }
 
     def mu_loss_fn(params, state, batch, key):
-        """Fit mu to the `mu_target` of pi, V, Q and Q^, which are constant."""
+        """Distance of mu from `mu_target`; the parameters of pi, V, Q and Q^ are constant.
+
+        With continuous actions the gradient also passes through the sampled action of mu.
+        """
         pi, mu = (actor.apply(x, batch.obs) for x in (state.params["actor"], params["mu"]))
         action, moment = sampled(mu, key), 1.0
         if config.mu_loss != "kl":
@@ -632,47 +648,48 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         step = lambda state, i: gradient_step(state, jax.tree.map(lambda x: x[i], batch))
         return jax.lax.scan(step, state, index)
 
-    def fit(state, name, loss_fn, data, key, num_epochs, num_minibatches):
+    def fit(state, name, loss, data, key, num_epochs, num_minibatches):
         """Epochs of gradient steps on one network over the replay buffer; returns mean metrics too.
 
         Until the buffer is full, an epoch has fewer gradient steps. Their number depends on
         `state.update` alone, so that it is the same for all seeds under vmap.
         """
         rollouts = jnp.minimum(state.update + 1, K)
-        rows, steps = rollouts * (len(data.obs) // K), rollouts * (num_minibatches // K)
+        filled, steps = rollouts * (len(data.obs) // K), rollouts * (num_minibatches // K)
 
-        def gradient_step(state, batch, key, last):
+        def fit_step(state, batch, key, last):
             params = {name: state.params[name]}
-            grads, aux = jax.grad(loss_fn, has_aux=True)(params, state, batch, key)
+            grads, aux = jax.grad(loss, has_aux=True)(params, state, batch, key)
             state = descend(state, grads)
-            if name in nets:
-                online, target = state.params[name], state.target_params[name]
-                target = optax.incremental_update(online, target, config.polyak_tau or 1.0 * last)
-                state = state._replace(target_params=state.target_params | {name: target})
+            if name in nets:  # mu has no target network
+                copy = jnp.where(last, 1.0, 0.0)  # only after the last step of an epoch
+                tau = config.polyak_tau if config.polyak_tau > 0.0 else copy
+                online, target_net = state.params[name], state.target_params[name]
+                target_net = optax.incremental_update(online, target_net, tau)
+                state = state._replace(target_params=state.target_params | {name: target_net})
             return state, aux
 
-        def epoch(carry, key):
+        def fit_epoch(carry, key):
             key_order, key_steps = jax.random.split(key)
             index = jax.random.permutation(key_order, len(data.obs))
-            index = index[jnp.argsort(index >= rows)].reshape(
-                num_minibatches, -1
-            )  # empty ones last
+            index = index[jnp.argsort(index >= filled)]  # indices of empty rows last, never used
+            index = index.reshape(num_minibatches, -1)
 
             def step(i, carry):
                 state, metrics = carry
                 batch = jax.tree.map(lambda x: x[index[i]], data)
                 key = jax.random.fold_in(key_steps, i)
-                state, aux = gradient_step(state, batch, key, last=i == steps - 1)
+                state, aux = fit_step(state, batch, key, last=i == steps - 1)
                 return state, {k: metrics[k] + aux[k] / (num_epochs * steps) for k in aux}
 
             return jax.lax.fori_loop(0, steps, step, carry), None
 
-        aux = jax.eval_shape(loss_fn, {name: state.params[name]}, state, data, key)[1]
+        aux = jax.eval_shape(loss, {name: state.params[name]}, state, data, key)[1]  # for the names
         carry = state, {k: jnp.zeros(()) for k in aux}
-        return jax.lax.scan(epoch, carry, jax.random.split(key, num_epochs))[0]
+        return jax.lax.scan(fit_epoch, carry, jax.random.split(key, num_epochs))[0]
 
-    def remember(state, traj):
-        """Put the rollout in the place of the oldest one in the replay buffer."""
+    def store(state, traj):
+        """Replace the oldest rollout in the replay buffer, and widen the range of rewards."""
         start = state.update % K * T
         write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=0)
         rewards = jnp.append(traj.reward, state.reward_range)
@@ -682,7 +699,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         )
 
     def learn_from_replay(state, key):
-        """Fit Q, then Q^, then mu to the new pi, which is constant here; returns metrics too."""
+        """Fit Q, then Q^, then mu, all for the new pi, which is fixed here; returns metrics too."""
         key_q, key_qhat, key_mu = jax.random.split(key, 3)
         scale = reward_scale(state)
         data = state.replay._replace(
@@ -697,7 +714,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         state, metrics = fit(state, "q", fqe_loss_fn, data, key_q, *epochs)
 
         r_hat = second_moment_reward(data.reward, q_value("q", state, data.obs, data.action))
-        filled = jnp.arange(K)[:, None] <= state.update
+        filled = jnp.arange(K)[:, None] <= state.update  # [K, 1] rollouts
         r_hat_max = jnp.max(r_hat.reshape(K, -1), where=filled, initial=0.0) / scale**2
         state = state._replace(r_hat_max=jnp.maximum(state.r_hat_max, r_hat_max))
         data = data._replace(reward=r_hat)
@@ -709,7 +726,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return state, metrics | aux
 
     def diagnostics(state, batch):
-        """How far mu was from pi in the rollout, and whether Q^ is above Q^2."""
+        """How far mu was from pi in the rollout, and how Q^ compares with Q^2."""
         ratio = jnp.exp(batch.log_ratio)
         q, qhat = (
             to_value(net.apply(state.params[name], batch.obs, batch.action))
@@ -732,7 +749,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         batch = targets(state, traj)
         keys = jax.random.split(key_epochs, config.num_epochs)
         state, aux = jax.lax.scan(lambda state, key: epoch(state, batch, key), state, keys)
-        state, replay_metrics = learn_from_replay(remember(state, traj), key_replay)
+        state, replay_metrics = learn_from_replay(store(state, traj), key_replay)
 
         metrics = {name: x.mean() for name, x in aux.items()}
         metrics |= common.run_metrics(info, (state.params, metrics["losses/value_loss"]))
@@ -786,6 +803,7 @@ TRACEABLE += ("vf_coef", "clip_rho", "clip_c", "symlog_reg_coef")
 # --- presets ---
 
 # fmt: off
+# Values that differ from the defaults; docs/presets.md has their origins.
 REPLAY = {
     "num_vf_epochs": 2, "num_vf_minibatches": 16, "num_mu_epochs": 2, "num_mu_minibatches": 16,
 }
@@ -795,7 +813,7 @@ PHYSICS = {
     **REPLAY,
 }
 FAST = {**PHYSICS, "learning_rate": 1e-3}
-PAPER = {  # everything that a task's preset may have changed, back to the published value
+PAPER = {  # every field that a task's preset may have changed, back to the published value
     "shuffle": "rows", "learning_rate": 3e-4, "anneal_lr": False, "adam_eps": 1e-5, "gamma": 0.99,
     "gae_lambda": 0.95, "clip_eps": 0.2, "anneal_clip": False, "ent_coef": 0.0, "vf_coef": 0.5,
     "clip_rho": 1.5, "clip_c": 1.5, "replay_rollouts": 4, "weight_td": True, "clip_targets": True,
@@ -827,7 +845,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         **PHYSICS, "total_timesteps": 2_000_000, "num_envs": 512, "num_steps": 32, "num_epochs": 4,
         "hidden": (256, 256), "log_std_init": -1.0,
     },
-    # the authors' base blocks
+    # the base configurations of the authors' code; the last one holds noise and has no gSDE
     "cartpole_ppo": {
         **PAPER, "total_timesteps": 100_000, "num_envs": 8, "num_steps": 32, "num_epochs": 20,
         "num_minibatches": 1, "learning_rate": 1e-3, "anneal_lr": True, "gamma": 0.98,
@@ -849,7 +867,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "hidden": (256, 256), "activation": "relu", "kernel_init": "lecun_normal",
         "log_std_init": -1.0,
     },
-    # the authors' add-on blocks, to follow a base block; names read <clip_c>_<clip_rho>
+    # their additions, to follow a base configuration; numbers are <clip_c>_<clip_rho>, or both
     "ppo_bpo": {"clip_rho": 1.5, "clip_c": 1.5, "clip_traj": False, **SYMLOG},
     "ppo_bpo_zero": {"clip_rho": 1.5, "clip_c": 1.5, "clip_traj": False, **ZERO},
     "ppo_bpo_zero1.0": {"clip_rho": 1.0, "clip_c": 1.0, "clip_traj": False, **ZERO},

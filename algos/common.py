@@ -1,4 +1,4 @@
-"""Device-side helpers that hold no algorithmic idea and must be the same in every file.
+"""Shared by all algorithms; nothing here holds an algorithmic idea.
 
 Checks of a configuration, distributions, running statistics, episode metrics.
 """
@@ -18,10 +18,11 @@ class Algo(NamedTuple):
     """An algorithm as pure functions; what `build(config, env)` of every file returns.
 
     The train state has a field `update`: int32, the number of finished updates. It is the same for
-    all seeds and stays unbatched under `vmap`, so that loops which depend on it stay loops.
+    all seeds and is not batched by `vmap`, so that loops and branches which depend on it are not
+    batched either.
 
-    An offline algorithm learns from arrays that exist before it starts. `data` reads them: those
-    that all seeds share, and those with one row for each seed. They are arguments of the compiled
+    An offline algorithm learns from data that exist before it starts. `data` reads them: arrays
+    that all seeds share, and arrays with one row for each seed. They are arguments of the compiled
     program, not constants in it.
     """
 
@@ -30,7 +31,7 @@ class Algo(NamedTuple):
     act: Callable  # policy, obs [N, obs_size], key, greedy: bool -> action [N] or [N, action_size]
     policy_of: Callable  # state -> policy: actor parameters plus observation statistics
     data: Callable = lambda seeds: ((), ())  # seeds [R] -> shared arrays, own arrays [R, ...]
-    further: Mapping[str, Callable] = {}  # more functions like `act`, which evaluations report too
+    further: Mapping[str, Callable] = {}  # name -> function like `act`; evaluations report it too
 
 
 # --- configurations ---
@@ -117,20 +118,23 @@ class Gaussian(NamedTuple):
 
 
 class TanhGaussian(NamedTuple):
-    """Policy over actions tanh(u), u Gaussian with `mean` and `std` [..., action_size]."""
+    """Policy over actions tanh(u), u Gaussian with `mean` and `std` [..., action_size].
+
+    `sample` returns u and `log_prob` takes u, so that tanh is never inverted.
+    """
 
     mean: jax.Array
     std: jax.Array
 
     def sample(self, noise):
-        """Draw u [..., action_size] from standard normal noise; the action is tanh(u)."""
+        """Draw u [..., action_size] from standard normal noise of the same shape."""
         return self.mean + self.std * noise
 
     def log_prob(self, u):
-        """Log-density [...] of the action tanh(u); taking u avoids inverting tanh."""
+        """Log-density [...] of the action tanh(u)."""
         z = (u - self.mean) / self.std
         log_normal = -0.5 * z**2 - jnp.log(self.std) - 0.5 * math.log(2 * math.pi)
-        log_slope = 2.0 * (math.log(2) - u - jax.nn.softplus(-2.0 * u))
+        log_slope = 2.0 * (math.log(2) - u - jax.nn.softplus(-2.0 * u))  # log(1 - tanh(u)^2)
         return (log_normal - log_slope).sum(-1)
 
 
@@ -138,11 +142,11 @@ class TanhGaussian(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """Mean and variance of all rows seen so far; `count` rows."""
+    """Mean and variance of all rows seen so far."""
 
     mean: jax.Array  # [...]
     var: jax.Array  # [...]
-    count: jax.Array  # type: ignore[assignment]  # [], hides tuple.count
+    count: jax.Array  # type: ignore[assignment]  # [], number of rows; hides tuple.count
 
     @classmethod
     def empty(cls, shape: tuple[int, ...]) -> "Stats":
@@ -160,15 +164,18 @@ class Stats(NamedTuple):
         return Stats(mean, squares / count, count)
 
     def normalize(self, x: jax.Array) -> jax.Array:
-        """Standardise `x` and clip it to [-10, 10]; a feature that never varies stays near 0."""
+        """Standardise `x` and clip it to [-10, 10]; a constant feature stays near 0."""
         return jnp.clip((x - self.mean) / jnp.sqrt(self.var + 1e-8), -10.0, 10.0)
 
 
 class RewardScale(NamedTuple):
-    """Running statistics of discounted returns, to bring rewards to a common scale."""
+    """Running statistics of the discounted return, by whose std rewards are divided.
+
+    This return adds up the past rewards of an episode: R_t = gamma R_{t-1} + r_t.
+    """
 
     stats: Stats
-    running_return: jax.Array  # [N]
+    running_return: jax.Array  # [N], R_t of the running episodes
 
     @classmethod
     def empty(cls, num_envs: int) -> "RewardScale":
@@ -178,8 +185,8 @@ class RewardScale(NamedTuple):
     def factor(self) -> jax.Array:
         """Reward scale: 1 / std of the discounted return.
 
-        At most 10, so that the first reward after a long time without any does not blow up the
-        critic.
+        At most 10, because the std is close to 0 as long as rewards are rare, and the next reward
+        would be scaled up without bound.
         """
         return jnp.minimum(1.0 / jnp.sqrt(self.stats.var + 1e-8), 10.0)
 
@@ -203,8 +210,8 @@ def run_metrics(info: dict[str, jax.Array], learned: Any) -> dict[str, jax.Array
 
     `info` holds arrays [T, N]; `learned` is any tree, for example parameters and losses.
 
-    Sums and a count instead of means: a rollout in which no episode ended must not count as zero
-    return. The launcher divides, and leaves the metric out where the count is 0.
+    Sums and a count instead of means: a rollout in which no episode ended must not count as a
+    return of 0. The launcher divides, and leaves the metric out where the count is 0.
     """
     ended = info["returned"]
     return {

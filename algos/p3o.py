@@ -2,28 +2,30 @@
 
 Fakoor, Chaudhari, Smola 2019, https://arxiv.org/abs/1905.01756. One update collects a rollout
 [T, N] with the current policy, takes one gradient step on it, and then a Poisson number of gradient
-steps on segments of recent rollouts. With beta for the policy that acted (the behaviour policy):
+steps on segments of recent rollouts. beta is the policy that acted (the behaviour policy):
 
-    A   = advantages by GAE as in ppo.py,   R = A + V,   both from the present critic V
-    w   = pi(a | s) / beta(a | s),   ESS = (sum w)^2 / (M sum w^2)   over the M steps of a minibatch
+    A   = advantage by GAE as in ppo.py,   R = A + V,   both from the current critic V
+    w   = pi(a | s) / beta(a | s)
+    ESS = (sum w)^2 / (M sum w^2)   over the M steps of a minibatch   (effective sample size)
 
     fresh loss    = -E[A log pi(a | s)] + vf_coef E[(R - V)^2] - ent_coef E[H(pi)]
     replayed loss = -E[min(w, ESS) A log pi(a | s)] + vf_coef E[(R - V)^2]
                     + (1 - ESS) E[KL(pi || beta)] / K
 
-ESS is the effective sample size. A is not corrected for the difference between beta and pi, as
-published. K is the number of discrete actions, and 1 for continuous ones.
+A, R, w and ESS are constants in the loss. As published, A is not corrected for the difference
+between beta and pi. K is the number of discrete actions, and 1 for continuous ones.
 
 Differences from ppo.py:
 
 1. A rollout gives one gradient step, without a ratio and without minibatches.
 2. A replay buffer keeps the newest rollouts. A segment is T steps of one environment with T + 1
    observations, normalised by the statistics of its time.
-3. A time limit bootstraps once: gamma V(s'_t) is added to the reward of the rollout, and in the
-   replay buffer the step then counts as terminated.
-4. One gradient norm for all parameters; actor and critic share their hidden layers for images.
-5. RMSprop as in PyTorch; the learning rate ends a little above 0.
-6. Hidden layers start with gain sqrt(2). Large images have three convolutions (Atari).
+3. At a time limit gamma V(s'_t) is added to the reward once, after the rollout. From then on the
+   step counts as terminated, in the fresh loss and in the replayed one.
+4. The gradient of all parameters is clipped by one norm. For images, actor and critic share their
+   hidden layers.
+5. The optimiser is RMSprop as in PyTorch. The learning rate ends a little above 0.
+6. Hidden layers start with gain sqrt(2). Large images (Atari) have three convolutions.
 7. Advantages are not standardised.
 
     python algos/p3o.py --env cartpole --num-seeds 16
@@ -45,7 +47,7 @@ import numpy as np
 import optax
 from pydantic import NonNegativeFloat, PositiveInt
 
-if __name__ == "__main__":  # import from this checkout, and nothing by accident from algos/
+if __name__ == "__main__":  # the checkout, not algos/, comes first on the import path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import envs
@@ -73,7 +75,7 @@ class Config:
 
     # objective
     gamma: UnitFloat = 0.99  # discount
-    gae_lambda: UnitFloat = 0.95  # lambda of the returns; 1: discounted sums of rewards
+    gae_lambda: UnitFloat = 0.95  # lambda of GAE; 1: n-step returns
     ent_coef: float = 0.01  # weight of the entropy bonus
     vf_coef: NonNegativeFloat = 0.5  # weight of the value loss
     off_policy_entropy: bool = False  # entropy bonus in the replayed loss too
@@ -86,7 +88,7 @@ class Config:
     max_ratio: NonNegativeFloat | None = None  # upper limit of the ratio w; None: the ESS
     kl_coef: NonNegativeFloat | None = None  # weight of the KL; None: 1 - ESS
     kl_direction: Literal["pi_beta", "beta_pi"] = "pi_beta"  # KL(pi || beta) or KL(beta || pi)
-    # over discrete actions, the KL's terms are averaged (K: their number) or summed (K = 1)
+    # mean: divide the KL by the number of discrete actions, K; sum: do not (K = 1)
     kl_reduction: Literal["mean", "sum"] = "mean"
 
     # observations and rewards
@@ -112,8 +114,8 @@ class Config:
     def num_slots(self) -> int:
         """Rollouts in the replay buffer: `replay_fraction` of the run's, at least `sample_mult`.
 
-        With fewer, most segments of a replayed minibatch would be copies of others. A run that has
-        fewer rollouts than that keeps all of them.
+        With fewer than `sample_mult`, most segments of a replayed minibatch would be copies of
+        others. A run of fewer rollouts keeps all of them.
         """
         kept = round(self.replay_fraction * self.num_updates)
         return min(max(kept, self.sample_mult), self.num_updates)
@@ -183,9 +185,9 @@ class ActorCritic(nn.Module):
 
 
 def patches(x, size: int, stride: int):
-    """Squares [..., h, w, size size C] of images [..., H, W, C], one every `stride` pixels.
+    """Patches [..., h, w, size size C] of images [..., H, W, C], one every `stride` pixels.
 
-    A dense layer of them is a convolution; XLA's own are slow in a loop on a CPU.
+    A dense layer on patches is a convolution. XLA's own convolution is slow inside a loop on a CPU.
     """
     for axis in (-2, -3):
         stop = x.shape[axis] - size + 1
@@ -201,7 +203,7 @@ class Transition(NamedTuple):
     """One step of the rollout; arrays [T, N, ...]."""
 
     obs: jax.Array  # as the environment gave it
-    action: jax.Array  # unclipped
+    action: jax.Array  # unclipped; the environment clips
     policy: common.Categorical | common.Gaussian  # beta
     reward: jax.Array
     terminated: jax.Array
@@ -210,13 +212,13 @@ class Transition(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """T steps of B environments each, as the agent saw them; arrays [B, T, ...]."""
+    """B segments: T steps of one environment each; arrays [B, T, ...]."""
 
-    obs: jax.Array  # [B, T + 1, ...], normalised
+    obs: jax.Array  # [B, T + 1, ...], normalised by the statistics of the rollout's time
     action: jax.Array
     policy: common.Categorical | common.Gaussian  # beta
-    reward: jax.Array  # scaled; gamma V(s') is added at a time limit
-    done: jax.Array
+    reward: jax.Array  # scaled; with gamma V(s') at a time limit
+    done: jax.Array  # terminated or truncated; both count as terminated from here on
 
 
 class TrainState(NamedTuple):
@@ -224,10 +226,10 @@ class TrainState(NamedTuple):
 
     params: dict
     opt_state: tuple
-    replay: Segments | None  # [S N, T, ...], S rollouts; None if replay_ratio is 0
+    replay: Segments | None  # [S N, T, ...], num_slots = S rollouts; None if replay_ratio is 0
     obs_stats: common.Stats
     reward_scale: common.RewardScale
-    obs: jax.Array  # [N, obs_size]
+    obs: jax.Array  # [N, obs_size], as the environment gave it
     env_state: Any
     key: jax.Array
     update: jax.Array  # [] int32, finished updates
@@ -239,8 +241,8 @@ class TrainState(NamedTuple):
 def gae(reward, value, next_value, terminated, done, gamma, lam):
     """Generalised advantage estimates [T, N] (Schulman et al. 2016, eq. 16); arrays [T, N].
 
-    `next_value` is the value of the true successor. It counts unless the step terminated; the trace
-    ends at every `done`.
+    `next_value` is the value of the true successor. A terminated step does not bootstrap from it,
+    and every done step ends the trace.
     """
     delta = reward + gamma * jnp.where(terminated, 0.0, next_value) - value
 
@@ -253,12 +255,12 @@ def gae(reward, value, next_value, terminated, done, gamma, lam):
 
 
 def policy_loss(log_prob, advantage, weight=1.0):
-    """Policy gradient loss; advantages and weights get no gradient."""
+    """Policy gradient loss; `advantage` and `weight` get no gradient."""
     return -(jax.lax.stop_gradient(weight * advantage) * log_prob).mean()
 
 
 def value_loss(value, target):
-    """Mean squared error to the lambda-return."""
+    """Mean squared error to the value target."""
     return ((value - target) ** 2).mean()
 
 
@@ -281,7 +283,8 @@ def estimates(policy, value, segments, config):
     """Policy, log pi(a | s), V and the value target R of the T steps; arrays [B, T].
 
     `policy` and `value` are those of the T + 1 observations. Every done step counts as terminated
-    here, because the reward of a truncated step holds the value of its successor.
+    here, because the reward of a truncated step already includes the value of its successor. R gets
+    no gradient.
     """
     policy = jax.tree.map(lambda x: x[:, :-1], policy)
     value, next_value = value[:, :-1], value[:, 1:]
@@ -292,9 +295,9 @@ def estimates(policy, value, segments, config):
 
 
 def fresh_loss(policy, value, segments, config):
-    """Loss of the last rollout, which is that of A2C, and its metrics."""
+    """Loss of the last rollout, as in A2C, and its metrics."""
     policy, log_prob, value, target = estimates(policy, value, segments, config)
-    pg_loss = policy_loss(log_prob, target - value)
+    pg_loss = policy_loss(log_prob, target - value)  # A = R - V
     vf_loss = value_loss(value, target)
     entropy = policy.entropy().mean()
     loss = pg_loss + config.vf_coef * vf_loss - config.ent_coef * entropy
@@ -309,12 +312,12 @@ def fresh_loss(policy, value, segments, config):
 def replay_loss(policy, value, segments, config):
     """Loss of replayed segments (second and third term of eq. 14, and value loss), and its metrics.
 
-    The ratio, the ESS and what follows from them get no gradient.
+    The ratio, and with it `ess`, `max_ratio` and `kl_coef`, gets no gradient.
     """
     policy, log_prob, value, target = estimates(policy, value, segments, config)
     beta = segments.policy
     log_ratio = jax.lax.stop_gradient(log_prob - beta.log_prob(segments.action))
-    ratio = jnp.exp(jnp.minimum(log_ratio, 20.0))  # finite in any case
+    ratio = jnp.exp(jnp.minimum(log_ratio, 20.0))  # so that exp stays finite
     ess = effective_sample_size(log_ratio)
     max_ratio = ess if config.max_ratio is None else config.max_ratio
     kl_coef = 1.0 - ess if config.kl_coef is None else config.kl_coef
@@ -343,21 +346,21 @@ def replay_loss(policy, value, segments, config):
 
 
 def sample_segments(replay, key, filled, num_envs, sample_mult):
-    """`sample_mult` segments of each environment, each from one of the `filled` rollouts."""
-    column = jnp.arange(sample_mult * num_envs) % num_envs
-    slot = jax.random.randint(key, column.shape, 0, filled)
-    return jax.tree.map(lambda x: x[slot * num_envs + column], replay)
+    """`sample_mult` segments of each environment, each from a random one of `filled` rollouts."""
+    env = jnp.arange(sample_mult * num_envs) % num_envs
+    slot = jax.random.randint(key, env.shape, 0, filled)
+    return jax.tree.map(lambda x: x[slot * num_envs + env], replay)
 
 
 def replay_counts(config: Config) -> np.ndarray:
-    """Gradient steps on replayed segments in each update, [num_updates] Poisson numbers.
+    """Number of gradient steps on replayed segments in each update, [num_updates], Poisson.
 
-    numpy draws them before the program is compiled, so that all seeds have the same ones. With
-    numbers of its own, each seed would wait for the largest, because `vmap` runs a loop until its
-    last row has finished.
+    numpy draws the numbers before the program is compiled, and all seeds share them. If each seed
+    drew its own, all would wait for the largest, because `vmap` runs a loop until its last row has
+    finished.
     """
     counts = np.random.default_rng(0).poisson(config.replay_ratio, config.num_updates)
-    counts[: config.warmup_slots - 1] = 0
+    counts[: config.warmup_slots - 1] = 0  # until then the buffer holds too few rollouts
     return counts
 
 
@@ -396,7 +399,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         )
         if not config.replay_ratio:
             return state
-        segments = jax.eval_shape(lambda: segments_of(*rollout(state, key)[:2]))
+        segments = jax.eval_shape(lambda: segments_of(*rollout(state, key)[:2]))  # shapes only
         empty = lambda x: jnp.zeros((S * N, *x.shape[1:]), x.dtype)
         return state._replace(replay=jax.tree.map(empty, segments))
 
@@ -404,14 +407,14 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return obs_stats.normalize(obs.astype(jnp.float32)) if config.normalize_obs else obs
 
     def noise_of(key, shape):
-        """Exploration noise for `shape` actions."""
+        """Exploration noise [*shape, action_size] for actions of batch shape `shape`."""
         draw = jax.random.gumbel if env.discrete else jax.random.normal
         return draw(key, (*shape, env.action_size))
 
     def rollout(state, key):
         """Act for T steps; returns the state, transitions [T, N] and infos [T, N]."""
         key_noise, key_env, key_refresh = jax.random.split(key, 3)
-        env_state = env.refresh(key_refresh, state.env_state)
+        env_state = env.refresh(key_refresh, state.env_state)  # new start states, where cached
 
         def step(carry, x):
             obs, env_state = carry
@@ -449,7 +452,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), segments)
 
     def remaining(state):
-        """The share of the run that is still to come, for schedules; never 0, as published."""
+        """Share of the run that is left, for schedules; never 0 or 1, as published."""
         return 1.0 - (state.update + 1) / (config.num_updates + 1)
 
     def loss_fn(params, segments, replayed):
@@ -472,13 +475,16 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return descend(state, grads), aux
 
     def store(state, segments):
-        """Write the segments over the oldest rollout of the replay buffer."""
+        """Replace the oldest rollout in the replay buffer."""
         row = (state.update % S) * N
         write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, row, 0)
         return state._replace(replay=jax.tree.map(write, state.replay, segments))
 
     def replay_steps(state, key):
-        """The update's gradient steps on replayed segments; the sums of their metrics."""
+        """The update's gradient steps on replayed segments; returns sums of their metrics too.
+
+        The launcher divides them by `replay/count`, and leaves them out where it is 0.
+        """
         filled, count = jnp.minimum(state.update + 1, S), jnp.asarray(counts)[state.update]
 
         def step(i, carry):

@@ -3,19 +3,23 @@
 Schulman et al. 2017, https://arxiv.org/abs/1707.06347. One update collects a rollout [T, N] with
 the current policy, pi_old, and takes several epochs of minibatch gradient steps on
 
-    delta_t = r_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)
-    A_t     = delta_t + gamma lambda (1 - done_t) A_{t+1}                             (GAE)
-    ratio_t = pi(a_t | s_t) / pi_old(a_t | s_t)
-    loss    = -E[min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)]
-              + vf_coef E[(V - (V_old + A))^2] - ent_coef E[H(pi)]
+    delta_t  = r_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)
+    A_t      = delta_t + gamma lambda (1 - done_t) A_{t+1}                            (GAE)
+    target_t = V(s_t) + A_t
+    ratio_t  = pi(a_t | s_t) / pi_old(a_t | s_t)
+    loss     = -E[min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)]
+               + vf_coef E[(V - target)^2] - ent_coef E[H(pi)]
+
+A and target are computed once per rollout and are constants in the loss.
 
 s'_t is the true successor of s_t, taken before any reset. A time limit (truncated) therefore
-bootstraps from V(s'_t), and a failure (terminated) does not; both end the trace (done).
+bootstraps from V(s'_t), and a terminal state (terminated) does not; both end the trace (done).
 
 Choices that the equations leave open: actor and critic share no parameters, and the gradient of
 each is clipped by its own norm; the value loss has neither 1/2 nor clipping; advantages are
-standardised within each minibatch; observation and reward statistics change once per update;
-actions are stored unclipped, and the environment clips them to [-1, 1].
+standardised within each minibatch; the running statistics of observations and rewards change once
+per update, after its gradient steps; actions are stored unclipped, and the environment clips them
+to [-1, 1].
 
     python algos/ppo.py --env cartpole --num-seeds 16
     python algos/ppo.py --env hopper --preset mujoco_ppo_gsde --num-seeds 4
@@ -35,7 +39,7 @@ import jax.numpy as jnp
 import optax
 from pydantic import NonNegativeFloat, PositiveInt
 
-if __name__ == "__main__":  # import from this checkout, and nothing by accident from algos/
+if __name__ == "__main__":  # the checkout, not algos/, comes first on the import path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import envs
@@ -55,7 +59,7 @@ class Config:
     num_steps: PositiveInt = 64  # length of a rollout in each environment
     num_epochs: PositiveInt = 8  # epochs per rollout
     num_minibatches: PositiveInt = 4  # gradient steps per epoch
-    # draw minibatches from single transitions, or from time steps of all environments
+    # unit of shuffling: single transitions, or rows (one time step of all environments)
     shuffle: Literal["transitions", "rows"] = "transitions"
 
     # optimiser: Adam, after clipping by global norm
@@ -77,12 +81,12 @@ class Config:
     normalize_reward: bool = False  # divide rewards by the std of the discounted return
 
     # exploration
-    noise_interval: PositiveInt = 1  # steps for which an environment's noise is held
+    noise_interval: PositiveInt = 1  # steps for which each draw of exploration noise is held
 
     # networks
     hidden: tuple[PositiveInt, ...] = (64, 64)  # fully connected hidden layers of each network
     activation: Literal["tanh", "relu"] = "tanh"  # activation of the hidden layers
-    kernel_init: Literal["orthogonal", "lecun_normal"] = "orthogonal"  # of every layer
+    kernel_init: Literal["orthogonal", "lecun_normal"] = "orthogonal"  # initial weights
     policy_gain: NonNegativeFloat = 0.01  # factor on the initial weights of the policy's last layer
     log_std_init: float = 0.0  # initial log standard deviation of a Gaussian policy
 
@@ -97,7 +101,7 @@ class Config:
         return math.ceil(self.total_timesteps / self.steps_per_update)
 
     def validate(self) -> None:
-        """Raise ValueError if a rollout cannot be cut into equal minibatches."""
+        """Raise ValueError if a rollout cannot be cut into equal minibatches of more than one."""
         size = self.steps_per_update if self.shuffle == "transitions" else self.num_steps
         if size % self.num_minibatches:
             raise ValueError(
@@ -107,8 +111,8 @@ class Config:
             )
         if self.steps_per_update == self.num_minibatches:
             raise ValueError(
-                f"num_minibatches={self.num_minibatches} makes minibatches of one transition, and a "
-                "single advantage standardises to 0: lower it"
+                f"num_minibatches={self.num_minibatches} makes minibatches of one transition, "
+                "whose standardised advantage is 0: lower it"
             )
 
 
@@ -175,9 +179,9 @@ def initializer(config: Config, gain: float = 1.0):
 
 
 def patches(x):
-    """3 x 3 squares [..., H - 2, W - 2, 9 C] of images [..., H, W, C].
+    """3 x 3 patches [..., H - 2, W - 2, 9 C] of images [..., H, W, C].
 
-    A dense layer of them is a convolution; XLA's own are slow in a loop on a CPU.
+    A dense layer on patches is a convolution. XLA's own convolution is slow inside a loop on a CPU.
     """
     for axis in (-2, -3):
         size = x.shape[axis] - 2
@@ -193,7 +197,7 @@ class Transition(NamedTuple):
     """One step of the rollout; arrays [T, N, ...]."""
 
     obs: jax.Array  # as the environment gave it
-    action: jax.Array  # unclipped
+    action: jax.Array  # unclipped; the environment clips
     log_prob: jax.Array
     reward: jax.Array
     terminated: jax.Array
@@ -202,7 +206,7 @@ class Transition(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What the loss needs of a transition; arrays [T N, ...], or [T, N, ...] to shuffle rows."""
+    """What the loss needs of a rollout; arrays [T N, ...], or [T, N, ...] if rows are shuffled."""
 
     obs: jax.Array  # normalised
     action: jax.Array
@@ -214,11 +218,11 @@ class Batch(NamedTuple):
 class TrainState(NamedTuple):
     """Everything that a run carries from one update to the next."""
 
-    params: dict  # of "actor" and "critic"
-    opt_state: dict  # likewise
+    params: dict  # keys "actor" and "critic"
+    opt_state: dict  # the same keys
     obs_stats: common.Stats
     reward_scale: common.RewardScale
-    obs: jax.Array  # [N, obs_size]
+    obs: jax.Array  # [N, obs_size], as the environment gave it
     env_state: Any
     key: jax.Array
     update: jax.Array  # [] int32, finished updates
@@ -230,8 +234,8 @@ class TrainState(NamedTuple):
 def gae(reward, value, next_value, terminated, done, gamma, lam):
     """Generalised advantage estimates [T, N] (Schulman et al. 2016, eq. 16); arrays [T, N].
 
-    `next_value` is the value of the true successor. It counts unless the step terminated; the trace
-    ends at every `done`.
+    `next_value` is the value of the true successor. A terminated step does not bootstrap from it,
+    and every done step ends the trace.
     """
     delta = reward + gamma * jnp.where(terminated, 0.0, next_value) - value
 
@@ -256,7 +260,7 @@ def policy_loss(log_prob, old_log_prob, advantage, clip_eps):
 
 
 def value_loss(value, target):
-    """Mean squared error to the lambda-return."""
+    """Mean squared error to the value target."""
     return ((value - target) ** 2).mean()
 
 
@@ -300,7 +304,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return obs_stats.normalize(obs.astype(jnp.float32)) if config.normalize_obs else obs
 
     def noise_of(key, shape):
-        """Exploration noise for `shape` actions."""
+        """Exploration noise [*shape, action_size] for actions of batch shape `shape`."""
         draw = jax.random.gumbel if env.discrete else jax.random.normal
         return draw(key, (*shape, env.action_size))
 
@@ -308,7 +312,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         """Act for T steps; returns the state, transitions [T, N] and infos [T, N]."""
         key_noise, key_env, key_refresh = jax.random.split(key, 3)
         noise = noise_of(key_noise, (math.ceil(T / config.noise_interval), N))
-        env_state = env.refresh(key_refresh, state.env_state)
+        env_state = env.refresh(key_refresh, state.env_state)  # new start states, where cached
 
         def step(carry, x):
             obs, env_state = carry
@@ -334,7 +338,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return state._replace(obs=obs, env_state=env_state), traj, info
 
     def targets(state, traj) -> Batch:
-        """Advantages and value targets of a rollout."""
+        """Advantages and value targets of a rollout, computed once before its gradient steps."""
         obs, next_obs = (normalize(state.obs_stats, x) for x in (traj.obs, traj.next_obs))
         value, next_value = (critic.apply(state.params["critic"], x) for x in (obs, next_obs))
         reward = traj.reward
@@ -349,7 +353,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return batch
 
     def remaining(state):
-        """The share of the run that is still to come, for schedules."""
+        """Share of the run that is left, for schedules: 1 in the first update."""
         return 1.0 - state.update / config.num_updates
 
     def loss_fn(params, state, batch):
@@ -400,6 +404,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
 
         metrics = {name: x.mean() for name, x in aux.items()}
         metrics |= common.run_metrics(info, (state.params, metrics["losses/value_loss"]))
+        # before the gradient steps, the error of the critic, target - V, is the advantage
         unexplained = batch.advantage.var() / (batch.target.var() + 1e-8)
         metrics["losses/explained_variance"] = 1.0 - unexplained
         metrics["charts/learning_rate"] = jnp.asarray(learning_rate(state))
@@ -459,14 +464,14 @@ MINATAR = {
     "num_minibatches": 8, "learning_rate": 1e-3, "anneal_lr": True, "ent_coef": 0.01,
     "hidden": (128,), "activation": "relu",
 }
-PAPER = {  # everything that a task's preset may have changed, back to the published value
+PAPER = {  # every field that a task's preset may have changed, back to the published value
     "shuffle": "rows", "learning_rate": 3e-4, "anneal_lr": False, "gamma": 0.99, "gae_lambda": 0.95,
     "clip_eps": 0.2, "anneal_clip": False, "ent_coef": 0.0, "vf_coef": 0.5, "normalize_obs": False,
     "normalize_reward": False, "noise_interval": 1, "hidden": (64, 64),
     "policy_gain": 1.0, "log_std_init": 0.0,
 }
 PRESETS: dict[str, dict[str, Any]] = {
-    # tasks; "gym" is every task of that source without a preset of its own
+    # tasks; "gym" is for the tasks of that source that have no preset of their own
     "gym": {
         "total_timesteps": 1_000_000, "num_envs": 16, "num_steps": 128, "num_epochs": 10,
         "num_minibatches": 16, "anneal_lr": True, "normalize_obs": True, "normalize_reward": True,
@@ -484,13 +489,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "inverted_double_pendulum": {**FAST, "total_timesteps": 300_000},
     **dict.fromkeys(("CartpoleBalance", "CartpoleSwingup", "ReacherEasy", "CheetahRun"), FAST),
     **dict.fromkeys(("hopper", "walker2d", "halfcheetah"), PHYSICS),
-    "reacher": {**PHYSICS, "gamma": 0.95}, "arm": FAST,
+    "reacher": {**PHYSICS, "gamma": 0.95},
+    "arm": FAST,
     "ant": {  # with an initial std of 1, actions cost more than standing still earns
         **PHYSICS, "total_timesteps": 2_000_000, "num_envs": 512, "num_steps": 32, "num_epochs": 4,
         "hidden": (256, 256), "log_std_init": -1.0,
     },
     **dict.fromkeys(("breakout", "asterix", "freeway", "space_invaders"), MINATAR),
-    # the PPO baselines of Goodall et al. 2026 (BPO)
+    # the PPO baselines of Goodall et al. 2026 (BPO); the last one holds noise and has no gSDE
     "cartpole_ppo": {
         **PAPER, "total_timesteps": 100_000, "num_envs": 8, "num_steps": 32, "num_epochs": 20,
         "num_minibatches": 1, "learning_rate": 1e-3, "anneal_lr": True, "gamma": 0.98,
@@ -506,7 +512,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "noise_interval": 4, "hidden": (256, 256), "activation": "relu",
         "kernel_init": "lecun_normal", "log_std_init": -1.0,
     },
-    # the PPO baseline of Voelcker et al. 2025 (REPPO), without its clipping of values
+    # the PPO baseline of Voelcker et al. 2025 (REPPO), without its clipped value loss
     "dmc_ppo": {
         **PAPER, "total_timesteps": 50_000_000, "num_envs": 2048, "num_steps": 64, "num_epochs": 16,
         "num_minibatches": 32, "shuffle": "transitions", "normalize_obs": True,

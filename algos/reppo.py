@@ -1,29 +1,32 @@
-"""Relative entropy pathwise policy optimisation (REPPO): an on-policy critic, climbed by the actor.
+"""Relative entropy pathwise policy optimisation (REPPO): the actor ascends an on-policy critic.
 
 Voelcker et al. 2025, https://arxiv.org/abs/2507.11019. One update collects a rollout [T, N] with
-the current policy, pi_old, and takes several epochs of minibatch gradient steps. The critic Q is
-fitted to soft TD(lambda) targets G of this rollout alone. The policy follows the gradient of Q with
-respect to the action in states where its KL from pi_old is below a bound, and returns towards
-pi_old in the others:
+the current policy, pi_old, and takes several epochs of minibatch gradient steps. The critic Q
+learns soft TD(lambda) targets G from this rollout alone. Where KL(pi_old || pi) is below a bound,
+the policy ascends the expectation of Q over its own actions; elsewhere it returns towards pi_old:
 
-    G_t   = r_t + (1 - terminated_t) (b_t + gamma ((1 - c_t) V'_t + c_t G_{t+1}))
-    V'_t  = Q(s'_t, a'),  b_t = -gamma alpha log pi(a' | s'_t),  a' ~ pi(. | s'_t)
-    c_t   = 0 if truncated_t or t = T - 1, else lambda
-    KL(s) = KL(pi_old(. | s) || pi(. | s))
-    loss  = E[alpha log pi(a | s) - Q(s, a) if KL(s) < bound else beta KL(s)],  a ~ pi(. | s)
+    G_t    = r_t + (1 - terminated_t) (b_t + gamma ((1 - c_t) V'_t + c_t G_{t+1}))
+    V'_t   = Q(s'_t, a'),  b_t = -gamma alpha log pi(a' | s'_t),  a' ~ pi(. | s'_t)
+    c_t    = 0 if truncated_t or t = T - 1, else lambda
+    KL(s)  = KL(pi_old(. | s) || pi(. | s))
+    critic = cross-entropy of the histogram of Q(s_t, a_t) to that of G_t             (HL-Gauss)
+    actor  = E[L(s) if KL(s) < bound else beta KL(s)]
+    L(s)   = alpha log pi(a | s) - Q(s, a),  a ~ pi(. | s)
 
 Two multipliers are learned as well: alpha keeps the mean entropy above a target, beta keeps the
 mean KL below the bound. s'_t is the true successor of s_t, taken before any reset. A time limit
-(truncated) therefore bootstraps from V'_t, and a failure (terminated) does not; both end the trace.
+(truncated) therefore bootstraps from V'_t, a terminal state (terminated) does not; both end the
+trace.
 
 Differences from ppo.py:
 
 1. There is no ratio and no advantage: the gradient reaches the policy through the action and Q.
-2. An action is tanh of a Gaussian sample. It is stored as the environment gets it, within +-0.999.
-3. Q is a histogram over a fixed support, trained by cross-entropy (HL-Gauss). The critic also
-   predicts the reward and its own features of the next step, and sees privileged observations.
-4. Observations are standardised when they arrive, by statistics that include them.
-5. A gradient that is not finite is skipped and counted; steps of broken physics are left out.
+2. An action is tanh(u), u Gaussian. It is stored clipped to +-0.999, as the environment gets it.
+3. Q is the mean of a histogram over a fixed support. The critic also predicts the reward and its
+   own features of the next state (auxiliary loss), and it alone sees privileged observations.
+4. Observation statistics change at every step, and the rollout holds normalised observations.
+5. A network skips a gradient step that is not finite; the step is counted. The losses leave out
+   transitions whose physics was not finite.
 
     python algos/reppo.py --env pendulum --num-seeds 16
     python algos/reppo.py --env CheetahRun --preset dmc_small --num-seeds 4
@@ -45,7 +48,7 @@ import optax
 from annotated_types import Ge
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
-if __name__ == "__main__":  # import from this checkout, and nothing by accident from algos/
+if __name__ == "__main__":  # the checkout, not algos/, comes first on the import path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import envs
@@ -58,7 +61,7 @@ class Config:
     """Settings of a run; `--help --env NAME` shows those of a task's preset."""
 
     env: str = "pendulum"  # task, see docs/environments.md
-    total_timesteps: PositiveInt = 50_000_000  # environment steps per seed, in all environments
+    total_timesteps: PositiveInt = 50_000_000  # environment steps per seed, all environments
 
     # batch
     num_envs: PositiveInt = 1024  # parallel environments per seed
@@ -75,36 +78,36 @@ class Config:
     # objective
     gamma: UnitFloat = 0.99  # discount
     td_lambda: UnitFloat = 0.95  # lambda of TD(lambda)
-    # bootstrap from true successors, or as published, from what follows a reset (shifted)
+    # successor of an ended step: the true one, or as published, the state after the reset
     target_mode: Literal["aligned", "shifted"] = "aligned"
-    value_samples: PositiveInt = 1  # actions drawn for the value of a next state
-    # loss of a state: Q below the bound and KL above it (clipped), both (full), or Q (value)
+    value_samples: PositiveInt = 1  # actions that the value of a next state averages over
+    # loss of a state: L(s) below the bound, else beta KL(s) (clipped); both (full); L(s) (value)
     kl_mode: Literal["clipped", "full", "value"] = "clipped"
-    kl_bound: NonNegativeFloat = 0.1  # largest KL of a state, in nats
+    kl_bound: NonNegativeFloat = 0.1  # bound on the KL of a state and on its mean, in nats
     kl_estimator: Literal["sampled", "exact"] = "sampled"  # mean over samples, or closed form
-    kl_samples: PositiveInt = 16  # samples of that mean
+    kl_samples: PositiveInt = 16  # samples for the KL of a state
     kl_coef_init: PositiveFloat = 0.01  # initial multiplier of the KL (beta)
     temperature_init: PositiveFloat = 0.01  # initial multiplier of the entropy (alpha)
-    target_entropy_mult: float = 0.5  # the entropy's target is minus this, per action dimension
+    target_entropy_mult: float = 0.5  # the entropy's target is minus this times action_size
 
     # critic
-    critic_loss: Literal["hl_gauss", "mse"] = "hl_gauss"  # Q is a histogram, or a scalar
+    critic_loss: Literal["hl_gauss", "mse"] = "hl_gauss"  # histogram, or scalar with squared error
     num_bins: Annotated[int, Ge(2)] = 151  # bins of the histogram
     vmin: float = 0.0  # centre of the first bin; targets below are clipped to it
     vmax: float = 150.0  # centre of the last bin; targets above are clipped to it
-    aux_loss_mult: NonNegativeFloat = 1.0  # weight of predicting the reward and next features
+    aux_loss_mult: NonNegativeFloat = 1.0  # weight of the auxiliary loss (reward, next features)
 
     # observations and rewards
     normalize_obs: bool = True  # standardise observations by running statistics
     obs_eps: NonNegativeFloat = 1e-2  # added to the variance of an observation
     reward_scale: PositiveFloat = 1.0  # factor on rewards; logged returns are not scaled
-    reward_range: tuple[float, float] = (0.0, 0.0)  # of one step, unscaled; to check vmin and vmax
+    reward_range: tuple[float, float] = (0.0, 0.0)  # smallest and largest, to check vmin and vmax
 
     # networks
     hidden: tuple[PositiveInt, ...] = (512, 512)  # hidden layers of the actor
-    critic_width: PositiveInt = 512  # units of each hidden layer of the critic, and features
+    critic_width: PositiveInt = 512  # width of the critic's hidden layers and features
     encoder_layers: PositiveInt = 2  # layers from the critic's input to its features
-    encoder_output: Literal["linear", "block"] = "linear"  # the last of these layers
+    encoder_output: Literal["linear", "block"] = "linear"  # the layer that gives the features
     norm: Literal["rms", "layer", "none"] = "rms"  # normalisation in every hidden layer
     min_std: NonNegativeFloat = 0.1  # added to the policy's standard deviation before tanh
 
@@ -134,7 +137,7 @@ class Config:
         if self.critic_loss == "hl_gauss" and (low < self.vmin or high > self.vmax):
             warnings.warn(
                 f"values can be {low:g} to {high:g} by reward_range, reward_scale and gamma, "
-                f"but are clipped to vmin={self.vmin:g}, vmax={self.vmax:g}",
+                f"but the critic clips them to vmin={self.vmin:g}, vmax={self.vmax:g}",
                 stacklevel=2,
             )
 
@@ -171,7 +174,7 @@ class Block(nn.Module):
 
 
 class Actor(nn.Module):
-    """Policy network: observation [..., obs_size or more] -> TanhGaussian."""
+    """Policy network: observation -> TanhGaussian; it reads the first `obs_size` entries only."""
 
     config: Config
     obs_size: int  # without the privileged entries, which come last
@@ -207,7 +210,7 @@ class Critic(nn.Module):
             logits, value = None, nn.Dense(1)(head)[..., 0]
         else:
             support = config.vmin, config.vmax, config.num_bins
-            # Q starts at 0: the histogram of 0 outweighs the other logits. It is trained like them.
+            # At first Q is 0: the histogram of 0 outweighs the other logits. It is a trained bias.
             zero = self.param("zero_code", lambda _: hl_gauss(jnp.zeros(()), *support))
             logits = nn.Dense(config.num_bins)(head) + 40.0 * zero
             value = (jax.nn.softmax(logits) * jnp.linspace(*support)).sum(-1)
@@ -242,10 +245,10 @@ class Batch(NamedTuple):
 class TrainState(NamedTuple):
     """Everything that a run carries from one update to the next."""
 
-    params: dict  # of "critic", and of "actor": {"net", "duals": logarithms of the multipliers}
-    opt_state: dict  # of "actor" and "critic"
+    params: dict  # of "critic", and of "actor": "net" and "duals", the logs of the multipliers
+    opt_state: dict  # of "critic" and "actor"
     obs_stats: common.Stats
-    obs: jax.Array  # [N, obs_size]
+    obs: jax.Array  # [N, obs_size], as the environment gave it
     env_state: Any
     key: jax.Array
     update: jax.Array  # [] int32, finished updates
@@ -255,10 +258,11 @@ class TrainState(NamedTuple):
 
 
 def soft_td_lambda(reward, bonus, next_value, terminated, truncated, gamma, lam):
-    """Soft TD(lambda) targets [T, N]; arrays [T, N]. `bonus` is that of the next state's entropy.
+    """Soft TD(lambda) targets [T, N]; arrays [T, N].
 
-    A terminated step has neither bonus nor bootstrap. A truncated step and the last step bootstrap
-    from `next_value` alone.
+    `bonus` is the discounted entropy bonus of the next state, and `next_value` its value. A
+    terminated step gets neither. A truncated step and the last step bootstrap from `next_value`
+    alone; the other steps mix it with the next target.
     """
     soft_reward = reward + jnp.where(terminated, 0.0, bonus)
 
@@ -274,15 +278,16 @@ def soft_td_lambda(reward, bonus, next_value, terminated, truncated, gamma, lam)
 
 
 def shift(reward, bonus, terminated, truncated):
-    """Reward and flags that give `soft_td_lambda` the published targets (target_mode="shifted").
+    """Reward, terminated and truncated with which `soft_td_lambda` gives the published targets.
 
-    There the next state of an ended step is that after the reset. A truncated step has no correct
-    target and is left out of the loss. The step before it, and the last step, bootstrap from
-    `next_value` alone, even if they ended. Other ended steps have no bootstrap, but the bonus.
+    In the published code (target_mode="shifted") the successor of an ended step is the state after
+    the reset. A truncated step has no correct target, so the critic's loss leaves it out. The step
+    before a truncated one bootstraps from `next_value` alone, and so does the last step, even if
+    they ended. All other ended steps get the bonus, but do not bootstrap.
     """
-    before = jnp.append(truncated[1:], jnp.ones_like(truncated[:1]), 0)
-    ended = (terminated | truncated) & ~before
-    return reward + jnp.where(ended, bonus, 0.0), ended, before
+    cut = jnp.append(truncated[1:], jnp.ones_like(truncated[:1]), 0)
+    ended = (terminated | truncated) & ~cut
+    return reward + jnp.where(ended, bonus, 0.0), ended, cut
 
 
 def hl_gauss(value, vmin, vmax, num_bins):
@@ -290,22 +295,22 @@ def hl_gauss(value, vmin, vmax, num_bins):
     width = (vmax - vmin) / (num_bins - 1)
     edges = vmin + width * (jnp.arange(num_bins + 1) - 0.5)
     value = jnp.clip(value, vmin, vmax)[..., None]
-    below = 0.5 * jax.lax.erf((edges - value) / (0.75 * width * math.sqrt(2)))
-    return jnp.maximum(jnp.diff(below), 0.0) / (below[..., -1:] - below[..., :1])
+    cdf = 0.5 * jax.lax.erf((edges - value) / (0.75 * width * math.sqrt(2)))  # up to a constant
+    return jnp.maximum(jnp.diff(cdf), 0.0) / (cdf[..., -1:] - cdf[..., :1])
 
 
 def critic_loss(prediction, target, vmin, vmax):
     """Loss [...] of Q: cross-entropy of its histogram, or squared error if it is a scalar."""
     if prediction.logits is None:
         return (prediction.value - target) ** 2
-    wanted = hl_gauss(target, vmin, vmax, prediction.logits.shape[-1])
-    return -(wanted * jax.nn.log_softmax(prediction.logits)).sum(-1)
+    histogram = hl_gauss(target, vmin, vmax, prediction.logits.shape[-1])
+    return -(histogram * jax.nn.log_softmax(prediction.logits)).sum(-1)
 
 
 def aux_loss(predicted, batch):
     """Mean squared error [...] of the predicted reward and next features; 0 if terminated."""
-    wanted = jnp.append(batch.step.reward[:, None], batch.next_features, 1)
-    return jnp.where(batch.step.terminated, 0.0, ((predicted - wanted) ** 2).mean(1))
+    target = jnp.append(batch.step.reward[:, None], batch.next_features, 1)
+    return jnp.where(batch.step.terminated, 0.0, ((predicted - target) ** 2).mean(1))
 
 
 def kl_divergence(p, q):
@@ -315,21 +320,21 @@ def kl_divergence(p, q):
 
 
 def kl_estimate(p, q, noise):
-    """Estimate of KL(p || q) [...] from the samples of p that `noise` [M, ..., A] gives.
+    """Estimate of KL(p || q) [...] from M samples of p, drawn from `noise` [M, ..., action_size].
 
-    As published, the density of q is taken at clipped samples, so two equal policies that are
-    saturated have a positive KL.
+    As published, the samples are clipped for q but not for p. So the KL of two equal policies is
+    positive if their actions saturate.
     """
     u = p.sample(noise)
     return (p.log_prob(u) - q.log_prob(jnp.clip(u, -MAX_SAMPLE, MAX_SAMPLE))).mean(0)
 
 
 def policy_loss(sac_loss, kl, kl_coef, kl_bound, mode):
-    """Loss [...] of each state, and whether it is gated: its KL has reached the bound.
+    """Loss [...] of each state, and whether the state is gated: its KL is not below the bound.
 
-    `sac_loss` is temperature times log-probability minus Q, the loss of SAC's actor.
+    `sac_loss` is the loss of SAC's actor, E[temperature log pi - Q].
     """
-    gated = ~(kl < kl_bound)
+    gated = ~(kl < kl_bound)  # true for a KL of NaN
     kl_loss = jax.lax.stop_gradient(kl_coef) * kl
     full = sac_loss + kl_loss
     clipped = jnp.where(gated, kl_loss, sac_loss)
@@ -350,7 +355,7 @@ def dual_loss(temperature, kl_coef, surplus, slack):
 
 
 def make_env(config: Config) -> envs.Env:
-    """The environments that a run learns in; their privileged observations are for the critic."""
+    """The environments that a run learns in, with privileged observations for the critic."""
     env = envs.make(config.env, config.num_envs, privileged=True)
     if env.discrete:
         raise ValueError(f"{env.name} has discrete actions: run it with algos/reppo_discrete.py")
@@ -390,24 +395,24 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         )
 
     def normalize(obs_stats, obs):
-        """Standardised observations; an exported policy may get them without privileged entries."""
+        """Standardise observations; an exported policy may get them without privileged entries."""
         obs = obs.astype(jnp.float32)
         mean, var = (x[: obs.shape[-1]] for x in (obs_stats.mean, obs_stats.var))
         return (obs - mean) / jnp.sqrt(var + config.obs_eps) if config.normalize_obs else obs
 
     def noise_of(key, shape):
-        """Exploration noise for `shape` actions."""
+        """Noise [*shape, action_size] for sampling actions of batch shape `shape`."""
         return jax.random.normal(key, (*shape, env.action_size))
 
     def to_action(u):
-        """What the environment gets, and what the critic is trained on."""
+        """The action that the environment gets and the critic is trained on."""
         return jnp.clip(jnp.tanh(u), -MAX_ACTION, MAX_ACTION)
 
     def rollout(state, key):
         """Act for T steps; returns the state, transitions [T, N] and infos [T, N]."""
         key_noise, key_env, key_refresh = jax.random.split(key, 3)
         noise = noise_of(key_noise, (T, N))
-        env_state = env.refresh(key_refresh, state.env_state)
+        env_state = env.refresh(key_refresh, state.env_state)  # new start states, where cached
 
         def step(carry, x):
             obs, obs_stats, env_state = carry
@@ -438,7 +443,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return state._replace(obs=obs, obs_stats=obs_stats, env_state=env_state), traj, info
 
     def value_of(critic_params, policy, obs, key):
-        """Value and entropy of the policy, estimated by one action, and the critic's features."""
+        """Value and entropy of the policy, from one unclipped sample, and the critic's features."""
         u = policy.sample(noise_of(key, obs.shape[:-1]))
         prediction = critic.apply(critic_params, obs, jnp.tanh(u))
         return prediction.value, -policy.log_prob(u), prediction.features
@@ -454,7 +459,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         temperature = jnp.exp(state.params["actor"]["duals"]["temperature"])
         bonus = config.gamma * temperature * entropy
         reward, terminated, truncated = traj.reward, traj.terminated, traj.truncated
-        if config.target_mode == "shifted":
+        if not aligned:
             reward, terminated, truncated = shift(reward, bonus, terminated, truncated)
         target = soft_td_lambda(
             reward, bonus, next_value, terminated, truncated, config.gamma, config.td_lambda
@@ -463,7 +468,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return jax.tree.map(lambda x: x.reshape((T * N, *x.shape[2:])), batch)
 
     def remaining(state):
-        """The share of the run that is still to come, for schedules."""
+        """Share of the run that is left, for schedules: 1 in the first update."""
         return 1.0 - state.update / config.num_updates
 
     def critic_loss_fn(params, state, batch):
@@ -471,7 +476,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         prediction = critic.apply(params, step.obs, step.action)
         error = critic_loss(prediction, batch.target, config.vmin, config.vmax)
         aux_error = jnp.zeros_like(error)
-        if config.aux_loss_mult:  # else neither the head nor next features are computed
+        if config.aux_loss_mult:  # else the compiler drops the head and the next features
             aux_error = aux_loss(prediction.predicted, batch)
         has_target = step.valid & (aligned | ~step.truncated)
         mean = lambda x: jnp.where(has_target, x, 0.0).mean()
@@ -526,7 +531,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return state._replace(params=params, opt_state=opt_state)
 
     def gradient_step(state, batch, key):
-        """One step of the critic, then one of the actor on the critic just updated."""
+        """One step of the critic, then one of the actor with the updated critic."""
         critic_grads, critic_aux = jax.grad(critic_loss_fn, has_aux=True)(
             state.params["critic"], state, batch
         )
@@ -546,7 +551,11 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         key_order, key_steps = jax.random.split(key)
         K = config.num_minibatches
         index = jax.random.permutation(key_order, len(batch.target)).reshape(K, -1)
-        step = lambda state, x: gradient_step(state, jax.tree.map(lambda y: y[x[0]], batch), x[1])
+
+        def step(state, x):
+            i, key = x
+            return gradient_step(state, jax.tree.map(lambda x: x[i], batch), key)
+
         return jax.lax.scan(step, state, (index, jax.random.split(key_steps, K)))
 
     def update(state):
@@ -556,12 +565,13 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         keys = jax.random.split(key_epochs, config.num_epochs)
         state, aux = jax.lax.scan(lambda state, key: epoch(state, batch, key), state, keys)
 
-        # Means leave skipped steps out. If all are skipped they are NaN, and the seed has failed.
+        # Means are over the steps not skipped. Without any they are NaN, and the seed has failed.
         skipped = aux.pop("health/skipped_steps")
         metrics = {name: x.mean(where=~skipped) for name, x in aux.items()}
         metrics |= common.run_metrics(info, (state.params, metrics["losses/qf_loss"]))
         metrics["health/skipped_steps"] = skipped.sum()
-        metrics |= {f"losses/{k}": jnp.exp(x) for k, x in state.params["actor"]["duals"].items()}
+        duals = jax.tree.map(jnp.exp, state.params["actor"]["duals"])
+        metrics |= {f"losses/{name}": x for name, x in duals.items()}
         unexplained = metrics["losses/value_error"] / (batch.target.var() + 1e-8)
         metrics["losses/explained_variance"] = 1.0 - unexplained
         clipped = (batch.target < config.vmin) | (batch.target > config.vmax)
@@ -619,7 +629,7 @@ CPU = {
 }
 CPU_DMC = {**CPU, **UNIT, "total_timesteps": 1_000_000}
 BRAX = {**UNIT, "reward_scale": 0.1, "reward_range": (0.0, 0.0)}
-PAPER = {  # everything that a task's preset may have changed, except rewards and support
+PAPER = {  # every field that a task's preset may have changed, except rewards and support
     "total_timesteps": 50_000_000, "num_envs": 1024, "num_steps": 128, "num_epochs": 4,
     "num_minibatches": 128, "learning_rate": 3e-4, "anneal_lr": False, "dual_lr_mult": 1.0,
     "critic_loss": "hl_gauss", "kl_bound": 0.1, "target_entropy_mult": 0.5, "hidden": (512, 512),

@@ -1,27 +1,28 @@
 """REPPO for discrete actions: every expectation over actions is a sum.
 
-Voelcker et al. 2025, https://arxiv.org/abs/2507.11019, publish the continuous algorithm; this is
-reppo.py with Q(s, .) as a vector. One update collects a rollout [T, N] with
-the current policy, pi_old, and takes several epochs of minibatch gradient steps. The critic Q is
-fitted to soft TD(lambda) targets G of this rollout alone. The policy follows the gradient of its
-expected Q in states where its KL from pi_old is below a bound, and returns towards pi_old in the
-others:
+Voelcker et al. 2025, https://arxiv.org/abs/2507.11019. One update collects a rollout [T, N] with
+the current policy, pi_old, and takes several epochs of minibatch gradient steps. The critic Q
+learns soft TD(lambda) targets G from this rollout alone. Where KL(pi_old || pi) is below a bound,
+the policy ascends the expectation of Q over its own actions; elsewhere it returns towards pi_old:
 
-    G_t   = r_t + (1 - terminated_t) (b_t + gamma ((1 - c_t) V'_t + c_t G_{t+1}))
-    V'_t  = sum_a pi(a | s'_t) Q(s'_t, a),  b_t = gamma alpha H(pi(. | s'_t))
-    c_t   = 0 if truncated_t or t = T - 1, else lambda
-    KL(s) = KL(pi_old(. | s) || pi(. | s))
-    loss  = E[sum_a pi(a | s) (alpha log pi(a | s) - Q(s, a)) if KL(s) < bound else beta KL(s)]
+    G_t    = r_t + (1 - terminated_t) (b_t + gamma ((1 - c_t) V'_t + c_t G_{t+1}))
+    V'_t   = sum_a pi(a | s'_t) Q(s'_t, a),  b_t = gamma alpha H(pi(. | s'_t))
+    c_t    = 0 if truncated_t or t = T - 1, else lambda
+    KL(s)  = KL(pi_old(. | s) || pi(. | s))
+    critic = cross-entropy of the histogram of Q(s_t, a_t) to that of G_t             (HL-Gauss)
+    actor  = E[L(s) if KL(s) < bound else beta KL(s)]
+    L(s)   = sum_a pi(a | s) (alpha log pi(a | s) - Q(s, a))
 
 Two multipliers are learned as well: alpha keeps the mean entropy above a target, beta keeps the
 mean KL below the bound. s'_t is the true successor of s_t, taken before any reset. A time limit
-(truncated) therefore bootstraps from V'_t, and a failure (terminated) does not; both end the trace.
+(truncated) therefore bootstraps from V'_t, a terminal state (terminated) does not; both end the
+trace.
 
-Differences from reppo.py:
+Differences from reppo.py, which is the published algorithm:
 
 1. Values, entropies and the KL are exact. Only the actions of the rollout are samples.
-2. The critic sees the observation alone and has a histogram for each action, of which only that of
-   the action taken is trained. The prediction of reward and next features gets the action.
+2. The critic takes the observation alone and has a histogram for each action. Only the histogram of
+   the action taken is trained. The action is an input of the auxiliary prediction instead.
 3. The target of the mean entropy is `target_entropy_mult` log(number of actions).
 4. There is one variant of each part, and there are no privileged observations.
 
@@ -45,7 +46,7 @@ import optax
 from annotated_types import Ge
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
-if __name__ == "__main__":  # import from this checkout, and nothing by accident from algos/
+if __name__ == "__main__":  # the checkout, not algos/, comes first on the import path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import envs
@@ -75,7 +76,7 @@ class Config:
     # objective
     gamma: UnitFloat = 0.99  # discount
     td_lambda: UnitFloat = 0.95  # lambda of TD(lambda)
-    kl_bound: NonNegativeFloat = 0.1  # largest KL of a state, in nats
+    kl_bound: NonNegativeFloat = 0.1  # bound on the KL of a state and on its mean, in nats
     kl_coef_init: PositiveFloat = 0.01  # initial multiplier of the KL (beta)
     temperature_init: PositiveFloat = 0.01  # initial multiplier of the entropy (alpha)
     target_entropy_mult: float = 0.5  # the entropy's target is this times log(number of actions)
@@ -84,16 +85,16 @@ class Config:
     num_bins: Annotated[int, Ge(2)] = 151  # bins of each histogram
     vmin: float = 0.0  # centre of the first bin; targets below are clipped to it
     vmax: float = 150.0  # centre of the last bin; targets above are clipped to it
-    aux_loss_mult: NonNegativeFloat = 1.0  # weight of predicting the reward and next features
+    aux_loss_mult: NonNegativeFloat = 1.0  # weight of the auxiliary loss (reward, next features)
 
     # observations and rewards
     normalize_obs: bool = True  # standardise observations by running statistics
     reward_scale: PositiveFloat = 1.0  # factor on rewards; logged returns are not scaled
-    reward_range: tuple[float, float] = (0.0, 0.0)  # of one step, unscaled; to check vmin and vmax
+    reward_range: tuple[float, float] = (0.0, 0.0)  # smallest and largest, to check vmin and vmax
 
     # networks
     hidden: tuple[PositiveInt, ...] = (128, 128)  # hidden layers of the actor
-    critic_width: PositiveInt = 128  # units of each hidden layer of the critic, and features
+    critic_width: PositiveInt = 128  # width of the critic's hidden layers and features
 
     @property
     def steps_per_update(self) -> int:
@@ -121,7 +122,7 @@ class Config:
         if low < self.vmin or high > self.vmax:
             warnings.warn(
                 f"values can be {low:g} to {high:g} by reward_range, reward_scale and gamma, "
-                f"but are clipped to vmin={self.vmin:g}, vmax={self.vmax:g}",
+                f"but the critic clips them to vmin={self.vmin:g}, vmax={self.vmax:g}",
                 stacklevel=2,
             )
 
@@ -130,7 +131,7 @@ class Config:
 
 
 class Prediction(NamedTuple):
-    """What the critic returns for observations, and for actions if it gets some."""
+    """What the critic returns; `predicted` is None if it gets no actions."""
 
     value: jax.Array  # [..., A], Q
     logits: jax.Array  # [..., A, num_bins] of the histograms
@@ -174,7 +175,7 @@ class Critic(nn.Module):
         features = nn.Dense(width)(Block(width)(obs))
         x = nn.swish(features)
         support = config.vmin, config.vmax, config.num_bins
-        # Q starts at 0: the histogram of 0 outweighs the other logits. It is trained like them.
+        # At first Q is 0: the histogram of 0 outweighs the other logits. It is a trained bias.
         zero = self.param("zero_code", lambda _: hl_gauss(jnp.zeros(A), *support))
         logits = nn.Dense(A * config.num_bins)(Block(width)(x))
         logits = logits.reshape((*obs.shape[:-1], A, config.num_bins)) + 40.0 * zero
@@ -213,10 +214,10 @@ class Batch(NamedTuple):
 class TrainState(NamedTuple):
     """Everything that a run carries from one update to the next."""
 
-    params: dict  # of "critic", and of "actor": {"net", "duals": logarithms of the multipliers}
-    opt_state: dict  # of "actor" and "critic"
+    params: dict  # of "critic", and of "actor": "net" and "duals", the logs of the multipliers
+    opt_state: dict  # of "critic" and "actor"
     obs_stats: common.Stats
-    obs: jax.Array  # [N, obs_size]
+    obs: jax.Array  # [N, obs_size], as the environment gave it
     env_state: Any
     key: jax.Array
     update: jax.Array  # [] int32, finished updates
@@ -226,10 +227,11 @@ class TrainState(NamedTuple):
 
 
 def soft_td_lambda(reward, bonus, next_value, terminated, truncated, gamma, lam):
-    """Soft TD(lambda) targets [T, N]; arrays [T, N]. `bonus` is that of the next state's entropy.
+    """Soft TD(lambda) targets [T, N]; arrays [T, N].
 
-    A terminated step has neither bonus nor bootstrap. A truncated step and the last step bootstrap
-    from `next_value` alone.
+    `bonus` is the discounted entropy bonus of the next state, and `next_value` its value. A
+    terminated step gets neither. A truncated step and the last step bootstrap from `next_value`
+    alone; the other steps mix it with the next target.
     """
     soft_reward = reward + jnp.where(terminated, 0.0, bonus)
 
@@ -249,20 +251,20 @@ def hl_gauss(value, vmin, vmax, num_bins):
     width = (vmax - vmin) / (num_bins - 1)
     edges = vmin + width * (jnp.arange(num_bins + 1) - 0.5)
     value = jnp.clip(value, vmin, vmax)[..., None]
-    below = 0.5 * jax.lax.erf((edges - value) / (0.75 * width * math.sqrt(2)))
-    return jnp.maximum(jnp.diff(below), 0.0) / (below[..., -1:] - below[..., :1])
+    cdf = 0.5 * jax.lax.erf((edges - value) / (0.75 * width * math.sqrt(2)))  # up to a constant
+    return jnp.maximum(jnp.diff(cdf), 0.0) / (cdf[..., -1:] - cdf[..., :1])
 
 
 def critic_loss(logits, target, vmin, vmax):
     """Loss [...] of Q: cross-entropy of its histogram."""
-    wanted = hl_gauss(target, vmin, vmax, logits.shape[-1])
-    return -(wanted * jax.nn.log_softmax(logits)).sum(-1)
+    histogram = hl_gauss(target, vmin, vmax, logits.shape[-1])
+    return -(histogram * jax.nn.log_softmax(logits)).sum(-1)
 
 
 def aux_loss(predicted, batch):
     """Mean squared error [...] of the predicted reward and next features; 0 if terminated."""
-    wanted = jnp.append(batch.step.reward[:, None], batch.next_features, 1)
-    return jnp.where(batch.step.terminated, 0.0, ((predicted - wanted) ** 2).mean(1))
+    target = jnp.append(batch.step.reward[:, None], batch.next_features, 1)
+    return jnp.where(batch.step.terminated, 0.0, ((predicted - target) ** 2).mean(1))
 
 
 def kl_divergence(p, q):
@@ -272,11 +274,11 @@ def kl_divergence(p, q):
 
 
 def policy_loss(sac_loss, kl, kl_coef, kl_bound):
-    """Loss [...] of each state, and whether it is gated: its KL has reached the bound.
+    """Loss [...] of each state, and whether the state is gated: its KL is not below the bound.
 
-    `sac_loss` is temperature times log-probability minus Q, expected, the loss of SAC's actor.
+    `sac_loss` is the loss of SAC's actor, E[temperature log pi - Q].
     """
-    gated = ~(kl < kl_bound)
+    gated = ~(kl < kl_bound)  # true for a KL of NaN
     kl_loss = jax.lax.stop_gradient(kl_coef) * kl
     return jnp.where(gated, kl_loss, sac_loss), gated
 
@@ -339,14 +341,14 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return (obs - mean) / jnp.sqrt(var + 1e-2) if config.normalize_obs else obs
 
     def noise_of(key, shape):
-        """Exploration noise for `shape` actions."""
+        """Noise [*shape, action_size] for sampling actions of batch shape `shape`."""
         return jax.random.gumbel(key, (*shape, env.action_size))
 
     def rollout(state, key):
         """Act for T steps; returns the state, transitions [T, N] and infos [T, N]."""
         key_noise, key_env, key_refresh = jax.random.split(key, 3)
         noise = noise_of(key_noise, (T, N))
-        env_state = env.refresh(key_refresh, state.env_state)
+        env_state = env.refresh(key_refresh, state.env_state)  # new start states, where cached
 
         def step(carry, x):
             obs, obs_stats, env_state = carry
@@ -387,15 +389,15 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         next_value, entropy, features = value_of(state.params["critic"], policy, traj.next_obs)
         temperature = jnp.exp(state.params["actor"]["duals"]["temperature"])
         bonus = config.gamma * temperature * entropy
+        reward, terminated, truncated = traj.reward, traj.terminated, traj.truncated
         target = soft_td_lambda(
-            traj.reward, bonus, next_value, traj.terminated, traj.truncated, config.gamma,
-            config.td_lambda,
-        )  # fmt: skip
+            reward, bonus, next_value, terminated, truncated, config.gamma, config.td_lambda
+        )
         batch = Batch(traj, target, features)
         return jax.tree.map(lambda x: x.reshape((T * N, *x.shape[2:])), batch)
 
     def remaining(state):
-        """The share of the run that is still to come, for schedules."""
+        """Share of the run that is left, for schedules: 1 in the first update."""
         return 1.0 - state.update / config.num_updates
 
     def critic_loss_fn(params, state, batch):
@@ -406,7 +408,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         value, logits = taken(prediction.value), taken(prediction.logits)
         error = critic_loss(logits, batch.target, config.vmin, config.vmax)
         aux_error = jnp.zeros_like(error)
-        if config.aux_loss_mult:  # else neither the head nor next features are computed
+        if config.aux_loss_mult:  # else the compiler drops the head and the next features
             aux_error = aux_loss(prediction.predicted, batch)
         mean = lambda x: jnp.where(step.valid, x, 0.0).mean()
         loss = mean(error + config.aux_loss_mult * aux_error)
@@ -454,7 +456,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return state._replace(params=params, opt_state=opt_state)
 
     def gradient_step(state, batch):
-        """One step of the critic, then one of the actor on the critic just updated."""
+        """One step of the critic, then one of the actor with the updated critic."""
         critic_grads, critic_aux = jax.grad(critic_loss_fn, has_aux=True)(
             state.params["critic"], state, batch
         )
@@ -482,12 +484,13 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         keys = jax.random.split(key_epochs, config.num_epochs)
         state, aux = jax.lax.scan(lambda state, key: epoch(state, batch, key), state, keys)
 
-        # Means leave skipped steps out. If all are skipped they are NaN, and the seed has failed.
+        # Means are over the steps not skipped. Without any they are NaN, and the seed has failed.
         skipped = aux.pop("health/skipped_steps")
         metrics = {name: x.mean(where=~skipped) for name, x in aux.items()}
         metrics |= common.run_metrics(info, (state.params, metrics["losses/qf_loss"]))
         metrics["health/skipped_steps"] = skipped.sum()
-        metrics |= {f"losses/{k}": jnp.exp(x) for k, x in state.params["actor"]["duals"].items()}
+        duals = jax.tree.map(jnp.exp, state.params["actor"]["duals"])
+        metrics |= {f"losses/{name}": x for name, x in duals.items()}
         unexplained = metrics["losses/value_error"] / (batch.target.var() + 1e-8)
         metrics["losses/explained_variance"] = 1.0 - unexplained
         clipped = (batch.target < config.vmin) | (batch.target > config.vmax)

@@ -270,13 +270,14 @@ def precise(function):
 
 def _load_factory(name: str) -> RawEnv:
     path, _, factory = name.partition(":")
+    function = None
     try:
-        function = getattr(importlib.import_module(path), factory, None)
+        if all(part.isidentifier() for part in path.split(".")):
+            function = getattr(importlib.import_module(path), factory, None)
     except ModuleNotFoundError as error:
         if error.name not in (path, path.split(".")[0]):
             raise
-        function = None
-    if function is None:
+    if not callable(function):
         raise ValueError(
             f"{name!r}: no such function; the module must be importable (its folder on PYTHONPATH)"
         )

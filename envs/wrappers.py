@@ -9,6 +9,7 @@ terminated: the task ended, the value after it is zero. truncated: stopped by th
 goes on. Never both.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -156,8 +157,20 @@ def check(raw: RawEnv) -> None:
         if not fine:
             raise ValueError(f"{raw.name}: {field} is {describe(found)}, and {wanted} is wanted")
 
-    def like(x: Any, shape: tuple, kind: Any) -> bool:
-        return getattr(x, "shape", None) == shape and jnp.issubdtype(x.dtype, kind)
+    def like(x: Any, shape: tuple, *kinds: Any) -> bool:
+        fits = getattr(x, "shape", None) == shape
+        return fits and any(jnp.issubdtype(x.dtype, kind) for kind in kinds)
+
+    def arrays_of(function: Callable, field: str) -> Callable:
+        def checked(*args):
+            result = function(*args)
+            for path, x in jax.tree_util.tree_flatten_with_path(result)[0]:
+                numeric = isinstance(x, (bool, int, float, complex)) or hasattr(x, "dtype")
+                where = f"what {field} returns at {jax.tree_util.keystr(path)}"
+                require(numeric, where, x, "a number or an array")
+            return result
+
+        return checked
 
     positive = lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 < x < 2**31
     for field in ("obs_size", "action_size", "max_steps"):
@@ -165,19 +178,29 @@ def check(raw: RawEnv) -> None:
         require(positive(value), field, value, "an integer from 1 to 2**31 - 1")
     modes = ", ".join(RESET_MODES)
     require(raw.reset_mode in RESET_MODES, "reset_mode", raw.reset_mode, f"one of {modes}")
+    require(isinstance(raw.discrete, bool), "discrete", raw.discrete, "True or False")
+    shape, size = raw.obs_shape, raw.obs_size
+    fine = isinstance(shape, tuple) and all(map(positive, shape)) and math.prod(shape) == size
+    require(fine, "obs_shape", shape, f"a tuple of integers with the product {size}")
+    fine = isinstance(raw.privileged_size, int) and 0 <= raw.privileged_size < size
+    require(fine, "privileged_size", raw.privileged_size, f"an integer from 0 to {size - 1}")
+    for field in ("reset", "step"):
+        value = getattr(raw, field)
+        require(callable(value), field, value, "a function")
 
     key = jax.eval_shape(lambda: jax.random.key(0))
-    start = jax.eval_shape(raw.reset, key)
+    start = jax.eval_shape(arrays_of(raw.reset, "reset"), key)
     require(
         isinstance(start, tuple) and len(start) == 2, "what reset returns", start, "(obs, state)"
     )
     obs, state = jax.eval_shape(strong, start)
-    shape = (raw.obs_size,)
-    require(like(obs, shape, jnp.generic), "the observation of reset", obs, f"an array {[*shape]}")
+    shape, real = (raw.obs_size,), (jnp.floating, jnp.integer)
+    fine = like(obs, shape, *real, jnp.bool_)
+    require(fine, "the observation of reset", obs, f"an array {[*shape]}")
 
     action = jnp.zeros(()) if raw.discrete else jnp.zeros(raw.action_size)
     action = action.astype(jnp.int32 if raw.discrete else jnp.float32)
-    result = jax.eval_shape(raw.step, key, state, action)
+    result = jax.eval_shape(arrays_of(raw.step, "step"), key, state, action)
     fine = isinstance(result, tuple) and len(result) == 5
     require(fine, "what step returns", result, "(obs, state, reward, terminated, info)")
     new_obs, new_state, reward, terminated, info = jax.eval_shape(strong, result)
@@ -189,9 +212,12 @@ def check(raw: RawEnv) -> None:
     ):
         name = f"state{jax.tree_util.keystr(path)} of step"
         require(like(new, old.shape, old.dtype), name, new, f"{describe(old)} as after reset")
-    require(like(reward, (), jnp.number), "the reward", reward, "a number without axes")
+    require(like(reward, (), *real), "the reward", reward, "a number without axes")
     require(like(terminated, (), jnp.bool_), "terminated", terminated, "a bool without axes")
-    require(isinstance(info, dict), "info", info, "a dict")
+    fine = isinstance(info, dict) and all(isinstance(name, str) for name in info)
+    require(fine, "info", info, "a dict with names")
+    nan = info.get("env_nan", terminated)
+    require(like(nan, (), jnp.bool_), "info['env_nan']", nan, "a bool without axes")
 
 
 def describe(tree: Any) -> str:

@@ -302,7 +302,7 @@ def run(args: argparse.Namespace) -> None:
             import minari  # noqa: F401  # here, not after hours of collection
         except ImportError:
             raise ImportError('--format minari: pip install -e ".[minari]"') from None
-    elif out.suffix in datasets.HDF5:
+    elif out.suffix.lower() in datasets.HDF5:
         raise ValueError(f"--out {out}: it would be read as HDF5: {out.with_suffix('.npz')}")
     if out.exists():
         raise ValueError(f"{out} exists already: choose another --out")

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -75,6 +76,46 @@ def test_rows_that_do_not_fit_are_refused(tmp_path, dataset, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_wrong_shape_is_named(tmp_path):
+    source = write(tmp_path / "data.npz", changed(reward=np.zeros((20, 1), np.float32)))
+    with pytest.raises(ValueError, match=r"as many rows of each; reward is \[20, 1\]"):
+        datasets.load(source, ENV)
+
+
+@pytest.mark.parametrize("dtype", [">f4", "<f8", "f2", np.longdouble])
+def test_floats_of_every_precision_and_byte_order_become_float32(tmp_path, dtype):
+    dataset = tiny.transitions(20)
+    obs = (dataset.obs * 8).round() / 8  # exact in all of them
+    source = write(tmp_path / "data.npz", dataset._replace(obs=obs.astype(dtype)))
+    tiny.assert_same(datasets.load(source, ENV), dataset._replace(obs=obs))
+
+
+def test_what_float32_cannot_hold_is_refused(tmp_path):
+    obs = tiny.transitions(20).obs.astype(np.float64)
+    obs[3] = 1e300
+    source = write(tmp_path / "data.npz", changed(obs=obs))
+    with pytest.raises(ValueError, match="obs is not finite in 1 rows, first 3, as float32"):
+        datasets.load(source, ENV)
+
+
+def test_an_episode_that_is_too_long_is_warned_of(tmp_path):
+    """tiny:balance stops after 20 steps; rows without ends are one episode."""
+    n = ENV.max_steps + 1
+    ends = {"terminated": np.zeros(n, bool), "truncated": np.zeros(n, bool)}
+    dataset = tiny.transitions(n)._replace(**ends)
+    with pytest.warns(UserWarning, match=rf"episode of {n} steps, .* stops at {n - 1}: are its"):
+        datasets.load(write(tmp_path / "data.npz", dataset), ENV)
+    dataset.truncated[9] = True
+    with warnings.catch_warnings(action="error"):
+        datasets.load(write(tmp_path / "data.npz", dataset), ENV)
+
+
+def test_a_home_directory_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "data.npz", tiny.transitions(20))
+    assert len(datasets.load("~/data.npz", ENV).obs) == 20
+
+
 def test_actions_on_the_bounds_are_accepted(tmp_path):
     source = write(tmp_path / "data.npz", changed(**with_value("action", 5, -1.0)))
     assert datasets.load(source, ENV).action[5] == -1.0
@@ -105,12 +146,12 @@ def harmed(path, harm):
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        ("truncated", "damaged or no dataset"),
-        ("foreign", "damaged or no dataset"),
+        ("truncated", "damaged or not ours"),
+        ("foreign", "damaged or not ours"),
         ("other arrays", "no __meta__|no action, next_action"),
-        ("pickled", "damaged or no dataset"),
+        ("pickled", "damaged or not ours"),
         ('{"of": 1}', "its metadata names no env"),
-        ('["env"]', "its metadata names no env"),
+        ('["env"]', "no __meta__"),
         ("missing", "does not exist, or is not a file"),
         ("a folder", "does not exist, or is not a file"),
         (
@@ -281,11 +322,39 @@ def test_minari_files(tmp_path, monkeypatch):
         datasets.load(other, envs.make("pendulum", 1))
 
 
+def test_hdf5_is_known_by_its_suffix_and_by_its_first_bytes(tmp_path):
+    for name in ("flat.H5", "flat.HDF5", "flat.data", "flat"):
+        assert_rows(datasets.load(flat_file(tmp_path / name), ENV), final=2)
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "message"),
+    [
+        ("flat", "timeouts", "has no timeouts, so nobody knows where episodes were cut"),
+        ("flat", "terminals", "terminals"),
+        ("minari", "episode_1/terminations", "terminations"),
+        ("minari", "episode_1/observations", "observations have the parts goal, place: an array"),
+    ],
+)
+def test_hdf5_without_a_part_is_refused_by_its_name(tmp_path, layout, name, message):
+    h5py = pytest.importorskip("h5py")
+    path = tmp_path / "data.hdf5"
+    {"flat": flat_file, "minari": minari_file}[layout](path)
+    with h5py.File(path, "a") as file:
+        del file[name]
+        if "parts" in message:
+            file[f"{name}/goal"] = file[f"{name}/place"] = np.zeros((5, 2))
+    with pytest.raises(ValueError, match=message) as error:
+        datasets.load(str(path), ENV)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_episodes_are_read_in_the_order_of_their_numbers():
     names = [f"episode_{i}" for i in (0, 1, 10, 2)]
     one = {"observations": 0, "actions": 0, "terminations": [True]}
     file = {name: one | {"rewards": int(name[8:])} for name in names}
-    wrap = lambda group: {k: {(): v} if k != "terminations" else v for k, v in group.items()}
+    wrap = lambda group: {k: np.array(v) for k, v in group.items()}
     episodes = datasets.minari_episodes({name: wrap(group) for name, group in file.items()})
     assert [reward for _, _, reward, _ in episodes] == [0, 1, 2, 10]
 

@@ -336,6 +336,9 @@ def test_a_users_factory_gets_the_whole_stack(user_module):
     [
         ("user_module:nothing", "no such function"),
         ("no_such_module:factory", "no such function"),
+        (":factory", "no such function"),
+        ("..user_module:factory", "no such function"),
+        ("user_module:__name__", "no such function"),
         ("user_module:number", "must return envs.RawEnv"),
     ],
 )
@@ -386,6 +389,15 @@ def spoiled(**changes):
         ({"max_steps": 0}, r"max_steps is 0"),
         ({"max_steps": 10**10}, r"max_steps is 10000000000"),
         ({"action_size": 0}, r"action_size is 0"),
+        ({"obs_shape": (2, 2)}, r"obs_shape is .*, and a tuple of integers with the product 3"),
+        ({"obs_shape": 3}, r"obs_shape is 3"),
+        ({"privileged_size": 3}, r"privileged_size is 3, and an integer from 0 to 2"),
+        ({"discrete": None}, r"discrete is None, and True or False"),
+        ({"step": None}, r"step is None, and a function"),
+        ({"reward": lambda x: jnp.complex64(x)}, r"the reward is complex64\[\], and a number"),
+        ({"info": lambda x: {"why": "fell"}}, r"what step returns at .*'why'.* is 'fell', and"),
+        ({"info": lambda x: {"env_nan": 0.0}}, r"info\['env_nan'\] is float32\[\], and a bool"),
+        ({"info": lambda x: {1: 0.0}}, r"info is .*, and a dict with names"),
         ({"reset_mode": "never"}, r"reset_mode is 'never', and one of fresh, cached, refreshed"),
         (
             {"reset": lambda key: jnp.zeros(1)},

@@ -167,6 +167,7 @@ def test_counts_may_be_written_as_people_write_them():
         (["--seed", "-1"], r"--seed -1: seeds from 0 to 2\*\*32 - 1"),
         (["--seed", "4294967295", "--num-seeds", "2"], r"--seed 4294967295: .* not 4294967296"),
         (["--final-episodes", "0"], r"--final-episodes 0"),
+        (["--checkpoint-every", "-1"], r"--checkpoint-every -1: at least 0"),
         (["--resume", "nowhere"], r"nowhere is not a run directory"),
         (["--resume"], r"--resume"),
     ],
@@ -547,10 +548,80 @@ def test_an_evaluation_can_be_interrupted(whole, tmp_path, monkeypatch, number):
 
 
 def test_second_interrupt_stops_at_once():
-    stopping = session_of()
-    stopping.stop = True
+    """A shell that goes away hangs up twice: that is one wish to stop."""
+    stopping = session_of(verbose=0)
+    stopping.on_signal(signal.SIGHUP, None)
+    stopping.on_signal(signal.SIGHUP, None)
+    stopping.on_signal(signal.SIGTERM, None)
+    assert stopping.stop
     with pytest.raises(KeyboardInterrupt):
         stopping.on_signal(signal.SIGINT, None)
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "status", "message"),
+    [
+        ("make_program", KeyboardInterrupt(), 130, r"stopped before the start\n"),
+        ("trace", KeyboardInterrupt(), 130, r"stopped at once; go on with --resume \S+run\n"),
+        ("trace", OSError(28, "No space left"), 1, r"error: .*No space left: .* --resume \S+run\n"),
+    ],
+)
+def test_an_early_end_is_one_line(tmp_path, monkeypatch, where, error, status, message):
+    run_dir = tmp_path / "run"
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(session, where, fail)
+    ended, said = run(*FLAGS, "--verbose", "0", "--run-dir", str(run_dir))
+    assert ended == status
+    assert re.fullmatch(message, said), said
+    with pytest.raises(type(error)):
+        run(*FLAGS, "--verbose", "2", "--run-dir", str(tmp_path / "other"))
+
+
+def test_a_launch_that_failed_lets_go_of_its_directory(tmp_path, monkeypatch):
+    """Notebooks keep the last exception, and with it all that its frames hold."""
+    run_dir = tmp_path / "run"
+
+    def broken(*_):
+        raise RuntimeError("broken")
+
+    for where in ("trace", "restored"):
+        with monkeypatch.context() as patch:
+            patch.setattr(session, "trace", broken)
+            if where == "restored":
+                patch.setattr(rundir, "check_data", broken)
+            flags = ["--resume", str(run_dir)] if where == "restored" else [*FLAGS]
+            flags += ["--run-dir", str(run_dir), "--verbose", "0"]
+            with pytest.raises(RuntimeError, match="broken") as kept:
+                run(*flags)
+        rundir.lock(run_dir).release()
+        assert kept.value
+
+
+def test_a_terminal_that_is_closed_stops_and_saves(whole, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    handler = signal.getsignal(signal.SIGHUP)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3, signal.SIGHUP)
+        status, said = run(*FLAGS, "--verbose", "0", "--run-dir", str(run_dir))
+    assert (status, signal.getsignal(signal.SIGHUP)) == (130, handler)
+    assert f"stopped and saved; go on with --resume {run_dir}" in said
+    assert rundir.checkpoints(run_dir)[-1].name == "000000003.npz"
+
+
+def test_what_cannot_be_resumed_does_not_advise_it(tmp_path, monkeypatch):
+    """Of Atari games, whose emulators are in no checkpoint."""
+    make_program = session.make_program
+    monkeypatch.setattr(
+        session, "make_program", lambda *args: make_program(*args)._replace(stateful=True)
+    )
+    interrupt_at(monkeypatch, 3)
+    status, said = run(*FLAGS, "--verbose", "0", "--run-dir", str(tmp_path / "run"))
+    assert status == 130
+    assert "stopped and saved; cartpole cannot be resumed" in said
+    assert "--resume" not in said
 
 
 def test_interrupt_from_a_terminal(tmp_path):
@@ -791,6 +862,19 @@ def test_double_precision_is_refused(tmp_path):
         program.setup_jax(1)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("jax_disable_jit", True), ("jax_numpy_dtype_promotion", "strict")]
+)
+def test_modes_of_jax_that_programs_cannot_have_are_refused(name, value):
+    before = jax.config.values[name]
+    jax.config.update(name, value)
+    try:
+        with pytest.raises(ValueError, match=f"{name.upper()} is set: unset it"):
+            program.setup_jax(1)
+    finally:
+        jax.config.update(name, before)
+
+
 def test_settings_that_are_made_before_jax_starts(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     name = "jax_compilation_cache_dir"
@@ -803,6 +887,10 @@ def test_settings_that_are_made_before_jax_starts(monkeypatch, tmp_path):
         assert jax.config.values[name] == str(tmp_path / "purepo")
         monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
         with pytest.raises(ValueError, match="not 'JAX_NUM_PROCESSES'"):
+            program.setup_jax(1)
+        monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+        monkeypatch.setenv("JAX_PROCESS_ID", "0")
+        with pytest.raises(ValueError, match="JAX_NUM_PROCESSES and JAX_PROCESS_ID are to be num"):
             program.setup_jax(1)
     finally:
         jax.config.update(name, before)

@@ -85,7 +85,7 @@ def test_tensorboard(tmp_path):
 
     log = make_log(tmp_path, tensorboard=True)
     log.write(64, VALUES)
-    log.close()
+    log.flush()  # a run that is killed after a checkpoint keeps what is logged up to there
     (path,) = (tmp_path / "tensorboard").iterdir()
     data, seen = path.read_bytes(), {}
     while data:
@@ -94,6 +94,7 @@ def test_tensorboard(tmp_path):
         seen |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
         data = data[16 + size :]
     assert seen == {(k, 64): pytest.approx(v) for k, v in logs.aggregate(VALUES).items()}
+    log.close()
 
 
 def test_wandb_needs_no_account(tmp_path, monkeypatch, capsys):

@@ -9,7 +9,7 @@ import pytest
 from test_experiments import write_run
 from tiny import assert_same
 
-from algos.launch import rundir
+from algos.launch import report, rundir
 
 
 def test_trees_survive_the_disk(tmp_path):
@@ -44,9 +44,13 @@ def test_a_tree_of_another_shape_is_named(tmp_path, tree, message):
 def test_a_file_of_someone_else_is_damaged_or_not_ours(tmp_path):
     np.savez(tmp_path / "x.npz", a=np.ones(3))
     (tmp_path / "y.npz").write_text("hello")
+    np.save(tmp_path / "z.npy", np.ones(3))
+    (tmp_path / "z.npy").rename(tmp_path / "z.npz")
     for name in ("x.npz", "y.npz", "z.npz"):
         with pytest.raises(ValueError, match=f"{name} is damaged or not ours"):
             rundir.load_tree(tmp_path / name, {"a": np.ones(3)})
+    with pytest.raises(ValueError, match=r"none.npz does not exist"):
+        rundir.load_tree(tmp_path / "none.npz", {"a": np.ones(3)})
 
 
 def test_a_write_is_all_or_nothing(tmp_path):
@@ -60,6 +64,7 @@ def test_a_write_is_all_or_nothing(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         rundir.write_atomic(path, fail)
     assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]  # a full disk gets its space back
 
 
 def test_the_last_two_checkpoints_are_kept(tmp_path):
@@ -107,6 +112,60 @@ def test_a_damaged_description_is_named(tmp_path):
     (tmp_path / "meta.json").touch()
     with pytest.raises(ValueError, match=r"meta.json is damaged"):
         rundir.check_data(tmp_path, ["digest"])
+
+
+def harmed(path, **changes):
+    """An .npz file with arrays replaced, or left out where None."""
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files} | changes
+    np.savez(path, **{name: x for name, x in arrays.items() if x is not None})
+
+
+def edited(path, change):
+    saved = json.loads(path.read_text())
+    change(saved)
+    path.write_text(json.dumps(saved))
+
+
+@pytest.mark.parametrize(
+    ("file", "harm"),
+    [
+        *((file, text) for file in ("config.json", "meta.json", "done.json")
+          for text in ("", "null", "[]", "{}", "5", '{"a": ', "[" * 100_000)),
+        *((file, text) for file in ("eval.npz", "final.npz") for text in ("", "hello", "PK\3\4")),
+        ("config.json", lambda path: edited(path, lambda saved: saved.update(rows={}))),
+        ("config.json", lambda path: edited(path, lambda saved: saved.update(config=[]))),
+        ("config.json", lambda path: edited(path, lambda saved: saved["config"].pop("env"))),
+        ("config.json", lambda path: edited(path, lambda saved: saved["rows"].update(labels=5))),
+        ("eval.npz", lambda path: harmed(path, steps=None)),
+        ("eval.npz", lambda path: harmed(path, steps=np.arange(9))),
+        ("eval.npz", lambda path: harmed(path, lengths=None)),
+        ("eval.npz", lambda path: harmed(path, returns=np.zeros(3))),
+        ("eval.npz", lambda path: harmed(path, returns=np.zeros((9, 3, 2)))),
+        ("eval.npz", lambda path: harmed(path, returns=np.zeros((4, 0, 2)), steps=np.zeros(0))),
+        ("eval.npz", lambda path: path.write_bytes(b"\x93NUMPY\1")),
+        ("final.npz", lambda path: harmed(path, returns=None)),
+        ("final.npz", lambda path: harmed(path, returns=np.zeros(4))),
+        ("final.npz", lambda path: harmed(path, returns=np.zeros((9, 2)))),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_of_a_run_is_named_in_one_line(tmp_path, file, harm):
+    run_dir = write_run(tmp_path / "run")
+    rundir.write_final(run_dir, {"returns": np.zeros((4, 6)), "lengths": np.zeros((4, 6))})
+    report.summary("", rundir.read_run(run_dir), np.arange(4))
+    (run_dir / file).write_text(harm) if isinstance(harm, str) else harm(run_dir / file)
+    with pytest.raises(ValueError, match=file) as error:
+        report.summary("", rundir.read_run(run_dir), np.arange(4))
+    assert "damaged" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("step", ['"x"', "null", "[]"])
+def test_a_step_that_is_no_number_is_damage(tmp_path, step):
+    text = f'{{"global_step": {step}}}\n'
+    (tmp_path / "metrics.jsonl").write_text(text + '{"global_step": 96}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl is damaged in line 1 \("):
+        rundir.rewind(tmp_path, 96, write=True)
 
 
 # --- one process, one run ---

@@ -66,6 +66,7 @@ class Launch:
 RESUMABLE = {"total_timesteps", "num_evals", "checkpoint_every", "verbose", "render", "resume"}
 RESUMABLE |= {"track", "wandb_project", "wandb_entity", "wandb_tags", "wandb_seeds", "tensorboard"}
 RESUMABLE |= {"preset", "final_episodes"}
+RESUMABLE |= {"dataset", "behavior"}  # paths; what is in there must be the same, see check_data
 
 
 def config_for(
@@ -211,6 +212,8 @@ def check_counts(launch: Launch) -> None:
         if getattr(launch, field) < 1:
             flag = field.replace("_", "-")
             raise ValueError(f"--{flag} {getattr(launch, field)}: at least 1 is needed")
+    if launch.checkpoint_every < 0:
+        raise ValueError(f"--checkpoint-every {launch.checkpoint_every}: at least 0 is needed")
     last = launch.seed + launch.num_seeds - 1
     if launch.seed < 0 or last >= 2**32:
         raise ValueError(f"--seed {launch.seed}: seeds from 0 to 2**32 - 1 are needed, not {last}")

@@ -11,9 +11,8 @@ and `action`.
 """
 
 import difflib
-import json
 import os
-import zipfile
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,41 +38,46 @@ class Dataset(NamedTuple):
 
 # --- reading ---
 
-HDF5 = (".hdf5", ".h5")  # suffixes of what is read as HDF5
-UNREADABLE = (OSError, RuntimeError, TypeError, ValueError)  # what a damaged file may raise
+HDF5 = (".hdf5", ".h5")  # suffixes of what is read as HDF5, in any letter case
 
 
 def load(source: str, env: envs.Env) -> Dataset:
     """Read a dataset for `env`; ValueError in one line if there is none, or it does not fit."""
     if not source:
         raise ValueError("no dataset: give --dataset PATH or --dataset minari:NAME")
-    path = minari_path(source[7:]) if source.startswith("minari:") else Path(source)
+    minari = source.startswith("minari:")
+    path = minari_path(source[7:]) if minari else Path(source).expanduser()
     if not path.is_file():
-        raise ValueError(f"dataset {source!r} does not exist, or is not a file")
-    if path.suffix in HDF5:
+        where = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise ValueError(f"dataset {source!r} does not exist{where}, or is not a file")
+    if is_hdf5(path):
         dataset = read_hdf5(path)
     else:
         dataset, meta = read(path)
         if meta["env"] != env.name:
             raise ValueError(f"{source} is of {meta['env']} ({shapes(dataset)}), not {env.name}")
+    dataset = Dataset(*map(single, dataset))
     check(dataset, source, env)
+    ends = np.flatnonzero(dataset.terminated | dataset.truncated)
+    longest = int(np.diff([-1, *ends, len(dataset.obs) - 1]).max())
+    if longest > env.max_steps:
+        warnings.warn(
+            f"{source} has an episode of {longest} steps, and {env.name} stops at {env.max_steps}: "
+            "are its ends marked?",
+            stacklevel=2,
+        )
     return dataset
 
 
 def read(path: Path) -> tuple[Dataset, dict[str, Any]]:
     """The arrays and the metadata of a file that `write` wrote."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            missing = {*Dataset._fields, "__meta__"} - {*file.files}
-            if missing:
-                raise ValueError(f"no {', '.join(sorted(missing))}")
-            dataset = Dataset(*(file[name] for name in Dataset._fields))
-            meta = json.loads(str(file["__meta__"]))
-            if not isinstance(meta, dict) or "env" not in meta:
-                raise ValueError("its metadata names no env")
-    except (*UNREADABLE, zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{path} is damaged or no dataset: {error}") from None
-    return dataset, meta
+    arrays, meta = rundir.load_arrays(path)
+    missing = sorted({*Dataset._fields} - arrays.keys())
+    if missing:
+        raise ValueError(f"{path} is damaged or no dataset: no {', '.join(missing)}")
+    if "env" not in meta:
+        raise ValueError(f"{path} is damaged or no dataset: its metadata names no env")
+    return Dataset(*(arrays[name] for name in Dataset._fields)), meta
 
 
 def write(path: Path, dataset: Dataset, meta: dict[str, Any]) -> None:
@@ -95,15 +99,18 @@ def check(dataset: Dataset, source: str, env: envs.Env) -> None:
         raise ValueError(f"{source} has no rows")
     wanted = {"obs": (env.obs_size,), "action": (env.action_size,)}
     wanted |= {"next_obs": wanted["obs"], "next_action": wanted["action"]}
-    if any(x.shape != (n, *wanted.get(name, ())) for name, x in dataset._asdict().items()):
-        raise ValueError(
-            f"{source} has {shapes(dataset)}, and {env.name} needs "
-            f"obs [n, {env.obs_size}], action [n, {env.action_size}] and as many rows of each"
-        )
+    for name, x in dataset._asdict().items():
+        if x.shape != (n, *wanted.get(name, ())):
+            raise ValueError(
+                f"{source} has {shapes(dataset)}, and {env.name} needs obs [n, {env.obs_size}], "
+                f"action [n, {env.action_size}] and as many rows of each; {name} is {[*x.shape]}"
+            )
     for name, x in dataset._asdict().items():
         rows = np.flatnonzero(~np.isfinite(x).reshape(n, -1).all(1))
         if len(rows):
-            raise ValueError(f"{source}: {name} is not finite in {len(rows)} rows, first {rows[0]}")
+            raise ValueError(
+                f"{source}: {name} is not finite in {len(rows)} rows, first {rows[0]}, as float32"
+            )
     rows = np.flatnonzero(dataset.terminated & dataset.truncated)
     if len(rows):
         raise ValueError(
@@ -118,6 +125,12 @@ def check(dataset: Dataset, source: str, env: envs.Env) -> None:
                 f"{source}: {name} is outside [-1, 1] in {len(rows)} rows, first {rows[0]}, by up "
                 f"to {worst:g}: rescale it"
             )
+
+
+def single(x: np.ndarray) -> np.ndarray:
+    """Numbers of any precision and byte order as float32, infinite where it cannot hold them."""
+    with np.errstate(over="ignore"):
+        return x.astype(np.float32, copy=False) if x.dtype.kind == "f" else x
 
 
 def shapes(dataset: Dataset) -> str:
@@ -147,7 +160,8 @@ def from_episodes(episodes: Iterable[tuple]) -> Dataset:
     if not parts:
         raise ValueError("no episode has two steps")
     columns = [np.concatenate(x) for x in zip(*parts, strict=True)]
-    return Dataset(*(x if x.dtype == bool else x.astype(np.float32) for x in columns))
+    with np.errstate(over="ignore"):  # to infinity, which `check` refuses
+        return Dataset(*(x if x.dtype == bool else x.astype(np.float32) for x in columns))
 
 
 def to_episodes(dataset: Dataset) -> Iterable[tuple]:
@@ -157,6 +171,12 @@ def to_episodes(dataset: Dataset) -> Iterable[tuple]:
         part = Dataset(*(x[start : end + 1] for x in dataset))
         obs = np.concatenate([part.obs, part.next_obs[-1:]])
         yield obs, part.action, part.reward, bool(part.terminated[-1])
+
+
+def is_hdf5(path: Path) -> bool:
+    """Whether a file is HDF5, by its suffix or its first bytes."""
+    with open(path, "rb") as file:
+        return path.suffix.lower() in HDF5 or file.read(8) == b"\x89HDF\r\n\x1a\n"
 
 
 def read_hdf5(path: Path) -> Dataset:
@@ -169,7 +189,7 @@ def read_hdf5(path: Path) -> Dataset:
         with h5py.File(path, "r") as file:
             flat = "observations" in file
             return from_episodes(flat_episodes(file) if flat else minari_episodes(file))
-    except (*UNREADABLE, AttributeError, LookupError) as error:
+    except Exception as error:  # whatever the damage makes h5py and numpy raise
         raise ValueError(f"{path} is damaged or no dataset: {error}") from None
 
 
@@ -178,7 +198,7 @@ def minari_episodes(file: Mapping[str, Any]):
     names = [name for name in file if name.startswith("episode_")]
     for name in sorted(names, key=lambda name: int(name[8:])):
         group = file[name]
-        obs, action, reward = (group[x][()] for x in ("observations", "actions", "rewards"))
+        obs, action, reward = columns(group, "observations", "actions", "rewards")
         yield obs, action, reward, bool(group["terminations"][-1])
 
 
@@ -188,12 +208,22 @@ def flat_episodes(file: Mapping[str, Any]):
     What follows the last flag was cut by the end of collection. A step that is flagged as both
     failed.
     """
-    obs, action, reward = (file[x][()] for x in ("observations", "actions", "rewards"))
-    terminals, timeouts = (file[x][()].astype(bool) for x in ("terminals", "timeouts"))
+    obs, action, reward = columns(file, "observations", "actions", "rewards")
+    if "timeouts" not in file:
+        raise ValueError("it has no timeouts, so nobody knows where episodes were cut")
+    terminals, timeouts = (x.astype(bool) for x in columns(file, "terminals", "timeouts"))
     ends = np.union1d(np.flatnonzero(terminals | timeouts), [len(obs) - 1]).astype(int)
     for start, end in zip([0, *ends[:-1] + 1], ends, strict=True):
         part = slice(start, end + 1)
         yield obs[part], action[part], reward[part], bool(terminals[end])
+
+
+def columns(group: Mapping[str, Any], *names: str) -> list[np.ndarray]:
+    """Arrays of a group; ValueError for observations or actions that are dicts or tuples."""
+    for name in names:
+        if isinstance(group[name], Mapping):
+            raise ValueError(f"{name} have the parts {', '.join(group[name])}: an array is needed")
+    return [group[name][()] for name in names]
 
 
 def minari_root() -> Path:
@@ -225,7 +255,8 @@ def load_clones(run_dir: str, env: envs.Env, hidden: tuple[int, ...], seeds: Ite
     """
     if not run_dir:
         raise ValueError("behavior='': give --behavior RUN_DIR of bc.py, or a dual divergence")
-    saved = rundir.read_description(Path(run_dir))
+    folder = Path(run_dir).expanduser()
+    saved = rundir.read_description(folder)
     task, layers = saved["config"]["env"], tuple(saved["config"].get("hidden", ()))
     if saved["algo"] != "bc" or envs.canonical(task) != envs.canonical(env.name):
         raise ValueError(
@@ -248,7 +279,7 @@ def load_clones(run_dir: str, env: envs.Env, hidden: tuple[int, ...], seeds: Ite
         )
     trees = {}
     for seed in sorted({int(seed) for seed in seeds}):  # rows of a sweep share their seed's
-        path = Path(run_dir) / f"policy_s{row_of[seed]:03d}.npz"
+        path = folder / f"policy_s{row_of[seed]:03d}.npz"
         trees[seed] = rundir.read_policy(path)[-1]["actor"]
         if not all(np.isfinite(x).all() for x in jax.tree.leaves(trees[seed])):
             raise ValueError(f"{path} is of a dead seed, it is not finite: leave seed {seed} out")

@@ -40,9 +40,14 @@ class Program(NamedTuple):
     policies: Any  # state -> policies [R, ...]; always jitted
     data: tuple  # what an offline algorithm learns from: shared arrays, then own ones [R, ...]
     num_shared: int  # how many of `data` are shared
+    stateful: bool  # the environments are not in the state: no resume
 
 
 # --- devices ---
+
+# Single precision, programs that are compiled before they run, and float times int is float.
+SETTINGS: dict[str, Any] = {"jax_enable_x64": False, "jax_disable_jit": False}
+SETTINGS["jax_numpy_dtype_promotion"] = "standard"
 
 
 def setup_jax(num_rows: int) -> None:
@@ -52,6 +57,8 @@ def setup_jax(num_rows: int) -> None:
             count, index = (int(os.environ[f"JAX_{x}"]) for x in ("NUM_PROCESSES", "PROCESS_ID"))
         except KeyError as missing:
             raise ValueError(f"JAX_COORDINATOR_ADDRESS is set, but not {missing}") from None
+        except ValueError:
+            raise ValueError("JAX_NUM_PROCESSES and JAX_PROCESS_ID are to be numbers") from None
         jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], count, index)
     if jax.config.jax_logging_level == "NOTSET":  # type: ignore[attr-defined]
         # XLA prints three warnings for every compilation that it finds in the cache.
@@ -65,14 +72,16 @@ def setup_jax(num_rows: int) -> None:
             cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "purepo"
             jax.config.update("jax_compilation_cache_dir", str(cache))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    if jax.config.jax_enable_x64:  # type: ignore[attr-defined]
-        raise ValueError("JAX_ENABLE_X64 is set: unset it, runs are in single precision")
+    for name, wanted in SETTINGS.items():
+        if jax.config.values[name] != wanted:
+            raise ValueError(f"{name.upper()} is set: unset it, runs need {wanted!r}")
     jax.config.update("jax_default_prng_impl", rundir.PRNG)
     try:
         jax.devices()
     except Exception as error:  # jax raises what its backends raise, even AssertionError
         wanted = os.environ.get("JAX_PLATFORMS", "")
-        raise ValueError(f"no device for JAX_PLATFORMS={wanted!r}: {error}".strip()) from None
+        reason = f": {error}" if str(error) else ""
+        raise ValueError(f"no device for JAX_PLATFORMS={wanted!r}{reason}") from None
 
 
 def row_devices(num_rows: int) -> list[jax.Device]:
@@ -158,6 +167,7 @@ def make_program(algorithm: ModuleType, config: Any, launch: Launch, rows: Rows)
         policies=shard(jax.vmap(algo.policy_of, (axes,)), (specs,), row),
         data=data,
         num_shared=len(shared_data),
+        stateful=env.stateful,
     )
 
 

@@ -1,7 +1,6 @@
 """What is computed from a run: statistics over seeds, curves and tables."""
 
 import itertools
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -143,7 +142,7 @@ def plot_curves(runs: list[tuple[str, rundir.Run, np.ndarray]], path: Path, titl
 def summary(label: str, run: rundir.Run, index: np.ndarray) -> dict[str, Any]:
     """Final return of the rows `index` of a run, and what it cost."""
     final = run.final[index].mean(-1)  # [n]
-    meta = json.loads((run.path / "meta.json").read_text())
+    meta = rundir.read_json(run.path / "meta.json", num_devices=int, device=str)
     seconds = run.done["seconds"] if run.done else {"train": run.seconds[-1], "compile": np.nan}
     return {
         "label": label,

@@ -14,7 +14,6 @@ import importlib
 import json
 import math
 import os
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,7 +75,11 @@ def load_tree(path: Path, template: Any) -> tuple[Any, dict[str, Any]]:
 
     Raises ValueError if the file is damaged, or names what is missing, unexpected or changed.
     """
-    arrays, meta = load_arrays(path)
+    try:
+        arrays, meta = load_arrays(path)
+    except ValueError as error:
+        advice = ": delete it to use the one before" if path.parent.name == "checkpoints" else ""
+        raise ValueError(f"{error}{advice}") from None
     wanted = {
         jax.tree_util.keystr(path): jax.eval_shape(jax.random.key_data, x) if is_key(x) else x
         for path, x in jax.tree_util.tree_flatten_with_path(template)[0]
@@ -104,11 +107,15 @@ def load_tree(path: Path, template: Any) -> tuple[Any, dict[str, Any]]:
 def write_atomic(path: Path, write: Callable) -> None:
     """Call `write(binary file)` and put the file in place only when it is complete on disk."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # a full disk needs the space
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -257,7 +264,7 @@ def read_evals(path: Path, num_rows: int) -> dict[str, np.ndarray]:
     per_row = {"returns", "lengths", *(name for name in evals if name.endswith("_returns"))}
     shapes = {"steps": (count,), "seconds": (count,)} | dict.fromkeys(per_row, (num_rows, count))
     for name, shape in shapes.items():
-        if not count or name not in evals or evals[name].shape[: 2] != shape:
+        if not count or name not in evals or evals[name].shape[:2] != shape:
             raise ValueError(f"{path} is damaged or not ours (no {name} of {count} evaluations)")
     return evals
 
@@ -265,7 +272,9 @@ def read_evals(path: Path, num_rows: int) -> dict[str, np.ndarray]:
 def read_final(path: Path, num_rows: int) -> dict[str, np.ndarray]:
     """The arrays of final.npz, as `write_final` describes them; ValueError if it is damaged."""
     final = read_arrays(path)
-    if "returns" not in final or any(x.shape[:1] != (num_rows,) or x.ndim != 2 for x in final.values()):
+    if "returns" not in final or any(
+        x.shape[:1] != (num_rows,) or x.ndim != 2 for x in final.values()
+    ):
         raise ValueError(f"{path} is damaged or not ours (no returns of {num_rows} rows)")
     return final
 

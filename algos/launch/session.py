@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -49,26 +49,38 @@ def main(name: str, argv: list[str] | None = None) -> None:
 
     With --verbose 2 an error keeps its traceback, for whoever is changing an algorithm.
     """
-    launch = None
+    launch = session = None
     logs.print_warnings_once()
-    try:
-        algorithm = importlib.import_module(f"algos.{name}")
-        config, launch = cli.parse(name, algorithm.Config, algorithm.PRESETS, argv)
-        rows = make_rows(launch, config, algorithm.TRACEABLE)
-        common.check(config)
-        cli.check_updates(config)
-        setup_jax(len(rows.seeds))
-        session = Session(name, config, launch, rows)
-        session.check_run_dir()
-        session.log.say(session.plan())
-        session.open(make_program(algorithm, config, launch, local(rows)))
-    except (ValueError, OSError, ImportError) as error:
-        if launch and launch.verbose == 2:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    with session.lock:
-        session.run()
+    with contextlib.ExitStack() as held:  # the lock of the run directory, once it is taken
+        try:
+            algorithm = importlib.import_module(f"algos.{name}")
+            config, launch = cli.parse(name, algorithm.Config, algorithm.PRESETS, argv)
+            rows = make_rows(launch, config, algorithm.TRACEABLE)
+            common.check(config)
+            cli.check_updates(config)
+            setup_jax(len(rows.seeds))
+            session = Session(name, config, launch, rows)
+            session.check_run_dir()
+            session.log.say(session.plan())
+            session.open(make_program(algorithm, config, launch, local(rows)), held)
+        except (ValueError, OSError, ImportError) as error:
+            end(launch, 2, f"error: {error}")
+        except KeyboardInterrupt:
+            end(launch, 130, "stopped before the start")
+        try:
+            session.run()
+        except OSError as error:  # such as a full disk
+            end(launch, 1, f"error: {error}: once that is mended, --resume {session.run_dir}")
+        except KeyboardInterrupt:
+            end(launch, 130, f"stopped at once; go on with --resume {session.run_dir}")
+
+
+def end(launch: Launch | None, status: int, text: str) -> NoReturn:
+    """End in an `except` block: one line and an exit status, or the traceback with --verbose 2."""
+    if launch and launch.verbose == 2:
+        raise
+    print(text, file=sys.stderr)
+    raise SystemExit(status) from None
 
 
 class Session:
@@ -85,7 +97,6 @@ class Session:
         self.speed = 0.0  # steps per second of all rows, in the last interval
         self.dead = np.zeros(len(rows.seeds), bool)
         self.restored: Any = None
-        self.lock: Any = contextlib.nullcontext()  # of the run directory, once it is taken
         self.stop = False
         self.told_of_nan = False
         self.started = time.time()
@@ -106,13 +117,16 @@ class Session:
                 "another --run-dir"
             )
 
-    def open(self, program: Program) -> None:
-        """Take or restore the run directory; ValueError in one line if that is not possible."""
+    def open(self, program: Program, held: contextlib.ExitStack) -> None:
+        """Take or restore the run directory; ValueError in one line if that is not possible.
+
+        Its lock is released when `held` is closed.
+        """
         self.program = program
         digests = [rundir.digest(x) for x in program.data]
         if self.lead:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            self.lock = rundir.lock(self.run_dir)
+            held.callback(rundir.lock(self.run_dir).release)
             self.check_run_dir()  # again: from here on nobody else can come first
         if self.launch.resume:
             if self.lead:
@@ -185,18 +199,22 @@ class Session:
         """Compile, train, evaluate, save; exit status 130 if interrupted, 3 if every seed died."""
         handlers = {}
         if threading.current_thread() is threading.main_thread():  # others may not set them
-            handlers = {
-                x: signal.signal(x, self.on_signal) for x in (signal.SIGINT, signal.SIGTERM)
-            }
+            # A closed terminal hangs up; what nohup ignores stays ignored.
+            numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            taken = [x for x in numbers if signal.getsignal(x) != signal.SIG_IGN]
+            handlers = {x: signal.signal(x, self.on_signal) for x in taken}
         try:
             state, complete = self.train(self.compile())
             complete = complete and self.finish(state)
+            if not complete:
+                self.save(state)
+                resume = f"go on with --resume {self.run_dir}"
+                if self.program.stateful:
+                    resume = f"{self.config.env} cannot be resumed"
+                self.log.say(f"stopped and saved; {resume}", 0)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        if not complete:
-            self.save(state)
-            self.log.say(f"stopped and saved; go on with --resume {self.run_dir}", 0)
         self.log.close()
         if not complete or self.dead.all():
             raise SystemExit(3 if complete else 130)
@@ -424,12 +442,16 @@ class Session:
         return True
 
     def on_signal(self, number, frame) -> None:
-        """First ctrl-C: stop after the slice. Second: stop at once, losing what is not saved."""
-        if self.stop:
+        """First signal: stop after the slice. A further ctrl-C: at once, losing what is not saved.
+
+        Others may come twice: a shell and the kernel both tell that the terminal was closed.
+        """
+        if self.stop and number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             raise KeyboardInterrupt
-        self.stop = True
-        self.log.say("stopping after this slice; ctrl-C again to stop at once", 0)
+        if not self.stop:
+            self.stop = True
+            self.log.say("stopping after this slice; ctrl-C again to stop at once", 0)
 
 
 def default_run_dir(name: str, config: Any, launch: Launch) -> str:
