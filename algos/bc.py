@@ -1,21 +1,23 @@
-"""Behaviour cloning (BC): the policy that most probably collected a dataset.
+"""Behaviour cloning (BC): fits a policy to the actions of a dataset by maximum likelihood.
 
 In the form of Wu et al. 2019 (https://arxiv.org/abs/1911.11361), which keeps the entropy of the
-policy above a target, so that the density of every action stays finite. A gradient step draws a
-minibatch uniformly with replacement and updates, in this order,
+policy above a target, so that densities stay finite. A gradient step draws a minibatch uniformly
+with replacement and takes one step of Adam on each loss, in this order:
 
-    actor           E[w log pi(b | s) - log pi(clip(a) | s)],  w = max(v, 0)
-    entropy weight  w E[-log pi(c | s) + m A]
+    w            = max(v, 0)
+    policy loss  = E[w log pi(b | s) - log pi(clip(a) | s)]
+    entropy loss = w E[-log pi(c | s) + m A]                               (over v)
 
-b and c are new draws from the current policy, a is the dataset's action, clipped to +-0.999, and A
-is the number of action dimensions. The last line is minimised over v. While the entropy is above
-its target -m A, w falls to 0, and maximum likelihood is left.
+b and c are new draws from the current policy, each tanh(u) with u Gaussian. clip(a) is the
+dataset's action, clipped to +-0.999. A is the number of action dimensions, and -m A is the target
+entropy. w is a constant in the policy loss, and log pi in the entropy loss. While the entropy is
+above its target, w falls to 0, and the policy loss becomes the negative log-likelihood.
 
 Differences from ppo.py:
 
-1. Nothing is collected: all seeds share one dataset, an argument of the program. An update is a
-   fixed number of gradient steps, and these count as timesteps.
-2. There is no critic, no ratio and no advantage.
+1. Nothing is collected: all seeds share one dataset, an argument of the compiled program. An
+   update is a fixed number of gradient steps, which count as timesteps.
+2. There is no critic, so there is no ratio and no advantage.
 3. Actions are continuous. Layers are ReLU with Glorot-uniform weights, the log standard deviation
    is squashed into [-5, 0], gradients are not clipped, and observations are not normalised.
 
@@ -37,7 +39,7 @@ import jax.numpy as jnp
 import optax
 from pydantic import NonNegativeFloat, PositiveInt
 
-if __name__ == "__main__":  # import from this checkout, and nothing by accident from algos/
+if __name__ == "__main__":  # the checkout, not algos/, comes first on the import path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import envs
@@ -54,21 +56,21 @@ class Config:
     total_timesteps: PositiveInt = 500_000  # gradient steps per seed
 
     # batch
-    gradient_steps: PositiveInt = 100  # gradient steps of an update
+    gradient_steps: PositiveInt = 100  # gradient steps in one update
     batch_size: PositiveInt = 256  # transitions in a minibatch
 
     # optimiser: Adam
-    learning_rate: NonNegativeFloat = 5e-4  # learning rate of the policy and the entropy weight
+    learning_rate: NonNegativeFloat = 5e-4  # learning rate of the policy and of the entropy weight
 
     # objective
-    target_entropy_mult: float = 1.0  # the entropy is kept above minus this per action dimension
+    target_entropy_mult: float = 1.0  # the entropy's target is minus this times action_size
 
     # network
     hidden: tuple[PositiveInt, ...] = (200, 200)  # fully connected hidden layers of the policy
 
     @property
     def steps_per_update(self) -> int:
-        """Gradient steps of an update, which count as timesteps."""
+        """Gradient steps in one update, which count as timesteps."""
         return self.gradient_steps
 
     @property
@@ -84,8 +86,8 @@ class Config:
 
 # --- networks ---
 
-MIN_LOG_STD, MAX_LOG_STD = -5.0, 0.0
-MAX_ACTION = 0.999  # actions of the dataset are clipped to this, so that their density is finite
+MIN_LOG_STD, MAX_LOG_STD = -5.0, 0.0  # of the policy, before tanh
+MAX_ACTION = 0.999  # given actions are clipped to this, so that their density is finite
 
 
 class Actor(nn.Module):
@@ -119,8 +121,8 @@ class Batch(NamedTuple):
 class TrainState(NamedTuple):
     """Everything that a run carries from one update to the next."""
 
-    params: dict  # of "actor", and the "entropy_weight" v
-    opt_state: dict  # likewise
+    params: dict  # keys "actor" and "entropy_weight", which is v
+    opt_state: dict  # the same keys
     key: jax.Array
     update: jax.Array  # [] int32, finished updates
 
@@ -129,18 +131,21 @@ class TrainState(NamedTuple):
 
 
 def given_log_prob(policy, action):
-    """Log-density of actions that the policy did not draw, and that may lie on the bounds."""
+    """Log-density [...] of given actions [..., A], clipped because it is infinite at +-1."""
     return policy.log_prob(jnp.arctanh(jnp.clip(action, -MAX_ACTION, MAX_ACTION)))
 
 
 def policy_loss(own_log_prob, log_prob, entropy_weight):
-    """Negative log-likelihood of the dataset's actions, minus the entropy bonus."""
+    """Negative log-likelihood of the dataset's actions, minus the weighted entropy.
+
+    `own_log_prob` is of actions that the policy drew, `log_prob` of the dataset's actions.
+    """
     return (jax.lax.stop_gradient(entropy_weight) * own_log_prob - log_prob).mean()
 
 
 @jax.custom_vjp
 def floor_at_zero(x):
-    """max(x, 0), whose gradient is cut only where descent would move x further below 0."""
+    """max(x, 0); its gradient is that of x, or 0 where descent would move x further below 0."""
     return jnp.maximum(x, 0.0)
 
 
@@ -155,17 +160,17 @@ def _floor_backward(x, grad):
 floor_at_zero.defvjp(_floor_forward, _floor_backward)
 
 
-def entropy_loss(entropy_weight, own_log_prob, target_entropy):
+def entropy_loss(v, own_log_prob, target_entropy):
     """Loss whose gradient step raises the weight while the entropy is below its target."""
     surplus = jax.lax.stop_gradient(-own_log_prob - target_entropy).mean()
-    return floor_at_zero(entropy_weight) * surplus
+    return floor_at_zero(v) * surplus
 
 
 # --- build ---
 
 
 def make_env(config: Config) -> envs.Env:
-    """The environment that the dataset is of."""
+    """The environment that the dataset comes from; it gives shapes, and nothing acts in it."""
     env = envs.make(config.env, 1)
     if env.discrete:
         raise ValueError(f"{env.name} has discrete actions, and BC needs continuous ones")
@@ -179,7 +184,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     target_entropy = -config.target_entropy_mult * env.action_size
 
     def data(seeds):
-        """The dataset, which all seeds share."""
+        """The dataset, which all seeds share; no arrays of single seeds."""
         dataset = datasets.load(config.dataset, env)
         return (Batch(*(getattr(dataset, name) for name in Batch._fields)),), ()
 
@@ -197,11 +202,11 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         )
 
     def noise_of(key, shape):
-        """Exploration noise for `shape` actions."""
+        """Exploration noise [*shape, action_size] for actions of batch shape `shape`."""
         return jax.random.normal(key, (*shape, env.action_size))
 
     def draw(params, obs, key):
-        """The policy at `obs`, and the log-probability of one draw of it."""
+        """The policy at `obs`, and the log-probability of a new action of it."""
         policy = actor.apply(params, obs)
         return policy, policy.log_prob(policy.sample(noise_of(key, obs.shape[:-1])))
 
@@ -218,12 +223,12 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             "losses/mode_error": ((jnp.tanh(policy.mean) - batch.action) ** 2).mean(),
         }
 
-    def entropy_loss_fn(params, state, batch, key):
+    def entropy_loss_fn(v, state, batch, key):
         _, own_log_prob = draw(state.params["actor"], batch.obs, key)
-        loss = entropy_loss(params, own_log_prob, target_entropy)
-        return loss, {"losses/entropy_weight": floor_at_zero(params)}
+        loss = entropy_loss(v, own_log_prob, target_entropy)
+        return loss, {"losses/entropy_weight": floor_at_zero(v)}
 
-    # In the order of a gradient step.
+    # In the order of a gradient step; the gradient is with respect to the first argument.
     losses = {"actor": policy_loss_fn, "entropy_weight": entropy_loss_fn}
 
     def descend(state, grads):
@@ -236,12 +241,16 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return state._replace(params=params, opt_state=opt_state)
 
     def gradient_step(state, batch, key):
-        """Descend on each loss with what the one before learned."""
+        """Descend on one loss after the other.
+
+        Each loss sees the parameters that the steps before it changed.
+        """
         aux = {}
         keys = jax.random.split(key, len(losses))
-        for (name, loss_fn), key in zip(losses.items(), keys, strict=True):
-            grads, more = jax.grad(loss_fn, has_aux=True)(state.params[name], state, batch, key)
-            aux |= more | {f"losses/{name}_grad_norm": optax.global_norm(grads)}
+        for name, key in zip(losses, keys, strict=True):
+            grad_fn = jax.grad(losses[name], has_aux=True)
+            grads, loss_aux = grad_fn(state.params[name], state, batch, key)
+            aux |= loss_aux | {f"losses/{name}_grad_norm": optax.global_norm(grads)}
             state = descend(state, {name: grads})
         return state, aux
 
@@ -277,7 +286,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
 def make_train(config: Config):
     """The whole run as one pure function; `hparams` overrides fields of TRACEABLE with arrays.
 
-    `data` is what `Algo.data` reads: an argument, so that all seeds share it.
+    `data` are the arrays that `Algo.data` reads.
     """
     common.check(config)
     env = make_env(config)

@@ -1,31 +1,36 @@
-"""Batch-constrained Q-learning (BCQ): the best action among those that look like the data.
+"""Batch-constrained Q-learning (BCQ): the best action among those that look like the dataset's.
 
-Fujimoto et al. 2019, https://arxiv.org/abs/1812.02900, in the form that Wu et al. 2019
-(https://arxiv.org/abs/1911.11361) compare with. A variational autoencoder (e, g) learns which
-actions the dataset shows in a state. A perturbation f moves each of them a little, to where a
-critic is larger:
+Fujimoto et al. 2019, https://arxiv.org/abs/1812.02900, in the form of the baseline of Wu et al. 2019
+(https://arxiv.org/abs/1911.11361). A variational autoencoder with encoder e and decoder g learns
+which actions the dataset has in a state. A perturbation network f moves an action c of the decoder
+by at most P, towards a higher Q_1:
 
-    c ~ G(s): c = g(s, clip(z, -1/2, 1/2)),  z ~ N(0, I)
-    x(s, c) = clip(c + P tanh(f(s, c)), -1, 1)
+    c ~ G(s)           c = g(s, clip(z, -1/2, 1/2)),  z ~ N(0, I)
+    x(s, c)          = clip(c + P tanh(f(s, c)), -1, 1)
 
-A gradient step draws a minibatch uniformly with replacement and updates, in this order,
+A gradient step draws a minibatch uniformly with replacement, moves the target networks Qbar_i and
+fbar, and takes one step of Adam on each loss, in this order:
 
-    targets       Qbar_i <- (1 - tau) Qbar_i + tau Q_i,  the same for xbar and x
-    critics       sum_i E[(Q_i(s, a) - y)^2],
-                  y = r + gamma (1 - terminated) max_k mix Qbar(s', xbar(s', c_k)),  k = 1 .. 10
-    perturbation  -E[Q_1(s, x(s, c))]
-    autoencoder   E[(g(s, z) - a)^2] + E[KL(e(s, a) || N(0, 1))] / 2,  z ~ e(s, a)
+    Qbar_i          <- (1 - tau) Qbar_i + tau Q_i,  and fbar in the same way
+    y                = r + gamma (1 - terminated) max_k mix Qbar(s', xbar(s', c_k)),  k = 1, .., 10
+    critic loss      = sum_i E[(Q_i(s, a) - y)^2]
+    policy loss      = -E[Q_1(s, x(s, c))]                                 (over f)
+    vae loss         = E[(g(s, z) - a)^2] + E[KL(e(s, a) || N(0, I))] / 2,  z ~ e(s, a)
 
-c ~ G(s) and c_k ~ G(s') are new draws, and mix Q = l min_i Q_i + (1 - l) max_i Q_i. The means of
-the last line are over action or latent dimensions too. Acting takes 10 draws x(s, c) and plays the
-one with the largest Q_1, in evaluations as well.
+c ~ G(s) and c_k ~ G(s') are new draws, xbar is x with fbar, and mix Q is the weighted sum
+l min_i Q_i + (1 - l) max_i Q_i. y is a constant in the critic loss. Both terms of the vae loss are
+means over dimensions too. The policy takes 10 draws c and plays the x(s, c) with the largest Q_1,
+in evaluations as well.
+
+s' is the true successor of s, taken before any reset. A time limit (truncated) therefore bootstraps
+from it, and a terminal state (terminated) does not.
 
 Differences from ppo.py:
 
-1. Nothing is collected: all seeds share one dataset, an argument of the program. An update is a
-   fixed number of gradient steps, and these count as timesteps.
-2. No network is the policy, and its density is not known, so there is no ratio.
-3. The gradient of the perturbation passes through the action into a critic.
+1. Nothing is collected: all seeds share one dataset, an argument of the compiled program. An
+   update is a fixed number of gradient steps, which count as timesteps.
+2. The gradient reaches the perturbation through the action and the first critic.
+3. The policy is a choice among draws, whose density is not known, so there is no ratio.
 4. Actions are continuous. Layers are ReLU with Glorot-uniform weights, gradients are not clipped,
    and observations are not normalised.
 
@@ -48,7 +53,7 @@ import optax
 from annotated_types import Interval
 from pydantic import NonNegativeFloat, PositiveInt
 
-if __name__ == "__main__":  # import from this checkout, and nothing by accident from algos/
+if __name__ == "__main__":  # the checkout, not algos/, comes first on the import path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import envs
@@ -66,19 +71,19 @@ class Config:
     total_timesteps: PositiveInt = 500_000  # gradient steps per seed
 
     # batch
-    gradient_steps: PositiveInt = 100  # gradient steps of an update
+    gradient_steps: PositiveInt = 100  # gradient steps in one update
     batch_size: PositiveInt = 100  # transitions in a minibatch
 
     # optimiser: Adam
     critic_lr: NonNegativeFloat = 1e-3  # learning rate of the critics
     learning_rate: NonNegativeFloat = 3e-5  # learning rate of the perturbation
     vae_lr: NonNegativeFloat = 1e-3  # learning rate of the autoencoder
-    polyak_tau: UnitFloat = 0.005  # how far the targets move towards their networks in a step
+    polyak_tau: UnitFloat = 0.005  # Polyak step of the target networks
 
     # objective
     gamma: UnitFloat = 0.99  # discount
-    min_weight: UnitFloat = 0.75  # weight of the smaller critic; the larger one gets the rest
-    # largest change of a drawn action, in units of the action range [-1, 1]
+    min_weight: UnitFloat = 0.75  # weight of the smallest value; the largest gets the rest
+    # largest change of a decoded action in each dimension; actions are in [-1, 1]
     max_perturbation: Annotated[float, Interval(ge=0, le=2)] = 0.15
 
     # networks
@@ -88,7 +93,7 @@ class Config:
 
     @property
     def steps_per_update(self) -> int:
-        """Gradient steps of an update, which count as timesteps."""
+        """Gradient steps in one update, which count as timesteps."""
         return self.gradient_steps
 
     @property
@@ -104,13 +109,13 @@ class Config:
 
 # --- networks ---
 
-MIN_LOG_STD, MAX_LOG_STD = -4.0, 15.0  # of the encoder
-MAX_LATENT = 0.5  # latents are clipped to this before an action is decoded from them
-NUM_CANDIDATES = 10  # draws among which targets and actions take the best
+MIN_LOG_STD, MAX_LOG_STD = -4.0, 15.0  # of the latents that the encoder returns
+MAX_LATENT = 0.5  # sampled latents are clipped to this before they are decoded
+NUM_CANDIDATES = 10  # draws from which targets and the policy take the best
 
 
 class MLP(nn.Module):
-    """Hidden layers and a linear layer: inputs [..., any size], side by side -> [..., out]."""
+    """Hidden layers and a linear layer: inputs [..., size], concatenated -> [..., out]."""
 
     hidden: tuple[int, ...]
     out: int
@@ -125,7 +130,7 @@ class MLP(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Latent of an action: observation, action -> mean and log std [..., 2 action_size]."""
+    """Latents of an action: observation, action -> mean and log std, each [..., 2 action_size]."""
 
     config: Config
     action_size: int
@@ -138,7 +143,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Action of a latent: observation, latent -> action [..., action_size] in (-1, 1)."""
+    """Action of latents: observation, latents -> action [..., action_size] in (-1, 1)."""
 
     config: Config
     action_size: int
@@ -156,7 +161,11 @@ class Critic(nn.Module):
     @nn.compact
     def __call__(self, obs, action):
         ensemble = nn.vmap(
-            MLP, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=2
+            MLP,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=None,
+            axis_size=2,
         )
         return ensemble(self.config.critic_hidden, 1)(obs, action)[..., 0]
 
@@ -177,10 +186,10 @@ class Batch(NamedTuple):
 class TrainState(NamedTuple):
     """Everything that a run carries from one update to the next."""
 
-    params: dict  # of "critic" and "perturbation", and of "vae", a dict of "encoder" and "decoder"
-    target_params: dict  # of "critic" and "perturbation"
-    opt_state: dict  # of what is in params
-    max_perturbation: jax.Array  # [] kept here because its policy needs it, and a sweep may vary it
+    params: dict  # keys "critic", "perturbation" and "vae": a dict of "encoder" and "decoder"
+    target_params: dict  # keys "critic" and "perturbation"
+    opt_state: dict  # the same keys as params
+    max_perturbation: jax.Array  # [] a part of the policy, because a sweep may vary it
     key: jax.Array
     update: jax.Array  # [] int32, finished updates
 
@@ -189,38 +198,38 @@ class TrainState(NamedTuple):
 
 
 def perturb(action, direction, max_perturbation):
-    """Actions [..., A], each moved by at most `max_perturbation` and kept in [-1, 1]."""
+    """Actions [..., A], moved by at most `max_perturbation` and clipped to [-1, 1]."""
     return jnp.clip(action + max_perturbation * jnp.tanh(direction), -1.0, 1.0)
 
 
 def mix(value, min_weight):
-    """Weighted sum of the smallest and the largest of the critics' values [2, ...]."""
+    """Weighted sum of the smallest and the largest of the critics' values [critics, ...]."""
     return min_weight * value.min(0) + (1.0 - min_weight) * value.max(0)
 
 
 def best_target(reward, terminated, next_value, gamma, min_weight):
-    """Targets [B] of the critics, through which no gradient passes.
+    """Targets [B] of the critics, which get no gradient.
 
-    `next_value` [2, draws, B] is what the target critics say of several actions at the true
-    successor. The critics are mixed for each action first; then the best action counts, unless the
-    step terminated.
+    `next_value` [2, draws, B] holds the target critics' values of several actions at the true
+    successor. Each action's values are mixed first, then the best action is taken. A terminated
+    step does not bootstrap.
     """
-    best = mix(next_value, min_weight).max(0)
-    return jax.lax.stop_gradient(reward + jnp.where(terminated, 0.0, gamma) * best)
+    value = mix(next_value, min_weight).max(0)
+    return jax.lax.stop_gradient(reward + gamma * jnp.where(terminated, 0.0, value))
 
 
 def critic_loss(value, target):
-    """Sum over critics of the mean squared error of values [2, B] to targets [B]."""
+    """Sum over critics of the mean squared error of values [critics, B] to targets [B]."""
     return ((value - target) ** 2).mean(-1).sum()
 
 
 def latent_kl(mean, log_std):
-    """KL(N(mean, std) || N(0, 1)), elementwise."""
+    """KL(N(mean, std) || N(0, 1)) of each latent."""
     return 0.5 * (mean**2 + jnp.exp(2.0 * log_std) - 1.0 - 2.0 * log_std)
 
 
 def vae_loss(decoded, action, mean, log_std):
-    """Squared error plus half the KL of the latents; both are means over dimensions too."""
+    """Squared error plus half the KL of the latents; both are means over rows and dimensions."""
     return ((decoded - action) ** 2).mean() + 0.5 * latent_kl(mean, log_std).mean()
 
 
@@ -228,7 +237,7 @@ def vae_loss(decoded, action, mean, log_std):
 
 
 def make_env(config: Config) -> envs.Env:
-    """The environment that the dataset is of."""
+    """The environment that the dataset comes from; it gives shapes, and nothing acts in it."""
     env = envs.make(config.env, 1)
     if env.discrete:
         raise ValueError(f"{env.name} has discrete actions, and BCQ needs continuous ones")
@@ -248,12 +257,12 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     }
 
     def data(seeds):
-        """The dataset, which all seeds share."""
+        """The dataset, which all seeds share; no arrays of single seeds."""
         dataset = datasets.load(config.dataset, env)
         return (Batch(*(getattr(dataset, name) for name in Batch._fields)),), ()
 
     def init(key) -> TrainState:
-        # The second key belonged to an option that is gone: seeds still give the same runs.
+        # The second key is not used; it keeps the runs of a seed as they were with an old option.
         key_start, _, key_encoder, key_decoder, key = jax.random.split(key, 5)
         key_critic, key_perturbation = jax.random.split(key_start)
         obs, action, latent = (jnp.zeros((1, size)) for size in (env.obs_size, A, 2 * A))
@@ -275,7 +284,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         )
 
     def draw(policy, obs, key):
-        """A decoded action [..., A] for each observation [..., obs_size], and its perturbation."""
+        """A decoded action [..., A] at each observation, before and after its perturbation."""
         latent = jax.random.normal(key, (*obs.shape[:-1], 2 * A))
         latent = jnp.clip(latent, -MAX_LATENT, MAX_LATENT)
         action = decoder.apply(policy["decoder"], obs, latent)
@@ -283,13 +292,13 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return action, perturb(action, direction, policy["max_perturbation"])
 
     def candidates(policy, obs, key):
-        """Perturbed draws [draws, ..., A] for each observation; their values [2, draws, ...]."""
+        """Perturbed draws [draws, ..., A] at each observation; their values [2, draws, ...]."""
         obs = jnp.broadcast_to(obs, (NUM_CANDIDATES, *obs.shape))
         _, action = draw(policy, obs, key)
         return action, critic.apply(policy["critic"], obs, action)
 
     def critic_loss_fn(params, state, batch, key):
-        target_policy = policy_of(state) | state.target_params
+        target_policy = policy_of(state) | state.target_params  # with the online decoder
         _, next_value = candidates(target_policy, batch.next_obs, key)
         target = best_target(
             batch.reward, batch.terminated, next_value, config.gamma, config.min_weight
@@ -322,7 +331,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             "losses/latent_kl": latent_kl(mean, log_std).mean(),
         }
 
-    # In the order of a gradient step.
+    # In the order of a gradient step; the gradient is with respect to the first argument.
     losses = {"critic": critic_loss_fn, "perturbation": policy_loss_fn, "vae": vae_loss_fn}
 
     def descend(state, grads):
@@ -335,14 +344,18 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return state._replace(params=params, opt_state=opt_state)
 
     def gradient_step(state, batch, key):
-        """Move the targets, then descend on each loss with what the one before learned."""
+        """Move the target networks, then descend on one loss after the other.
+
+        Each loss sees the parameters that the steps before it changed.
+        """
         online = {name: state.params[name] for name in state.target_params}
         target_params = optax.incremental_update(online, state.target_params, config.polyak_tau)
         state, aux = state._replace(target_params=target_params), {}
         keys = jax.random.split(key, len(losses))
-        for (name, loss_fn), key in zip(losses.items(), keys, strict=True):
-            grads, more = jax.grad(loss_fn, has_aux=True)(state.params[name], state, batch, key)
-            aux |= more | {f"losses/{name}_grad_norm": optax.global_norm(grads)}
+        for name, key in zip(losses, keys, strict=True):
+            grad_fn = jax.grad(losses[name], has_aux=True)
+            grads, loss_aux = grad_fn(state.params[name], state, batch, key)
+            aux |= loss_aux | {f"losses/{name}_grad_norm": optax.global_norm(grads)}
             state = descend(state, {name: grads})
         return state, aux
 
@@ -365,7 +378,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return state._replace(key=key, update=state.update + 1), metrics
 
     def act(policy, obs, key, greedy):
-        """Of several perturbed draws the one that the first critic prefers, greedy or not."""
+        """The perturbed draw with the largest value of the first critic, greedy or not."""
         action, value = candidates(policy, obs, key)
         best = jnp.argmax(value[0], 0)[None, ..., None]
         return jnp.take_along_axis(action, best, 0)[0]
@@ -384,7 +397,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
 def make_train(config: Config):
     """The whole run as one pure function; `hparams` overrides fields of TRACEABLE with arrays.
 
-    `data` is what `Algo.data` reads: an argument, so that all seeds share it.
+    `data` are the arrays that `Algo.data` reads.
     """
     common.check(config)
     env = make_env(config)
@@ -404,8 +417,9 @@ def config_for(env: str, *presets: str, **changes) -> Config:
 
 
 # Fields that may be arrays, so that a sweep is one more vmap.
-TRACEABLE = ("critic_lr", "learning_rate", "vae_lr", "polyak_tau", "gamma", "min_weight")
-TRACEABLE += ("max_perturbation",)
+TRACEABLE = (
+    "critic_lr", "learning_rate", "vae_lr", "polyak_tau", "gamma", "min_weight", "max_perturbation",
+)  # fmt: skip
 
 # --- presets ---
 
@@ -414,8 +428,8 @@ TRACEABLE += ("max_perturbation",)
 PRESETS: dict[str, dict[str, Any]] = {
     # tasks
     "pendulum": {
-        "total_timesteps": 10_000, "batch_size": 128, "hidden": (64, 64), "critic_hidden": (64, 64),
-        "vae_hidden": (128, 128),
+        "total_timesteps": 10_000, "batch_size": 128,
+        "hidden": (64, 64), "critic_hidden": (64, 64), "vae_hidden": (128, 128),
     },
 }
 # fmt: on

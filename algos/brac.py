@@ -1,39 +1,47 @@
-"""Behaviour regularised actor-critic (BRAC): kept near the policy that collected the dataset.
+"""Behaviour regularised actor-critic (BRAC): regularised towards the policy behind a dataset.
 
 Wu et al. 2019, https://arxiv.org/abs/1911.11361. A divergence D(s) between the policy pi(. | s) and
-the behaviour policy b(. | s) enters the policy loss and, as a value penalty, the critics' targets.
-A gradient step draws a minibatch uniformly with replacement and updates, in this order,
+the behaviour policy b(. | s) is added to the policy loss and, as a value penalty, subtracted from
+the critics' targets. A gradient step draws a minibatch uniformly with replacement, moves the target
+networks Qbar_i, and takes one step of Adam on each loss, in this order:
 
-    targets      Qbar_i <- (1 - tau) Qbar_i + tau Q_i
-    critics      sum_i E[(Q_i(s, a) - y)^2],  y = r + gamma (1 - terminated) V,
-                 V = mix Qbar(s', a') - T log pi(a' | s') - p alpha D(s')
-    actor        E[T log pi(c | s) + alpha D(s) - [t > warm_start] mix Q(s, c)]
-    divergence   -E[D(s)] and a penalty on slopes, if D has a critic
-    alpha        -alpha E[D(s) - target], if it is trained
-    temperature  T E[-log pi(d | s) + m A], if it is trained
+    Qbar_i          <- (1 - tau) Qbar_i + tau Q_i
+    y                = r + gamma (1 - terminated) V
+    V                = mix Qbar(s', a') - T log pi(a' | s') - p alpha D(s')
+    critic loss      = sum_i E[(Q_i(s, a) - y)^2]
+    policy loss      = E[T log pi(c | s) + alpha D(s) - [t > warm_start] mix Q(s, c)]
+    divergence loss  = -E[D(s)] + gradient penalty of g                    (if D has a critic g)
+    alpha loss       = -alpha E[D(s) - target_divergence]                  (if train_alpha)
+    temperature loss = T E[-log pi(d | s) + m A]                           (if train_temperature)
 
-a', c and d are new draws from the current policy, mix Q = l min_i Q_i + (1 - l) max_i Q_i, p is 1
-(value penalty) or 0 (policy regularisation), t counts gradient steps from 0, and A is the number of
-action dimensions. D is estimated as follows, with x drawn from pi and a from the dataset:
+a', c and d are new draws from the current policy, each tanh(u) with u Gaussian, and mix Q is the
+weighted sum l min_i Q_i + (1 - l) max_i Q_i. p is 1 (value penalty) or 0 (policy regularisation), t
+counts gradient steps from 0, A is the number of action dimensions, and -m A is the target entropy.
+y is a constant in the critic loss, alpha and T in the policy loss, pi in the last three losses.
+
+D is estimated from draws x of pi and, with a critic g, from the dataset's action a at s:
 
     kl           E[log pi(x | s) - log b(clip(x) | s)] over 4 draws, b is a clone
     mmd          squared maximum mean discrepancy of 4 draws of pi and 4 of the clone b
-    dual_kl      log h(s, x) + 1 - h(s, a), h = softplus(g), g is a critic
-    wasserstein  g(s, x) - g(s, a), g is a critic
+    dual_kl      log h(s, x) + 1 - h(s, a), h = softplus(g)
+    wasserstein  g(s, x) - g(s, a)
     none         0
 
-The critic g needs no clone. It ascends E[D] with a penalty on action gradients longer than 1, and
-takes `divergence_steps` gradient steps for each of the actor, on minibatches of its own.
+A critic g takes `divergence_steps` gradient steps for each one of the policy: the first on the same
+minibatch, the others on minibatches of their own. The gradient penalty is on |dg/da| above 1.
+
+s' is the true successor of s, taken before any reset. A time limit (truncated) therefore bootstraps
+from it, and a terminal state (terminated) does not.
 
 Differences from ppo.py:
 
-1. Nothing is collected: all seeds share one dataset, an argument of the program. An update is a
-   fixed number of gradient steps, and these count as timesteps.
-2. The gradient of the policy passes through the action into the critics; there is no ratio.
-3. The clone of seed i is the policy of seed i of a run of bc.py. It is never trained.
+1. Nothing is collected: all seeds share one dataset, an argument of the compiled program. An
+   update is a fixed number of gradient steps, which count as timesteps.
+2. The gradient reaches the policy through the action and the critics, so there is no ratio.
+3. The clone of seed i is the policy of seed i of a run of bc.py. It is not trained here.
 4. Actions are continuous. Layers are ReLU with Glorot-uniform weights, the log standard deviation
    is squashed into [-5, 0], gradients are not clipped, and observations are not normalised.
-5. Evaluations also report `max_q`, which plays the draw, of 10 of the policy, with the largest Q_1.
+5. Evaluations also report `max_q`, which takes 10 draws and plays the one with the largest Q_1.
 
     python algos/brac.py --env hopper --dataset data/hopper-eps1.npz --behavior RUN_DIR
     python algos/brac.py --env hopper --dataset data/hopper-eps1.npz --preset dual --alpha 1 10 30
@@ -54,7 +62,7 @@ import optax
 from annotated_types import Interval
 from pydantic import NonNegativeFloat, PositiveInt
 
-if __name__ == "__main__":  # import from this checkout, and nothing by accident from algos/
+if __name__ == "__main__":  # the checkout, not algos/, comes first on the import path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import envs
@@ -69,35 +77,35 @@ class Config:
 
     env: str = "hopper"  # task of the dataset, in which the policy is evaluated
     dataset: str = ""  # file of transitions, or minari:NAME, see docs/datasets.md
-    behavior: str = ""  # run directory of bc.py, whose seed i is the clone of seed i
+    behavior: str = ""  # run directory of bc.py; the policy of its seed i is the clone of seed i
     total_timesteps: PositiveInt = 500_000  # gradient steps per seed
 
     # batch
-    gradient_steps: PositiveInt = 100  # gradient steps of an update
+    gradient_steps: PositiveInt = 100  # gradient steps in one update
     batch_size: PositiveInt = 256  # transitions in a minibatch
 
     # optimiser: Adam
-    critic_lr: NonNegativeFloat = 1e-3  # learning rate of all critics, also of the divergence's
+    critic_lr: NonNegativeFloat = 1e-3  # learning rate of the critics, also of the divergence's
     learning_rate: NonNegativeFloat = 3e-4  # learning rate of the policy
     multiplier_lr: NonNegativeFloat = 1e-3  # learning rate of alpha and of the temperature
-    polyak_tau: UnitFloat = 0.005  # how far the targets move towards their networks in a step
+    polyak_tau: UnitFloat = 0.005  # Polyak step of the target networks
 
     # divergence from the behaviour policy
     alpha: Annotated[float, Interval(ge=0, le=500)] = 0.1  # weight of the divergence
     # kl and mmd need a clone; dual_kl and wasserstein train a critic; none is for --preset sac
     divergence: Literal["kl", "mmd", "dual_kl", "wasserstein", "none"] = "kl"
     value_penalty: NonNegativeFloat = 1.0  # factor on alpha in the targets; 0: policy loss only
-    train_alpha: bool = False  # raise alpha while the divergence is above its target, and lower it
-    target_divergence: NonNegativeFloat = 0.0  # this target, if alpha is trained
+    train_alpha: bool = False  # train alpha so that the divergence meets its target
+    target_divergence: NonNegativeFloat = 0.0  # the divergence's target, with train_alpha
     divergence_steps: PositiveInt = 3  # gradient steps of the divergence's critic per policy step
-    warm_start: int = 20_000  # last gradient step in which the policy loss leaves the critics out
+    warm_start: int = 20_000  # last gradient step, from 0, whose policy loss leaves the critics out
 
     # objective
     gamma: UnitFloat = 0.99  # discount
-    min_weight: UnitFloat = 1.0  # weight of the smallest critic; the largest one gets the rest
+    min_weight: UnitFloat = 1.0  # weight of the smallest value; the largest gets the rest
     temperature: NonNegativeFloat = 0.0  # weight of the entropy
-    train_temperature: bool = False  # raise it while the entropy is below its target, and lower it
-    target_entropy_mult: float = 1.0  # this target is minus this per action dimension
+    train_temperature: bool = False  # train the temperature so that the entropy meets its target
+    target_entropy_mult: float = 1.0  # the entropy's target is minus this times action_size
 
     # networks
     hidden: tuple[PositiveInt, ...] = (200, 200)  # hidden layers of the policy and of the clone
@@ -106,7 +114,7 @@ class Config:
 
     @property
     def steps_per_update(self) -> int:
-        """Gradient steps of an update, which count as timesteps."""
+        """Gradient steps in one update, which count as timesteps."""
         return self.gradient_steps
 
     @property
@@ -143,17 +151,17 @@ class Config:
 
 # --- networks ---
 
-MIN_LOG_STD, MAX_LOG_STD = -5.0, 0.0
-MAX_ACTION = 0.999  # actions are clipped to this before the clone gives their density
-NUM_DRAWS = 4  # of each policy, to estimate a divergence from a clone
-NUM_CANDIDATES = 10  # draws among which `max_q` takes the best
-MMD_SCALE = 20.0  # of the Laplacian kernel
-MAX_ALPHA = 500.0
-SLOPE_WEIGHT = 5.0  # of the penalty on action gradients
+MIN_LOG_STD, MAX_LOG_STD = -5.0, 0.0  # of the policy, before tanh
+MAX_ACTION = 0.999  # given actions are clipped to this, so that their density is finite
+NUM_DRAWS = 4  # draws of each policy for an estimate of kl or mmd
+NUM_CANDIDATES = 10  # draws from which `max_q` takes the best
+MMD_SCALE = 20.0  # scale of the Laplacian kernel
+MAX_ALPHA = 500.0  # upper end of alpha's range
+SLOPE_WEIGHT = 5.0  # weight of the gradient penalty
 
 
 class MLP(nn.Module):
-    """Hidden layers and a linear layer: inputs [..., any size], side by side -> [..., out]."""
+    """Hidden layers and a linear layer: inputs [..., size], concatenated -> [..., out]."""
 
     hidden: tuple[int, ...]
     out: int
@@ -168,7 +176,10 @@ class MLP(nn.Module):
 
 
 class Actor(nn.Module):
-    """Policy network, the same as in bc.py: observation [..., obs_size] -> TanhGaussian."""
+    """Policy network: observation [..., obs_size] -> TanhGaussian.
+
+    A clone has its parameters from the network of bc.py, so both have the same layers.
+    """
 
     config: Config
     action_size: int
@@ -186,7 +197,7 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Action values: observation [..., obs_size], action [..., action_size] -> [num, ...]."""
+    """`num` action values: observation [..., obs_size], action [..., action_size] -> [num, ...]."""
 
     config: Config
     num: int
@@ -213,17 +224,17 @@ class Batch(NamedTuple):
     action: jax.Array
     reward: jax.Array
     next_obs: jax.Array
-    next_action: jax.Array  # what the behaviour policy did, or would have done, at next_obs
+    next_action: jax.Array  # the behaviour policy's action at next_obs
     terminated: jax.Array
-    clone: Any = None  # parameters of the clone, if the divergence needs one; not of single rows
+    clone: Any = None  # parameters of the clone, if the divergence needs one; the same for all rows
 
 
 class TrainState(NamedTuple):
     """Everything that a run carries from one update to the next."""
 
-    params: dict  # of "actor", "critic" and "divergence" (if dual), and "alpha", "temperature"
-    target_params: dict  # of "critic"
-    opt_state: dict  # of what is trained
+    params: dict  # keys "actor", "critic", "alpha", "temperature" and, if dual, "divergence"
+    target_params: dict  # key "critic"
+    opt_state: dict  # the keys of params that are trained
     key: jax.Array
     update: jax.Array  # [] int32, finished updates
 
@@ -232,15 +243,15 @@ class TrainState(NamedTuple):
 
 
 def given_log_prob(policy, action):
-    """Log-density of actions that the policy did not draw, and that may lie on the bounds."""
+    """Log-density [...] of given actions [..., A], clipped because it is infinite at +-1."""
     return policy.log_prob(jnp.arctanh(jnp.clip(action, -MAX_ACTION, MAX_ACTION)))
 
 
 def kl_divergence(policy, clone, u):
     """KL(policy || clone) [B], estimated from draws tanh(u), u [draws, B, A], of the policy.
 
-    The policy's own density is exact. The clone's is that of the clipped action: where draws
-    saturate, the estimate is too large, which pulls the policy back.
+    The policy's own density is exact, the clone's is that of the clipped action. Where draws
+    saturate, the estimate is therefore too large, which discourages saturation.
     """
     return (policy.log_prob(u) - given_log_prob(clone, jnp.tanh(u))).mean(0)
 
@@ -255,17 +266,17 @@ def squared_mmd(x, y):
     return kernel(x, x) + kernel(y, y) - 2.0 * kernel(x, y)
 
 
-def dual_divergence(kind, own, given):
-    """Lower bound [B] on a divergence, from what its critic says of own and given actions."""
+def dual_divergence(kind, own_value, given_value):
+    """Lower bound [B] on a divergence, from its critic's values of own and given actions."""
     if kind == "wasserstein":
-        return own - given
-    return jnp.log(jax.nn.softplus(own) + 1e-8) + 1.0 - jax.nn.softplus(given)
+        return own_value - given_value
+    return jnp.log(jax.nn.softplus(own_value) + 1e-8) + 1.0 - jax.nn.softplus(given_value)
 
 
 def slope_penalty(critic, own, given, weight):
-    """Penalty on slopes above 1 of `critic` (actions [B, A] -> [B]) between two sets of actions.
+    """Gradient penalty of `critic` (actions [B, A] -> [B]) between own and given actions.
 
-    `weight` [B, 1] in [0, 1] says where between them; 0 is at the own action.
+    Only norms above 1 count. `weight` [B, 1] is 0 at the own action and 1 at the given one.
     """
     between = own + weight * (given - own)
     gradient = jax.grad(lambda action: critic(action).sum())(between)
@@ -274,41 +285,40 @@ def slope_penalty(critic, own, given, weight):
 
 
 def divergence_loss(kind, critic, own, given, weight):
-    """Loss of a divergence's critic: the penalty on slopes minus the bound; and the penalty."""
+    """Loss of a divergence's critic, gradient penalty minus lower bound; and the penalty."""
     penalty = slope_penalty(critic, own, given, weight)
     return penalty - dual_divergence(kind, critic(own), critic(given)).mean(), penalty
 
 
 def mix(value, min_weight):
-    """Weighted sum of the smallest and the largest of the critics' values [num_critics, ...]."""
+    """Weighted sum of the smallest and the largest of the critics' values [critics, ...]."""
     return min_weight * value.min(0) + (1.0 - min_weight) * value.max(0)
 
 
 def penalised_target(batch, next_value, log_prob, divergence, gamma, temperature, penalty):
-    """Targets [B] of the critics, through which no gradient passes.
+    """Targets [B] of the critics, which get no gradient.
 
-    `next_value` [B] is the mixed value of an action of the policy at the true successor. It counts,
-    with the entropy and the divergence there, unless the step terminated.
+    `next_value` [B] holds the mixed values of the policy's actions at the true successor, and
+    `log_prob` [B] belongs to these actions. A terminated step does not bootstrap.
     """
     value = next_value - temperature * log_prob - penalty * divergence
-    target = batch.reward + jnp.where(batch.terminated, 0.0, gamma) * value
-    return jax.lax.stop_gradient(target)
+    return jax.lax.stop_gradient(batch.reward + gamma * jnp.where(batch.terminated, 0.0, value))
 
 
 def critic_loss(value, target):
-    """Sum over critics of the mean squared error of values [num_critics, B] to targets [B]."""
+    """Sum over critics of the mean squared error of values [critics, B] to targets [B]."""
     return ((value - target) ** 2).mean(-1).sum()
 
 
 def policy_loss(value, log_prob, divergence, temperature, alpha, warm):
-    """Entropy term, penalty and minus the value [B]; the value is left out while `warm`."""
+    """Mean of temperature log pi + alpha D - value; if `warm`, without the value."""
     temperature, alpha = jax.lax.stop_gradient((temperature, alpha))
     return (temperature * log_prob + alpha * divergence - jnp.where(warm, 0.0, value)).mean()
 
 
 @jax.custom_vjp
 def clamp(x, high):
-    """clip(x, 0, high), whose gradient is cut only where descent would move x further outside."""
+    """clip(x, 0, high); its gradient is that of x, or 0 where descent would move x further out."""
     return jnp.clip(x, 0.0, high)
 
 
@@ -340,7 +350,7 @@ def temperature_loss(temperature, log_prob, target_entropy):
 
 
 def make_env(config: Config) -> envs.Env:
-    """The environment that the dataset is of."""
+    """The environment that the dataset comes from; it gives shapes, and nothing acts in it."""
     env = envs.make(config.env, 1)
     if env.discrete:
         raise ValueError(f"{env.name} has discrete actions, and BRAC needs continuous ones")
@@ -370,7 +380,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     }
 
     def data(seeds):
-        """The dataset, which all seeds share, and the clone of each seed."""
+        """The dataset, which all seeds share; the clone of each seed, if there are clones."""
         dataset = datasets.load(config.dataset, env)
         rows = Batch(*(getattr(dataset, name) for name in Batch._fields if name != "clone"))
         if not config.cloned:
@@ -378,7 +388,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return (rows,), (datasets.load_clones(config.behavior, env, config.hidden, seeds),)
 
     def init(key) -> TrainState:
-        # The fourth key belonged to an option that is gone: seeds still give the same runs.
+        # The fourth key is not used; it keeps the runs of a seed as they were with an old option.
         key_actor, key_critic, key_divergence, _, key = jax.random.split(key, 5)
         obs, action = (jnp.zeros((1, size)) for size in (env.obs_size, A))
         params = {
@@ -398,17 +408,24 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         )
 
     def noise_of(key, shape):
-        """Exploration noise for `shape` actions."""
+        """Exploration noise [*shape, A] for actions of batch shape `shape`."""
         return jax.random.normal(key, (*shape, A))
 
     def draw(params, obs, key):
-        """The policy at `obs`, a draw u of it (the action is tanh(u)), and its log-probability."""
+        """The policy at `obs`, u of a new action tanh(u) of it, and the log-probability."""
         policy = actor.apply(params, obs)
         u = policy.sample(noise_of(key, obs.shape[:-1]))
         return policy, u, policy.log_prob(u)
 
+    def candidates(policy, obs, key):
+        """Draws [draws, ..., A] at each observation; their values [critics, draws, ...]."""
+        distribution = actor.apply(policy["actor"], obs)
+        obs = jnp.broadcast_to(obs, (NUM_CANDIDATES, *obs.shape))
+        action = jnp.tanh(distribution.sample(noise_of(key, obs.shape[:-1])))
+        return action, critic.apply(policy["critic"], obs, action)
+
     def divergence_of(state, batch, policy, u, key):
-        """D [B] of `policy`, of which `u` is a draw, at the observations of `batch`."""
+        """D [B] of `policy` at the observations of `batch`; `u` [B, A] is a draw from it."""
         if config.divergence == "none":
             return jnp.zeros(u.shape[:-1])
         if config.dual:
@@ -466,23 +483,23 @@ def build(config: Config, env: envs.Env) -> common.Algo:
 
     def divergence_loss_fn(params, state, batch, key):
         key_draw, key_between = jax.random.split(key)
-        own = jnp.tanh(draw(state.params["actor"], batch.obs, key_draw)[1])
-        weight = jax.random.uniform(key_between, (len(own), 1))
+        _, u, _ = draw(state.params["actor"], batch.obs, key_draw)
+        weight = jax.random.uniform(key_between, (len(u), 1))
         g = lambda action: divergence_critic.apply(params, batch.obs, action)[0]
-        loss, penalty = divergence_loss(config.divergence, g, own, batch.action, weight)
+        loss, penalty = divergence_loss(config.divergence, g, jnp.tanh(u), batch.action, weight)
         return loss, {"losses/divergence_critic": loss, "losses/slope_penalty": penalty}
 
-    def alpha_loss_fn(params, state, batch, key):
+    def alpha_loss_fn(alpha, state, batch, key):
         key_draw, key_divergence = jax.random.split(key)
         policy, u, _ = draw(state.params["actor"], batch.obs, key_draw)
         divergence = divergence_of(state, batch, policy, u, key_divergence)
-        return alpha_loss(params, divergence, config.target_divergence), {}
+        return alpha_loss(alpha, divergence, config.target_divergence), {}
 
-    def temperature_loss_fn(params, state, batch, key):
-        log_prob = draw(state.params["actor"], batch.obs, key)[2]
-        return temperature_loss(params, log_prob, target_entropy), {}
+    def temperature_loss_fn(temperature, state, batch, key):
+        _, _, log_prob = draw(state.params["actor"], batch.obs, key)
+        return temperature_loss(temperature, log_prob, target_entropy), {}
 
-    # In the order of a gradient step.
+    # In the order of a gradient step; the gradient is with respect to the first argument.
     losses = {
         "critic": critic_loss_fn,
         "actor": policy_loss_fn,
@@ -501,9 +518,10 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return state._replace(params=params, opt_state=opt_state)
 
     def gradient_step(state, batches, key):
-        """Move the targets, then descend on each loss with what the one before learned.
+        """Move the target networks, then descend on one loss after the other.
 
-        The first minibatch is for all; the divergence's critic goes on alone with the others.
+        Each loss sees the parameters that the steps before it changed.
+        The first of the minibatches is for all losses, the others are for the divergence loss.
         """
         online = {name: state.params[name] for name in state.target_params}
         target_params = optax.incremental_update(online, state.target_params, config.polyak_tau)
@@ -514,11 +532,12 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         steps = [(name, batches[0]) for name in losses]
         steps += [("divergence", batch) for batch in batches[1:]]
         for (name, batch), key in zip(steps, keys, strict=True):
-            if trained[name]:
-                loss_fn = jax.grad(losses[name], has_aux=True)
-                grads, more = loss_fn(state.params[name], state, batch, key)
-                aux |= more | {f"losses/{name}_grad_norm": optax.global_norm(grads)}
-                state = descend(state, {name: grads})
+            if not trained[name]:
+                continue
+            grad_fn = jax.grad(losses[name], has_aux=True)
+            grads, loss_aux = grad_fn(state.params[name], state, batch, key)
+            aux |= loss_aux | {f"losses/{name}_grad_norm": optax.global_norm(grads)}
+            state = descend(state, {name: grads})
         return state, aux
 
     def update(state, rows, clone=None):
@@ -547,12 +566,9 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return jnp.tanh(distribution.sample(noise_of(key, obs.shape[:-1])))
 
     def act_max_q(policy, obs, key, greedy):
-        """Of several draws the one that the first critic prefers, greedy or not."""
-        distribution = actor.apply(policy["actor"], obs)
-        noise = noise_of(key, (NUM_CANDIDATES, *obs.shape[:-1]))
-        action = jnp.tanh(distribution.sample(noise))
-        value = jax.vmap(lambda a: critic.apply(policy["critic"], obs, a)[0])(action)
-        best = jnp.argmax(value, 0)[None, ..., None]
+        """The draw with the largest value of the first critic, greedy or not."""
+        action, value = candidates(policy, obs, key)
+        best = jnp.argmax(value[0], 0)[None, ..., None]
         return jnp.take_along_axis(action, best, 0)[0]
 
     def policy_of(state):
@@ -564,7 +580,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
 def make_train(config: Config):
     """The whole run as one pure function; `hparams` overrides fields of TRACEABLE with arrays.
 
-    `data` is what `Algo.data` reads: an argument, so that all seeds share it.
+    `data` are the arrays that `Algo.data` reads.
     """
     common.check(config)
     env = make_env(config)
@@ -584,8 +600,10 @@ def config_for(env: str, *presets: str, **changes) -> Config:
 
 
 # Fields that may be arrays, so that a sweep is one more vmap.
-TRACEABLE = ("critic_lr", "learning_rate", "multiplier_lr", "polyak_tau", "alpha", "value_penalty")
-TRACEABLE += ("gamma", "min_weight", "temperature", "target_entropy_mult")
+TRACEABLE = (
+    "critic_lr", "learning_rate", "multiplier_lr", "polyak_tau", "alpha", "value_penalty", "gamma",
+    "min_weight", "temperature", "target_entropy_mult",
+)  # fmt: skip
 
 # --- presets ---
 
@@ -594,10 +612,10 @@ TRACEABLE += ("gamma", "min_weight", "temperature", "target_entropy_mult")
 PRESETS: dict[str, dict[str, Any]] = {
     # tasks
     "pendulum": {
-        "total_timesteps": 10_000, "batch_size": 128, "warm_start": 2_000, "hidden": (64, 64),
-        "critic_hidden": (64, 64),
+        "total_timesteps": 10_000, "batch_size": 128, "warm_start": 2_000,
+        "hidden": (64, 64), "critic_hidden": (64, 64),
     },
-    # the forms of Wu et al., to follow a task
+    # the forms of Wu et al., to follow a task's preset
     "mmd": {"divergence": "mmd", "alpha": 1.0},
     "dual": {"divergence": "dual_kl", "alpha": 10.0, "value_penalty": 0.0, "learning_rate": 3e-6},
     "wasserstein": {"divergence": "wasserstein", "alpha": 10.0},

@@ -1,30 +1,34 @@
-"""Soft actor-critic (SAC): off-policy, with two critics and a temperature that is learned.
+"""Soft actor-critic (SAC): off-policy, with two critics and a learned temperature.
 
 Haarnoja et al. 2018, https://arxiv.org/abs/1812.05905, in the form that Wu et al. 2019
 (https://arxiv.org/abs/1911.11361) use to collect data. One update collects a rollout [T, N], writes
 it into the replay buffer, and takes `updates_per_step` gradient steps for each of its environment
-steps. A gradient step draws a minibatch uniformly with replacement and updates, in this order,
+steps. A gradient step draws a minibatch uniformly with replacement, moves the target critics Qbar_i
+and takes one step of Adam on each loss, in this order:
 
-    targets      Qbar_i <- (1 - tau) Qbar_i + tau Q_i
-    critics      sum_i E[(Q_i(s, a) - y)^2],
-                 y = r + gamma (1 - terminated) (min_i Qbar_i(s', a') - alpha log pi(a' | s'))
-    actor        E[alpha log pi(b | s) - min_i Q_i(s, b)]
-    temperature  alpha E[-log pi(c | s) + m A]
+    Qbar_i          <- (1 - tau) Qbar_i + tau Q_i
+    y                = r + gamma (1 - terminated) (min_i Qbar_i(s', a') - alpha log pi(a' | s'))
+    critic loss      = sum_i E[(Q_i(s, a) - y)^2]
+    policy loss      = E[alpha log pi(b | s) - min_i Q_i(s, b)]
+    temperature loss = alpha E[-log pi(c | s) + m A]                       (over log alpha)
 
-a', b and c are new draws from the current policy, a = tanh(u) with Gaussian u; A is the number of
-action dimensions. The last line is minimised over log alpha.
+a', b and c are new draws from the current policy, each tanh(u) with u Gaussian. A is the number of
+action dimensions, and -m A is the target entropy. y is a constant in the critic loss, alpha in the
+policy loss, and log pi in the temperature loss.
 
-s' is the true successor of s. A time limit (truncated) therefore bootstraps from it, and a failure
-(terminated) does not.
+s' is the true successor of s, taken before any reset. A time limit (truncated) therefore bootstraps
+from it, and a terminal state (terminated) does not.
 
 Differences from ppo.py:
 
 1. Minibatches come from a replay buffer, so there is no ratio, no advantage and no epoch.
-2. The gradient of the policy passes through the action into the critics.
+2. The gradient reaches the policy through the action and the critics.
 3. The first `learning_starts` steps take uniform actions, and nothing is learned during them.
 4. Actions are continuous. Layers are ReLU with Glorot-uniform weights, the log standard deviation
    is squashed into [-5, 0], and gradients are not clipped.
-5. Observations are stored as the environment gave them, and standardised when they are drawn.
+5. The replay buffer holds observations as the environment gave them. They are normalised when they
+   are drawn, and the running statistics change before an update's gradient steps.
+6. The losses leave out transitions whose physics was not finite.
 
     python algos/sac.py --env pendulum --num-seeds 8
     python algos/sac.py --env hopper --num-seeds 4 --stop-at-return 1000
@@ -44,7 +48,7 @@ import jax.numpy as jnp
 import optax
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-if __name__ == "__main__":  # import from this checkout, and nothing by accident from algos/
+if __name__ == "__main__":  # the checkout, not algos/, comes first on the import path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import envs
@@ -66,24 +70,24 @@ class Config:
     batch_size: PositiveInt = 256  # transitions in a minibatch
 
     # replay buffer
-    buffer_size: PositiveInt = 1_000_000  # transitions that it holds, the most recent ones
+    buffer_size: PositiveInt = 1_000_000  # capacity in transitions, rounded down to whole rollouts
     learning_starts: NonNegativeInt = 10_000  # steps with uniform actions, before any gradient step
 
     # optimiser: Adam
     learning_rate: NonNegativeFloat = 5e-4  # learning rate of every network and of the temperature
-    polyak_tau: UnitFloat = 0.005  # how far target critics move towards the critics in a step
+    polyak_tau: UnitFloat = 0.005  # Polyak step of the target networks
 
     # objective
     gamma: UnitFloat = 0.99  # discount
     temperature_init: PositiveFloat = 1.0  # initial weight of the entropy (alpha)
-    target_entropy_mult: float = 1.0  # the target of the entropy is minus this per action dimension
+    target_entropy_mult: float = 1.0  # the entropy's target is minus this times action_size
 
     # observations and rewards
     normalize_obs: bool = False  # standardise observations by running statistics
-    reward_scale: NonNegativeFloat = 1.0  # factor on rewards in the targets
+    reward_scale: NonNegativeFloat = 1.0  # factor on rewards; logged returns are not scaled
 
     # networks
-    hidden: tuple[PositiveInt, ...] = (200, 200)  # fully connected hidden layers of the actor
+    hidden: tuple[PositiveInt, ...] = (200, 200)  # fully connected hidden layers of the policy
     critic_hidden: tuple[PositiveInt, ...] = (300, 300)  # hidden layers of each critic
 
     @property
@@ -98,17 +102,17 @@ class Config:
 
     @property
     def gradient_steps(self) -> int:
-        """Gradient steps of an update."""
+        """Gradient steps in one update."""
         return round(self.updates_per_step * self.steps_per_update)
 
     @property
     def num_slots(self) -> int:
-        """Rollouts that the replay buffer holds."""
+        """Rollouts in the replay buffer."""
         return self.buffer_size // self.steps_per_update
 
     @property
     def random_updates(self) -> int:
-        """Updates at the start that act uniformly and learn nothing."""
+        """Updates at the start that take uniform actions and learn nothing."""
         return math.ceil(self.learning_starts / self.steps_per_update)
 
     def validate(self) -> None:
@@ -117,8 +121,8 @@ class Config:
         steps = self.updates_per_step * self.steps_per_update
         if self.gradient_steps < 1 or not math.isclose(steps, self.gradient_steps):
             raise ValueError(
-                f"updates_per_step={self.updates_per_step:g} of {rollout} makes {steps:g} gradient "
-                "steps: choose it so that they are a whole number, 1 or more"
+                f"updates_per_step={self.updates_per_step:g} gives {steps:g} gradient steps after "
+                f"{rollout}: choose it so that this is a whole number, 1 or more"
             )
         if self.num_slots < 1:
             raise ValueError(
@@ -127,18 +131,18 @@ class Config:
             )
         if self.random_updates >= self.num_updates:
             raise ValueError(
-                f"learning_starts={self.learning_starts} leaves nothing of "
-                f"total_timesteps={self.total_timesteps} to learn in: lower it"
+                f"learning_starts={self.learning_starts}, rounded up to whole rollouts, leaves no "
+                f"rollout of total_timesteps={self.total_timesteps} to learn from: lower it"
             )
 
 
 # --- networks ---
 
-MIN_LOG_STD, MAX_LOG_STD = -5.0, 0.0
+MIN_LOG_STD, MAX_LOG_STD = -5.0, 0.0  # of the policy, before tanh
 
 
 class MLP(nn.Module):
-    """Hidden layers and a linear layer: inputs [..., any size], side by side -> [..., out]."""
+    """Hidden layers and a linear layer: inputs [..., size], concatenated -> [..., out]."""
 
     hidden: tuple[int, ...]
     out: int
@@ -174,7 +178,11 @@ class Critic(nn.Module):
     @nn.compact
     def __call__(self, obs, action):
         ensemble = nn.vmap(
-            MLP, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=2
+            MLP,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=None,
+            axis_size=2,
         )
         return ensemble(self.config.critic_hidden, 1)(obs, action)[..., 0]
 
@@ -183,7 +191,7 @@ class Critic(nn.Module):
 
 
 class Transition(NamedTuple):
-    """One environment step; arrays [T, N, ...] of a rollout, [B, ...] of a minibatch."""
+    """One step; arrays [T, N, ...], [S T N, ...] in the replay buffer, [B, ...] in a minibatch."""
 
     obs: jax.Array  # as the environment gave it; normalised in a minibatch
     action: jax.Array
@@ -196,12 +204,12 @@ class Transition(NamedTuple):
 class TrainState(NamedTuple):
     """Everything that a run carries from one update to the next."""
 
-    params: dict  # of "actor" and "critic", and the logarithm of the "temperature"
-    target_params: dict  # of "critic"
-    opt_state: dict  # of what is in params
-    replay: Transition  # [S T N, ...], a ring of S rollouts
+    params: dict  # keys "actor", "critic" and "temperature", which is log alpha
+    target_params: dict  # key "critic"
+    opt_state: dict  # the same keys as params
+    replay: Transition  # the newest num_slots = S rollouts, [S T N, ...]
     obs_stats: common.Stats
-    obs: jax.Array  # [N, obs_size]
+    obs: jax.Array  # [N, obs_size], as the environment gave it
     env_state: Any
     key: jax.Array
     update: jax.Array  # [] int32, finished updates
@@ -211,22 +219,25 @@ class TrainState(NamedTuple):
 
 
 def soft_target(reward, terminated, next_value, log_prob, temperature, gamma):
-    """Targets [B] of the critics, through which no gradient passes.
+    """Targets [B] of the critics, which get no gradient.
 
-    `next_value` [2, B] is what the target critics say of actions of the policy at the true
-    successor, and `log_prob` [B] belongs to these actions. They count unless the step terminated.
+    `next_value` [2, B] holds the target critics' values of the policy's actions at the true
+    successor, and `log_prob` [B] belongs to these actions. A terminated step does not bootstrap.
     """
-    soft_value = next_value.min(0) - temperature * log_prob
-    return jax.lax.stop_gradient(reward + jnp.where(terminated, 0.0, gamma) * soft_value)
+    value = next_value.min(0) - temperature * log_prob
+    return jax.lax.stop_gradient(reward + gamma * jnp.where(terminated, 0.0, value))
 
 
 def critic_loss(value, target, valid):
-    """Sum over critics of the mean squared error of values [2, B] to targets [B]."""
+    """Sum over critics of the mean squared error of values [2, B] to targets [B].
+
+    A transition that is not `valid` [B] counts as 0, here and in the other losses.
+    """
     return jnp.where(valid, (value - target) ** 2, 0.0).mean(-1).sum()
 
 
 def policy_loss(value, log_prob, temperature, valid):
-    """Mean of alpha log pi minus the smaller of the values [2, B] of actions of the policy."""
+    """Mean of alpha log pi minus the smaller of the values [2, B] of the policy's actions."""
     loss = jax.lax.stop_gradient(temperature) * log_prob - value.min(0)
     return jnp.where(valid, loss, 0.0).mean()
 
@@ -259,7 +270,8 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     def init(key) -> TrainState:
         key_actor, key_critic, key_env, key = jax.random.split(key, 4)
         obs, env_state = env.reset(key_env)
-        action, scalar, flag = (jnp.zeros((1, env.action_size)), jnp.zeros(1), jnp.zeros(1, bool))
+        action, scalar, flag = jnp.zeros((1, env.action_size)), jnp.zeros(1), jnp.zeros(1, bool)
+        row = Transition(obs, action, scalar, flag, obs, flag)  # for shapes and types
         params = {
             "actor": actor.init(key_actor, obs[:1]),
             "critic": critic.init(key_critic, obs[:1], action),
@@ -270,7 +282,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             params=params,
             target_params={"critic": params["critic"]},
             opt_state={name: optimizer.init(params[name]) for name in params},
-            replay=jax.tree.map(empty, Transition(obs, action, scalar, flag, obs, flag)),
+            replay=jax.tree.map(empty, row),
             obs_stats=common.Stats.empty((env.obs_size,)),
             obs=obs,
             env_state=env_state,
@@ -282,7 +294,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return obs_stats.normalize(obs.astype(jnp.float32)) if config.normalize_obs else obs
 
     def noise_of(key, shape):
-        """Exploration noise for `shape` actions."""
+        """Exploration noise [*shape, action_size] for actions of batch shape `shape`."""
         return jax.random.normal(key, (*shape, env.action_size))
 
     def rollout(state, key):
@@ -290,7 +302,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         key_noise, key_uniform, key_env, key_refresh = jax.random.split(key, 4)
         noise = noise_of(key_noise, (T, N))
         uniform = jax.random.uniform(key_uniform, noise.shape, minval=-1.0, maxval=1.0)
-        env_state = env.refresh(key_refresh, state.env_state)
+        env_state = env.refresh(key_refresh, state.env_state)  # new start states, where cached
 
         def step(carry, x):
             obs, env_state = carry
@@ -314,14 +326,14 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return state._replace(obs=obs, env_state=env_state), traj, info
 
     def store(state, traj):
-        """The replay buffer after `traj` [T, N] took the place of the oldest rollout."""
+        """Replace the oldest rollout in the replay buffer."""
         row = (state.update % S) * T * N
-        flat = jax.tree.map(lambda x: x.reshape((T * N, *x.shape[2:])), traj)
-        write = lambda kept, new: jax.lax.dynamic_update_slice_in_dim(kept, new, row, 0)
-        return jax.tree.map(write, state.replay, flat)
+        write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, row, 0)
+        rows = jax.tree.map(lambda x: x.reshape((T * N, *x.shape[2:])), traj)
+        return state._replace(replay=jax.tree.map(write, state.replay, rows))
 
     def sample(state, key) -> Transition:
-        """A minibatch of what the replay buffer holds."""
+        """A minibatch of the transitions in the replay buffer, with normalised observations."""
         filled = jnp.minimum(state.update + 1, S) * T * N
         index = jax.random.randint(key, (config.batch_size,), 0, filled)
         batch = jax.tree.map(lambda x: x[index], state.replay)
@@ -329,7 +341,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return batch._replace(obs=obs, next_obs=next_obs)
 
     def draw(params, obs, key):
-        """Actions of the policy at `obs`, and their log-probabilities."""
+        """New actions of the policy at `obs`, and their log-probabilities."""
         policy = actor.apply(params, obs)
         u = policy.sample(noise_of(key, obs.shape[:-1]))
         return jnp.tanh(u), policy.log_prob(u)
@@ -362,13 +374,13 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             "losses/saturated_fraction": (jnp.abs(action) > 0.99).mean(),
         }
 
-    def temperature_loss_fn(params, state, batch, key):
-        temperature = jnp.exp(params)
+    def temperature_loss_fn(log_temperature, state, batch, key):
+        temperature = jnp.exp(log_temperature)
         _, log_prob = draw(state.params["actor"], batch.obs, key)
         loss = temperature_loss(temperature, log_prob, target_entropy, batch.valid)
         return loss, {"losses/temperature": temperature}
 
-    # In the order of a gradient step.
+    # In the order of a gradient step; the gradient is with respect to the first argument.
     losses = {"critic": critic_loss_fn, "actor": policy_loss_fn, "temperature": temperature_loss_fn}
 
     def descend(state, grads):
@@ -381,19 +393,28 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return state._replace(params=params, opt_state=opt_state)
 
     def gradient_step(state, batch, key):
-        """Move the targets, then descend on each loss with what the one before learned."""
+        """Move the target networks, then descend on one loss after the other.
+
+        Each loss sees the parameters that the steps before it changed.
+        """
         online = {name: state.params[name] for name in state.target_params}
         target_params = optax.incremental_update(online, state.target_params, config.polyak_tau)
         state, aux = state._replace(target_params=target_params), {}
         keys = jax.random.split(key, len(losses))
-        for (name, loss_fn), key in zip(losses.items(), keys, strict=True):
-            grads, more = jax.grad(loss_fn, has_aux=True)(state.params[name], state, batch, key)
-            aux |= more | {f"losses/{name}_grad_norm": optax.global_norm(grads)}
+        for name, key in zip(losses, keys, strict=True):
+            grad_fn = jax.grad(losses[name], has_aux=True)
+            grads, loss_aux = grad_fn(state.params[name], state, batch, key)
+            aux |= loss_aux | {f"losses/{name}_grad_norm": optax.global_norm(grads)}
             state = descend(state, {name: grads})
         return state, aux
 
     def learn(state, key):
-        """All gradient steps of an update; returns the state, sums of metrics and their number."""
+        """The update's gradient steps; returns sums of their metrics too.
+
+        The launcher divides them by `losses/count`, and leaves them out where it is 0.
+        """
+        # `update` is the same for all seeds and not batched by `vmap`, so neither is this count.
+        count = jnp.where(state.update < config.random_updates, 0, config.gradient_steps)
 
         def step(i, carry):
             state, sums = carry
@@ -401,18 +422,15 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             state, aux = gradient_step(state, sample(state, key_batch), key_step)
             return state, jax.tree.map(jnp.add, sums, aux)
 
-        aux = jax.eval_shape(gradient_step, state, jax.eval_shape(sample, state, key), key)[1]
-        sums = {name: jnp.zeros(()) for name in aux}
-        # No step while actions are uniform. The count is the same for all seeds, so that it stays
-        # the length of a loop under vmap, while a branch would compute both sides.
-        count = jnp.where(state.update < config.random_updates, 0, config.gradient_steps)
+        aux = jax.eval_shape(lambda: gradient_step(state, sample(state, key), key)[1])
+        sums = jax.tree.map(lambda x: jnp.zeros(()), aux)
         state, sums = jax.lax.fori_loop(0, count, step, (state, sums))
         return state, sums | {"losses/count": count}
 
     def update(state):
         key, key_rollout, key_learn = jax.random.split(state.key, 3)
         state, traj, info = rollout(state, key_rollout)
-        state = state._replace(obs_stats=state.obs_stats.add(traj.obs), replay=store(state, traj))
+        state = store(state, traj)._replace(obs_stats=state.obs_stats.add(traj.obs))
         state, metrics = learn(state, key_learn)
 
         metrics |= common.run_metrics(info, (state.params, metrics["losses/qf_loss"]))
@@ -451,8 +469,10 @@ def config_for(env: str, *presets: str, **changes) -> Config:
 
 
 # Fields that may be arrays, so that a sweep is one more vmap.
-TRACEABLE = ("learning_rate", "polyak_tau", "gamma", "temperature_init", "target_entropy_mult")
-TRACEABLE += ("reward_scale",)
+TRACEABLE = (
+    "learning_rate", "polyak_tau", "gamma", "temperature_init", "target_entropy_mult",
+    "reward_scale",
+)  # fmt: skip
 
 # --- presets ---
 
@@ -467,7 +487,7 @@ PHYSICS = {"num_envs": 128, "updates_per_step": 0.25}
 PRESETS: dict[str, dict[str, Any]] = {
     # tasks
     **dict.fromkeys(("pendulum", "inverted_pendulum", "reacher"), SMALL),
-    "arm": {  # a touch pays 0.04, here 1; the replay buffer holds all steps
+    "arm": {  # reward_scale makes a touch worth 1, not 0.04
         **SMALL, "buffer_size": 400_000, "normalize_obs": True, "reward_scale": 25.0,
     },
     **dict.fromkeys(("hopper", "walker2d", "halfcheetah", "ant"), PHYSICS),

@@ -322,7 +322,7 @@ def _option(source: str, option: str, value: str, name: str):
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    """Up to five known names like this one, letter case aside, those of its source rather."""
+    """The five closest known names, ignoring case, the same source first."""
     source, _, task = name.lower().rpartition("/")
     alike = lambda one, other: difflib.SequenceMatcher(None, one, other.lower()).ratio()
     score = {

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -160,6 +161,9 @@ def test_counts_may_be_written_as_people_write_them():
             ["--anneal-lr", "True"],
             r"--anneal-lr takes no value: write --anneal-lr or --no-anneal-lr",
         ),
+        (["--anneal-lr=True"], r"--anneal-lr takes no value"),
+        (["--num-envs", "8", "16"], r"unknown argument '16': it is the value of no flag"),
+        (["--stop-at-return", "nan"], r"--stop-at-return nan: a finite number"),
         (
             ["--total-timesteps", "1e13"],
             r"total_timesteps=10000000000000 makes .* fewer than 2\*\*31",
@@ -330,6 +334,21 @@ def test_a_resumed_run_may_be_longer(copy):
     config, chosen = parse("--resume", str(copy), "--total-timesteps", "999", "--num-evals", "5")
     assert config == tiny.config_of("ppo", total_timesteps=999)
     assert (chosen.num_seeds, chosen.num_evals, chosen.run_dir) == (2, 5, str(copy))
+
+
+def test_a_run_directory_may_be_named_in_several_ways(copy, monkeypatch):
+    monkeypatch.chdir(copy.parent)
+    (copy.parent / "link").symlink_to(copy)
+    for name in ("copy/", "./copy", "link", str(copy)):
+        assert parse("--resume", "copy", "--run-dir", name)[0] == tiny.config_of("ppo")
+
+
+def test_the_files_that_a_run_learned_from_may_have_moved():
+    """What is in them must be the same: rundir.check_data compares digests."""
+    saved = tiny.config_of("brac")
+    cli.check_resumable(saved, dataclasses.replace(saved, dataset="moved.npz", behavior="moved"))
+    with pytest.raises(ValueError, match="gamma"):
+        cli.check_resumable(saved, dataclasses.replace(saved, dataset="moved.npz", gamma=0.5))
 
 
 # --- the run directory and the console ---
@@ -841,6 +860,7 @@ def test_another_schedule_of_evaluations_goes_on_from_where_the_run_is():
 def test_a_notebook_gets_its_signal_handlers_back(tmp_path, monkeypatch, main_thread):
     """After an error in the middle too; a launch in another thread sets none."""
     handlers = [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)]
+    showwarning = warnings.showwarning
 
     def broken(*_):
         raise RuntimeError("broken")
@@ -852,6 +872,7 @@ def test_a_notebook_gets_its_signal_handlers_back(tmp_path, monkeypatch, main_th
         with pytest.raises(RuntimeError, match="broken"):
             call(*flags)
     assert [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert warnings.showwarning is showwarning
 
 
 # --- settings of jax ---

@@ -1,5 +1,7 @@
 """Where numbers go: metrics.jsonl, console, TensorBoard, Weights & Biases."""
 
+import io
+import os
 import struct
 import sys
 import types
@@ -85,7 +87,7 @@ def test_tensorboard(tmp_path):
 
     log = make_log(tmp_path, tensorboard=True)
     log.write(64, VALUES)
-    log.flush()  # a run that is killed after a checkpoint keeps what is logged up to there
+    # Not closed: a run that is killed keeps what it wrote.
     (path,) = (tmp_path / "tensorboard").iterdir()
     data, seen = path.read_bytes(), {}
     while data:
@@ -236,3 +238,14 @@ def test_a_warning_is_printed_once_whatever_libraries_do_to_the_filters(monkeypa
 def test_a_run_knows_its_precision():
     with jax.default_matmul_precision("bfloat16"):
         assert logs.surroundings()["matmul_precision"] == "bfloat16"
+
+
+def test_a_callers_stream_takes_nothing_else_with_it(capfd):
+    """Of a notebook that redirects; the process keeps its own output."""
+    log, stream = logs.Log(1), io.StringIO()
+    log.console.stream = stream
+    stream.close()
+    log.say("lost")
+    os.write(1, b"alive")
+    os.write(2, b"alive")
+    assert capfd.readouterr() == ("alive", "alive")

@@ -363,12 +363,18 @@ def test_bytes_of_the_replay():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"updates_per_step": 0.1}, r"updates_per_step=0.1 of .* 4 x 8 steps makes 3.2 gradient"),
+        (
+            {"updates_per_step": 0.1},
+            r"updates_per_step=0.1 gives 3.2 gradient steps after a rollout of 4 x 8",
+        ),
         ({"updates_per_step": 0.0}, r"updates_per_step=0.0: it should be greater than 0"),
         ({"temperature_init": 0.0}, r"temperature_init=0.0: it should be greater than 0"),
         ({"critic_hidden": (8, 0)}, r"critic_hidden=\(8, 0\): it should be greater than 0"),
         ({"buffer_size": 31}, r"buffer_size=31 is less than .* raise it to 32"),
-        ({"learning_starts": 161}, r"learning_starts=161 leaves nothing of total_timesteps=192"),
+        (
+            {"learning_starts": 161},
+            r"learning_starts=161, .* leaves no rollout of total_timesteps=192",
+        ),
     ],
 )
 def test_impossible_settings_are_refused(changes, message):

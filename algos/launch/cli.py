@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import math
 import re
 import sys
 from collections.abc import Iterable
@@ -35,9 +36,9 @@ class Launch:
     eval_episodes: int = 16
     """episodes of each evaluation, from start states of its own for every seed and evaluation"""
     final_episodes: int = 128
-    """episodes of the last evaluation at least, which tables quote"""
+    """at least this many episodes in the last evaluation, which tables quote"""
     stop_at_return: float | None = None
-    """export a seed as partial_sNNN.npz when two evaluations in a row reach this; it trains on"""
+    """export a seed as partial_sNNN.npz once two evaluations in a row reach this; it trains on"""
     run_dir: str = ""
     """directory to write; empty: runs/ENV/ALGO/TIME_sSEEDxSEEDS_HASH"""
     resume: str = ""
@@ -47,9 +48,9 @@ class Launch:
     track: bool = False
     """log to Weights & Biases"""
     wandb_project: str = "purepo"
-    """project there"""
+    """W&B project"""
     wandb_entity: str = ""
-    """account there; empty: your default"""
+    """W&B account; empty: your default"""
     wandb_tags: tuple[str, ...] = ()
     """tags beside commit, device and jax version"""
     wandb_seeds: bool = False
@@ -139,8 +140,11 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
         fields = [*dataclasses.fields(config), *dataclasses.fields(launch)]
         flags = ["--" + field.name.replace("_", "-") for field in fields]
         if unknown[0].lower() in ("true", "false", "yes", "no"):
-            flag = argv[argv.index(unknown[0]) - 1].removeprefix("--")
+            words = [word for arg in argv for word in arg.split("=", 1)]
+            flag = words[words.index(unknown[0]) - 1].removeprefix("--")
             raise ValueError(f"--{flag} takes no value: write --{flag} or --no-{flag}")
+        if not unknown[0].startswith("-"):
+            raise ValueError(f"unknown argument {unknown[0]!r}: it is the value of no flag")
         raise ValueError(f"unknown argument {unknown[0]!r}: {nearest(unknown[0], flags)}")
     if chosen.resume:
         check_resumable(saved_config, arguments.config)
@@ -212,6 +216,8 @@ def check_counts(launch: Launch) -> None:
         if getattr(launch, field) < 1:
             flag = field.replace("_", "-")
             raise ValueError(f"--{flag} {getattr(launch, field)}: at least 1 is needed")
+    if not math.isfinite(launch.stop_at_return or 0.0):
+        raise ValueError(f"--stop-at-return {launch.stop_at_return}: a finite number is needed")
     if launch.checkpoint_every < 0:
         raise ValueError(f"--checkpoint-every {launch.checkpoint_every}: at least 0 is needed")
     last = launch.seed + launch.num_seeds - 1
@@ -245,9 +251,10 @@ def check_resumable(saved: Any, wanted: Any) -> None:
     """ValueError if a field changed that a resumed run must keep."""
     for field in dataclasses.fields(saved):
         old, new = getattr(saved, field.name), getattr(wanted, field.name)
-        if field.name == "run_dir":
-            old, new = (str(Path(path).expanduser()) for path in (old, new))  # slashes at the end
-        if old != new and field.name not in RESUMABLE:
+        same = old == new
+        if field.name == "run_dir":  # under any name
+            same = Path(old).expanduser().resolve() == Path(new).expanduser().resolve()
+        if not same and field.name not in RESUMABLE:
             raise ValueError(
                 f"cannot resume with {field.name}={new!r}, the run has {old!r}: "
                 "drop the flag or start a new run"

@@ -1,4 +1,4 @@
-"""Datasets of transitions, and clones of who collected them: reading, checking, on the host.
+"""Datasets of transitions, and clones of the policies that collected them: read and checked.
 
     load("hopper-pure.npz", env)      # a file of experiments/collect_data.py
     load("foreign.hdf5", env)         # episodes as Minari stores them, or D4RL's flat arrays
@@ -138,14 +138,14 @@ def shapes(dataset: Dataset) -> str:
     return f"obs {list(dataset.obs.shape)}, action {list(dataset.action.shape)}"
 
 
-# --- episodes of others ---
+# --- files of others ---
 
 
 def from_episodes(episodes: Iterable[tuple]) -> Dataset:
     """Transitions of episodes (obs [T or T + 1], action [T], reward [T], terminated: bool).
 
-    Of an episode that was truncated the last step is left out: nobody knows what was done after
-    it. The step before becomes the last one, and its value goes on.
+    The last step of a truncated episode is left out, because the action after it is unknown. The
+    step before it becomes the last one and is marked as truncated.
     """
     parts = []
     for obs, action, reward, terminated in episodes:
@@ -205,8 +205,8 @@ def minari_episodes(file: Mapping[str, Any]):
 def flat_episodes(file: Mapping[str, Any]):
     """Episodes of D4RL's layout: flat arrays, cut after each `terminals` and `timeouts`.
 
-    What follows the last flag was cut by the end of collection. A step that is flagged as both
-    failed.
+    Steps after the last flag are an episode that the end of the file cut. A step with both flags
+    counts as terminated.
     """
     obs, action, reward = columns(file, "observations", "actions", "rewards")
     if "timeouts" not in file:

@@ -37,7 +37,7 @@ class Console:
         try:
             if self.stream:
                 self.stream.write(text)
-        except (OSError, ValueError):
+        except Exception:  # of a pipe, a terminal, or a stream of a notebook
             self.lose()
         return len(text)
 
@@ -46,16 +46,21 @@ class Console:
         try:
             if self.stream:
                 self.stream.flush()
-        except (OSError, ValueError):
+        except Exception:
             self.lose()
 
     def isatty(self) -> bool:
         """Whether it is a terminal."""
-        return bool(self.stream) and self.stream.isatty()
+        try:
+            return bool(self.stream) and self.stream.isatty()
+        except ValueError:  # it is closed
+            return False
 
     def lose(self) -> None:
         """Go on without; what Python itself flushes at its end goes nowhere too."""
-        self.stream = None
+        lost, self.stream = self.stream, None
+        if lost is not sys.__stderr__:  # a stream of the caller's: the process keeps its own
+            return
         null = os.open(os.devnull, os.O_WRONLY)
         for number in (1, 2):
             with contextlib.suppress(OSError):
@@ -83,9 +88,7 @@ class Log:
         """Open the sinks in the run directory, to go on after `step`."""
         self.file = open(run_dir / "metrics.jsonl", "a")  # noqa: SIM115
         if launch.tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+            self.tensorboard = EventFile(run_dir / "tensorboard", step)
         if launch.track:
             with self.wandb_guard():
                 self.wandb_runs = start_wandb(run_dir, name, config, launch, rows)
@@ -175,17 +178,11 @@ class Log:
         scalars = aggregate(values)
         self.say("  " + "  ".join(f"{k} {v:.4g}" for k, v in scalars.items()), 2)
         if self.tensorboard:
-            for key, value in scalars.items():
-                self.tensorboard.add_scalar(key, value, step)
+            self.tensorboard.write(step, scalars)
         with self.wandb_guard():
             for run, row in self.wandb_runs:
                 mine = scalars if row is None else row_values(values, row)
                 run.log({"global_step": step, **mine})
-
-    def flush(self) -> None:
-        """Bring to disk what a checkpoint stands for."""
-        if self.tensorboard:
-            self.tensorboard.flush()
 
     def close(self) -> None:
         """Finish all sinks."""
@@ -207,6 +204,38 @@ class Log:
             self.wandb_runs = []
 
 
+class EventFile:
+    """A file for TensorBoard, on disk after each `write`.
+
+    tensorboardX's own SummaryWriter writes from a thread, and its flush() does not wait for it: a
+    run that was killed and resumed would lack points.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        folder.mkdir(exist_ok=True)
+        self.file = EventsWriter(str(folder / "events"))
+        # Older files of a resumed run may go beyond `step`: TensorBoard drops what they have there.
+        start = SessionLog(status=SessionLog.START)
+        self.file.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Add the scalars of a step."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        for key, value in scalars.items():
+            summary = scalar(key, value)
+            self.file.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        self.file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
 def print_warnings_once() -> None:
     """Print each warning once, in one line; libraries reset Python's own registry of them."""
     printed: set[str] = set()
@@ -214,7 +243,8 @@ def print_warnings_once() -> None:
     def show(message, *_, **__):
         if str(message) not in printed:
             printed.add(str(message))
-            print(f"warning: {message}", file=sys.stderr)
+            with contextlib.suppress(OSError, ValueError):  # the console is gone
+                print(f"warning: {message}", file=sys.stderr)
 
     warnings.showwarning = show
 

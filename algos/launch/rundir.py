@@ -216,9 +216,6 @@ def read_description(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "config.json"
     try:
         saved = read_json(path, algo=str, config=dict, launch=dict, rows=dict)
-        rows = saved["rows"]
-        if not all(isinstance(rows.get(name), list) for name in ("seeds", "labels")):
-            raise ValueError(f"{path} is damaged or not ours (no seeds or labels in 'rows')")
         if not isinstance(saved["config"].get("env"), str):
             raise ValueError(f"{path} is damaged or not ours (no env in 'config')")
     except ValueError as error:
@@ -230,7 +227,10 @@ def read_run(run_dir: Path | str) -> Run:
     """Read a run directory; ValueError if it is not one."""
     path = Path(run_dir)
     saved = read_description(path)
-    num_rows = len(saved["rows"]["seeds"])
+    rows = saved["rows"]
+    if not all(isinstance(rows.get(name), list) for name in ("seeds", "labels")):
+        raise ValueError(f"{path / 'config.json'} is damaged or not ours (no seeds or labels)")
+    num_rows = len(rows["seeds"])
     evals = read_evals(path / "eval.npz", num_rows)
     further = further_of(evals)
     final = {"returns": evals["returns"][:, -1]} | {
@@ -244,8 +244,8 @@ def read_run(run_dir: Path | str) -> Run:
         algo=saved["algo"],
         config=saved["config"],
         launch=saved["launch"],
-        labels=saved["rows"]["labels"],
-        seeds=np.array(saved["rows"]["seeds"]),
+        labels=rows["labels"],
+        seeds=np.array(rows["seeds"]),
         steps=evals["steps"],
         seconds=evals["seconds"],
         returns=evals["returns"],

@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -49,9 +50,10 @@ def main(name: str, argv: list[str] | None = None) -> None:
 
     With --verbose 2 an error keeps its traceback, for whoever is changing an algorithm.
     """
-    launch = session = None
-    logs.print_warnings_once()
+    launch = None
     with contextlib.ExitStack() as held:  # the lock of the run directory, once it is taken
+        held.callback(setattr, warnings, "showwarning", warnings.showwarning)
+        logs.print_warnings_once()
         try:
             algorithm = importlib.import_module(f"algos.{name}")
             config, launch = cli.parse(name, algorithm.Config, algorithm.PRESETS, argv)
@@ -369,7 +371,6 @@ class Session:
         arrays = {k: v if k == ".update" else gather(v) for k, v in arrays.items()}
         meta = {"update": self.update, "seconds": self.seconds, "dead": self.dead.tolist()}
         if self.lead:
-            self.log.flush()
             rundir.save_checkpoint(self.run_dir, arrays, meta)
 
     def partial_rows(self) -> Any:
