@@ -1,9 +1,9 @@
 """Batch-constrained Q-learning (BCQ): the best action among those that look like the dataset's.
 
-Fujimoto et al. 2019, https://arxiv.org/abs/1812.02900, in the form of the baseline of Wu et al. 2019
-(https://arxiv.org/abs/1911.11361). A variational autoencoder with encoder e and decoder g learns
-which actions the dataset has in a state. A perturbation network f moves an action c of the decoder
-by at most P, towards a higher Q_1:
+Fujimoto et al. 2019, https://arxiv.org/abs/1812.02900, in the form of the baseline of Wu et al.
+2019 (https://arxiv.org/abs/1911.11361). A variational autoencoder with encoder e and decoder g
+learns which actions the dataset has in a state. A perturbation network f moves an action c of the
+decoder by at most P, towards a higher Q_1:
 
     c ~ G(s)           c = g(s, clip(z, -1/2, 1/2)),  z ~ N(0, I)
     x(s, c)          = clip(c + P tanh(f(s, c)), -1, 1)
