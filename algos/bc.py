@@ -170,7 +170,7 @@ def entropy_loss(v, own_log_prob, target_entropy):
 
 
 def make_env(config: Config) -> envs.Env:
-    """The environment that the dataset comes from; it gives shapes, and nothing acts in it."""
+    """The environment that the dataset comes from."""
     env = envs.make(config.env, 1)
     if env.discrete:
         raise ValueError(f"{env.name} has discrete actions, and BC needs continuous ones")
@@ -184,7 +184,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     target_entropy = -config.target_entropy_mult * env.action_size
 
     def data(seeds):
-        """The dataset, which all seeds share; no arrays of single seeds."""
+        """The dataset, which all seeds share, and no arrays per seed."""
         dataset = datasets.load(config.dataset, env)
         return (Batch(*(getattr(dataset, name) for name in Batch._fields)),), ()
 
@@ -267,7 +267,8 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         state, aux = jax.lax.scan(step, state, xs)
 
         metrics = {name: x.mean() for name, x in aux.items()}
-        metrics["health/finite"] = common.all_finite((state.params, metrics["losses/policy_loss"]))
+        learned = state.params, metrics["losses/policy_loss"]
+        metrics["health/finite"] = common.all_finite(learned)
         metrics["charts/learning_rate"] = jnp.asarray(config.learning_rate)
         return state._replace(key=key, update=state.update + 1), metrics
 

@@ -1,12 +1,12 @@
 """Batch-constrained Q-learning (BCQ): the best action among those that look like the dataset's.
 
-Fujimoto et al. 2019, https://arxiv.org/abs/1812.02900, in the form of the baseline of Wu et al.
-2019 (https://arxiv.org/abs/1911.11361). A variational autoencoder with encoder e and decoder g
-learns which actions the dataset has in a state. A perturbation network f moves an action c of the
-decoder by at most P, towards a higher Q_1:
+Fujimoto et al. 2019, https://arxiv.org/abs/1812.02900, in the form that Wu et al. 2019
+(https://arxiv.org/abs/1911.11361) compare with. A variational autoencoder (encoder e, decoder g)
+learns which actions the dataset has in a state. A perturbation network f moves each decoded action
+by at most P, towards a higher Q_1:
 
-    c ~ G(s)           c = g(s, clip(z, -1/2, 1/2)),  z ~ N(0, I)
-    x(s, c)          = clip(c + P tanh(f(s, c)), -1, 1)
+    G(s)             = g(s, clip(z, -1/2, 1/2)),  z ~ N(0, I)
+    x(s, c)          = clip(c + P tanh(f(s, c)), -1, 1),  c ~ G(s)
 
 A gradient step draws a minibatch uniformly with replacement, moves the target networks Qbar_i and
 fbar, and takes one step of Adam on each loss, in this order:
@@ -109,7 +109,7 @@ class Config:
 
 # --- networks ---
 
-MIN_LOG_STD, MAX_LOG_STD = -4.0, 15.0  # of the latents that the encoder returns
+MIN_LOG_STD, MAX_LOG_STD = -4.0, 15.0  # of the latents
 MAX_LATENT = 0.5  # sampled latents are clipped to this before they are decoded
 NUM_CANDIDATES = 10  # draws from which targets and the policy take the best
 
@@ -215,7 +215,8 @@ def best_target(reward, terminated, next_value, gamma, min_weight):
     step does not bootstrap.
     """
     value = mix(next_value, min_weight).max(0)
-    return jax.lax.stop_gradient(reward + gamma * jnp.where(terminated, 0.0, value))
+    discount = jnp.where(terminated, 0.0, gamma)
+    return jax.lax.stop_gradient(reward + discount * value)
 
 
 def critic_loss(value, target):
@@ -237,7 +238,7 @@ def vae_loss(decoded, action, mean, log_std):
 
 
 def make_env(config: Config) -> envs.Env:
-    """The environment that the dataset comes from; it gives shapes, and nothing acts in it."""
+    """The environment that the dataset comes from."""
     env = envs.make(config.env, 1)
     if env.discrete:
         raise ValueError(f"{env.name} has discrete actions, and BCQ needs continuous ones")
@@ -257,12 +258,12 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     }
 
     def data(seeds):
-        """The dataset, which all seeds share; no arrays of single seeds."""
+        """The dataset, which all seeds share, and no arrays per seed."""
         dataset = datasets.load(config.dataset, env)
         return (Batch(*(getattr(dataset, name) for name in Batch._fields)),), ()
 
     def init(key) -> TrainState:
-        # The second key is not used; it keeps the runs of a seed as they were with an old option.
+        # One key is left over from a removed option, so that a seed still gives the same run.
         key_start, _, key_encoder, key_decoder, key = jax.random.split(key, 5)
         key_critic, key_perturbation = jax.random.split(key_start)
         obs, action, latent = (jnp.zeros((1, size)) for size in (env.obs_size, A, 2 * A))
@@ -332,7 +333,11 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         }
 
     # In the order of a gradient step; the gradient is with respect to the first argument.
-    losses = {"critic": critic_loss_fn, "perturbation": policy_loss_fn, "vae": vae_loss_fn}
+    losses = {
+        "critic": critic_loss_fn,
+        "perturbation": policy_loss_fn,
+        "vae": vae_loss_fn,
+    }
 
     def descend(state, grads):
         """One step of the optimiser on each network in `grads`."""

@@ -1,4 +1,4 @@
-"""Behaviour regularised actor-critic (BRAC): regularised towards the policy behind a dataset.
+"""Behaviour regularised actor-critic (BRAC): offline, regularised towards the behaviour policy.
 
 Wu et al. 2019, https://arxiv.org/abs/1911.11361. A divergence D(s) between the policy pi(. | s) and
 the behaviour policy b(. | s) is added to the policy loss and, as a value penalty, subtracted from
@@ -17,9 +17,9 @@ networks Qbar_i, and takes one step of Adam on each loss, in this order:
 a', c and d are new draws from the current policy, each tanh(u) with u Gaussian, and mix Q is the
 weighted sum l min_i Q_i + (1 - l) max_i Q_i. p is 1 (value penalty) or 0 (policy regularisation), t
 counts gradient steps from 0, A is the number of action dimensions, and -m A is the target entropy.
-y is a constant in the critic loss, alpha and T in the policy loss, pi in the last three losses.
+y is a constant in the critic loss, alpha and T in the policy loss, and pi in the last three.
 
-D is estimated from draws x of pi and, with a critic g, from the dataset's action a at s:
+D is estimated from draws x of pi and, with a critic g, from the behaviour policy's action a:
 
     kl           E[log pi(x | s) - log b(clip(x) | s)] over 4 draws, b is a clone
     mmd          squared maximum mean discrepancy of 4 draws of pi and 4 of the clone b
@@ -28,7 +28,8 @@ D is estimated from draws x of pi and, with a critic g, from the dataset's actio
     none         0
 
 A critic g takes `divergence_steps` gradient steps for each one of the policy: the first on the same
-minibatch, the others on minibatches of their own. The gradient penalty is on |dg/da| above 1.
+minibatch, the others on minibatches of their own. Its gradient penalty, 5 E[max(|dg/da| - 1, 0)^2],
+is taken at random points between x and a.
 
 s' is the true successor of s, taken before any reset. A time limit (truncated) therefore bootstraps
 from it, and a terminal state (terminated) does not.
@@ -98,7 +99,7 @@ class Config:
     train_alpha: bool = False  # train alpha so that the divergence meets its target
     target_divergence: NonNegativeFloat = 0.0  # the divergence's target, with train_alpha
     divergence_steps: PositiveInt = 3  # gradient steps of the divergence's critic per policy step
-    warm_start: int = 20_000  # last gradient step, from 0, whose policy loss leaves the critics out
+    warm_start: int = 20_000  # the policy loss leaves the critics out up to this gradient step
 
     # objective
     gamma: UnitFloat = 0.99  # discount
@@ -224,7 +225,7 @@ class Batch(NamedTuple):
     action: jax.Array
     reward: jax.Array
     next_obs: jax.Array
-    next_action: jax.Array  # the behaviour policy's action at next_obs
+    next_action: jax.Array  # what the behaviour policy did, or would have done, at next_obs
     terminated: jax.Array
     clone: Any = None  # parameters of the clone, if the divergence needs one; the same for all rows
 
@@ -267,7 +268,10 @@ def squared_mmd(x, y):
 
 
 def dual_divergence(kind, own_value, given_value):
-    """Lower bound [B] on a divergence, from its critic's values of own and given actions."""
+    """Lower bound [B] on a divergence, from its critic's values of own and given actions.
+
+    Here and below, own actions are the policy's, and given ones are the behaviour policy's.
+    """
     if kind == "wasserstein":
         return own_value - given_value
     return jnp.log(jax.nn.softplus(own_value) + 1e-8) + 1.0 - jax.nn.softplus(given_value)
@@ -302,7 +306,8 @@ def penalised_target(batch, next_value, log_prob, divergence, gamma, temperature
     `log_prob` [B] belongs to these actions. A terminated step does not bootstrap.
     """
     value = next_value - temperature * log_prob - penalty * divergence
-    return jax.lax.stop_gradient(batch.reward + gamma * jnp.where(batch.terminated, 0.0, value))
+    discount = jnp.where(batch.terminated, 0.0, gamma)
+    return jax.lax.stop_gradient(batch.reward + discount * value)
 
 
 def critic_loss(value, target):
@@ -350,7 +355,7 @@ def temperature_loss(temperature, log_prob, target_entropy):
 
 
 def make_env(config: Config) -> envs.Env:
-    """The environment that the dataset comes from; it gives shapes, and nothing acts in it."""
+    """The environment that the dataset comes from."""
     env = envs.make(config.env, 1)
     if env.discrete:
         raise ValueError(f"{env.name} has discrete actions, and BRAC needs continuous ones")
@@ -380,7 +385,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     }
 
     def data(seeds):
-        """The dataset, which all seeds share; the clone of each seed, if there are clones."""
+        """The dataset, which all seeds share, and the clone of each seed, if one is needed."""
         dataset = datasets.load(config.dataset, env)
         rows = Batch(*(getattr(dataset, name) for name in Batch._fields if name != "clone"))
         if not config.cloned:
@@ -388,7 +393,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return (rows,), (datasets.load_clones(config.behavior, env, config.hidden, seeds),)
 
     def init(key) -> TrainState:
-        # The fourth key is not used; it keeps the runs of a seed as they were with an old option.
+        # One key is left over from a removed option, so that a seed still gives the same run.
         key_actor, key_critic, key_divergence, _, key = jax.random.split(key, 5)
         obs, action = (jnp.zeros((1, size)) for size in (env.obs_size, A))
         params = {
@@ -412,7 +417,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return jax.random.normal(key, (*shape, A))
 
     def draw(params, obs, key):
-        """The policy at `obs`, u of a new action tanh(u) of it, and the log-probability."""
+        """The policy at `obs`, the u of a new action tanh(u), and its log-probability."""
         policy = actor.apply(params, obs)
         u = policy.sample(noise_of(key, obs.shape[:-1]))
         return policy, u, policy.log_prob(u)
@@ -440,7 +445,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return squared_mmd(jnp.tanh(own), jnp.tanh(clone.sample(noise_of(key_clone, shape))))
 
     def multipliers(state):
-        """Temperature and alpha, clipped into their ranges."""
+        """Temperature and alpha, clipped to their ranges."""
         return clamp(state.params["temperature"], jnp.inf), clamp(state.params["alpha"], MAX_ALPHA)
 
     def critic_loss_fn(params, state, batch, key):
@@ -542,8 +547,9 @@ def build(config: Config, env: envs.Env) -> common.Algo:
 
     def update(state, rows, clone=None):
         key, key_index, key_steps = jax.random.split(state.key, 3)
-        shape = config.gradient_steps, config.divergence_steps if config.dual else 1
-        index = jax.random.randint(key_index, (*shape, config.batch_size), 0, len(rows.obs))
+        num_batches = config.divergence_steps if config.dual else 1
+        shape = config.gradient_steps, num_batches, config.batch_size
+        index = jax.random.randint(key_index, shape, 0, len(rows.obs))
 
         def step(state, x):
             index, key = x
@@ -555,7 +561,8 @@ def build(config: Config, env: envs.Env) -> common.Algo:
 
         metrics = {name: x.mean() for name, x in aux.items()}
         metrics["losses/temperature"], metrics["losses/alpha"] = multipliers(state)
-        metrics["health/finite"] = common.all_finite((state.params, metrics["losses/qf_loss"]))
+        learned = state.params, metrics["losses/qf_loss"]
+        metrics["health/finite"] = common.all_finite(learned)
         metrics["charts/learning_rate"] = jnp.asarray(config.learning_rate)
         return state._replace(key=key, update=state.update + 1), metrics
 

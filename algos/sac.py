@@ -225,7 +225,8 @@ def soft_target(reward, terminated, next_value, log_prob, temperature, gamma):
     successor, and `log_prob` [B] belongs to these actions. A terminated step does not bootstrap.
     """
     value = next_value.min(0) - temperature * log_prob
-    return jax.lax.stop_gradient(reward + gamma * jnp.where(terminated, 0.0, value))
+    discount = jnp.where(terminated, 0.0, gamma)
+    return jax.lax.stop_gradient(reward + discount * value)
 
 
 def critic_loss(value, target, valid):
