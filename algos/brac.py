@@ -525,8 +525,8 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     def gradient_step(state, batches, key):
         """Move the target networks, then descend on one loss after the other.
 
-        Each loss sees the parameters that the steps before it changed.
-        The first of the minibatches is for all losses, the others are for the divergence loss.
+        Each loss sees the parameters that the steps before it changed. The first minibatch is for
+        all losses, the others are for the divergence loss.
         """
         online = {name: state.params[name] for name in state.target_params}
         target_params = optax.incremental_update(online, state.target_params, config.polyak_tau)

@@ -423,7 +423,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             state, aux = gradient_step(state, sample(state, key_batch), key_step)
             return state, jax.tree.map(jnp.add, sums, aux)
 
-        aux = jax.eval_shape(lambda: gradient_step(state, sample(state, key), key)[1])
+        aux = jax.eval_shape(gradient_step, state, jax.eval_shape(sample, state, key), key)[1]
         sums = jax.tree.map(lambda x: jnp.zeros(()), aux)
         state, sums = jax.lax.fori_loop(0, count, step, (state, sums))
         return state, sums | {"losses/count": count}
