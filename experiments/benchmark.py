@@ -16,6 +16,7 @@ the same sizes, and evaluate nothing.
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import itertools
 import json
@@ -80,11 +81,12 @@ class Case:
 
     def play(self, num_updates: int) -> None:
         """Step the environments as often as that many updates do, with random actions."""
-        jax.block_until_ready(self.random_play(self.keys, num_updates))
+        jax.block_until_ready(self.random_play(self.keys, jnp.int32(num_updates)))
 
-    def random_play(self, keys, num_updates):
-        """Rewards summed over random actions in the environments of every seed."""
-        env, size = self.env, self.config.num_envs
+    @functools.cached_property
+    def random_play(self):
+        """Keys [R], number of updates -> sums [R] of what random actions gave; compiled."""
+        env, size, num_steps = self.env, self.config.num_envs, self.config.num_steps
 
         def steps(key, num_updates):
             key, key_reset = jax.random.split(key)
@@ -99,10 +101,10 @@ class Case:
                     shape = size, env.action_size
                     action = jax.random.uniform(key_act, shape, minval=-1.0, maxval=1.0)
                 obs, state, reward, *_ = env.step(key_step, state, action)
-                return key, state, total + reward.sum() + obs.sum()
+                return key, state, total + reward.sum() + obs.sum()  # or nothing would be computed
 
-            length = num_updates * self.config.num_steps
-            return jax.lax.fori_loop(0, length, step, (key, state, jnp.zeros(())))[-1]
+            carry = key, state, jnp.zeros(())
+            return jax.lax.fori_loop(0, num_updates * num_steps, step, carry)[-1]
 
         devices = programs.row_devices(len(self.rows.seeds))
         mesh, row = jax.sharding.Mesh(devices, "row"), jax.sharding.PartitionSpec("row")
@@ -113,9 +115,7 @@ class Case:
             out_specs=row,
             check_vma=False,
         )
-        if not hasattr(self, "compiled_play"):
-            self.compiled_play = jax.jit(played).lower(keys, jnp.int32(1)).compile()
-        return self.compiled_play(keys, jnp.int32(num_updates))
+        return jax.jit(played).lower(self.keys, jnp.int32(1)).compile()
 
 
 def seconds_of(function, *args) -> float:

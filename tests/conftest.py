@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import signal
 from importlib.metadata import version
 from pathlib import Path
@@ -36,3 +37,27 @@ def signals():
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+# One run for all tests of the launcher; they are in one worker, the group "ppo".
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """A run that nothing disturbed, and what it said."""
+    import launching  # jax reads the settings above when it is imported
+
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    status, said = launching.run(*launching.FLAGS, "--run-dir", str(run_dir))
+    assert status == 0
+    return run_dir, said
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    """The run as a crash before its end would have left it, with its checkpoint in the middle."""
+    run_dir = tmp_path / "copy"
+    shutil.copytree(whole[0], run_dir)
+    (run_dir / "done.json").unlink()
+    (run_dir / "checkpoints" / "000000006.npz").unlink()
+    return run_dir

@@ -392,9 +392,14 @@ def test_a_natural_step_takes_the_place_of_adams():
     old = state.params["actor"]
     step = jax.jit(partial(bnpo.natural_step, loss_of, policy_of))
     expected = step(old, jax.grad(loss_of)(old))
-    norm = lambda x, y: optax.global_norm(jax.tree.map(jnp.subtract, x, y))
-    # In single precision, conjugate gradients differ by up to a tenth from program to program.
-    assert norm(new.params["actor"], expected) < 0.3 * norm(expected, old)
+    # A relative change of 1e-6 in the gradient turns this step by 4 % in parameter space, and the
+    # rounding of another program does the like. What the step does to the policy is steadier.
+    taken = new.params["actor"]
+    distance = lambda x, y: bnpo.gaussian_kl(policy_of(x), policy_of(y)).mean()
+    assert_allclose(distance(taken, old), distance(expected, old), rtol=0.01, atol=0)
+    assert distance(taken, expected) < 0.02 * distance(expected, old)
+    gain = lambda params: loss_of(old) - loss_of(params)
+    assert_allclose(gain(taken), gain(expected), rtol=0.05, atol=0)
     assert_same(new.opt_state["actor0"], state.opt_state["actor0"])
     assert_same(new.params["critic"], state.params["critic"])
 

@@ -204,9 +204,13 @@ def test_evaluations_fit_the_console(capsys):
 
 
 class Broken:
-    """A console that was closed."""
+    """A console that was closed; it counts the attempts to write to it."""
+
+    def __init__(self):
+        self.attempts = 0
 
     def write(self, text):
+        self.attempts += 1
         raise BrokenPipeError
 
     flush = write
@@ -215,15 +219,29 @@ class Broken:
         return False
 
 
-@pytest.mark.parametrize("stream", [None, Broken()])
-def test_a_console_that_goes_away_ends_nothing(stream, monkeypatch):
-    monkeypatch.setattr(logs.os, "dup2", lambda *_: None)  # this process still needs its own
-    log = logs.Log(1)
-    log.console.stream = stream
+def test_a_console_that_goes_away_is_not_written_to_again(tmp_path):
+    """And the records go on: a line of metrics, the end of the log."""
+    log, broken = make_log(tmp_path), Broken()
+    log.console.stream = broken
     with log.progress(10, 0), log.waiting("compiling"):
         log.say("hello")
         log.advance(3)
+    log.write(64, VALUES)
     log.close()
+    assert broken.attempts == 1
+    assert log.console.stream is None
+    assert [line["global_step"] for line in lines_of(tmp_path)] == [64]
+
+
+def test_a_process_may_have_no_console_from_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    log = make_log(tmp_path)
+    with log.progress(10, 0), log.waiting("compiling"):
+        log.say("hello")
+        log.advance(3)
+    log.write(64, VALUES)
+    log.close()
+    assert [line["global_step"] for line in lines_of(tmp_path)] == [64]
 
 
 def test_a_warning_is_printed_once_whatever_libraries_do_to_the_filters(monkeypatch, capsys):

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from test_launch import FLAGS, checkpoint, run, session_of
+from launching import FLAGS, checkpoint, run, session_of
 
 from algos.launch import rundir
 

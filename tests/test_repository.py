@@ -87,16 +87,18 @@ def test_every_field_has_its_own_words(name):
             assert "  # " in code or own_line, code
 
 
-LONG = {
-    "bpo": 900,  # five networks, a replay buffer and the authors' ten presets
-    "bnpo": 900,  # two learning rules, hindsight and natural gradients
+TOO_LONG = {
+    "bpo": "five networks, a replay buffer and the authors' ten presets",
+    "bnpo": "two learning rules, hindsight and natural gradients",
+    "reppo": "two networks, two multipliers and the ablations of its table",
 }
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_an_algorithm_is_read_in_one_sitting(name):
-    lines = (ROOT / "algos" / f"{name}.py").read_text().count("\n")
-    assert lines < LONG.get(name, 700)
+def test_an_algorithm_is_read_in_one_sitting(name, request):
+    if name in TOO_LONG:
+        request.applymarker(pytest.mark.xfail(reason=TOO_LONG[name], strict=True))
+    assert (ROOT / "algos" / f"{name}.py").read_text().count("\n") < 650
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -116,8 +118,8 @@ def test_an_algorithm_is_one_file(name):
             if package == "algos":
                 names = {x.name for x in node.names}
                 assert names <= {"common", "datasets", "launch", "UnitFloat"}, ast.unparse(node)
-    # UnitFloat, with_hparams, check, config_for and main are in every file.
-    assert len(used["common"] | used["datasets"] | used["launch"]) <= 12, used
+    in_every_file = {"check", "config_for"}
+    assert len((used["common"] | used["datasets"] | used["launch"]) - in_every_file) <= 8, used
     assert used["envs"] <= {"make", "Env"}, used
 
 

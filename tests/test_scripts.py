@@ -30,7 +30,7 @@ def test_a_second_clone_runs_its_own_code(tmp_path):
     for folder in ("algos", "envs", "experiments"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     path = tmp_path / "algos" / "launch" / "cli.py"
-    path.write_text(path.read_text().replace("num_evals: int = 20", "num_evals: int = 77"))
+    path.write_text(path.read_text().replace("num_evals: PositiveInt = 20", "num_evals: PositiveInt = 77"))
     assert "(default: 77)" in run(tmp_path / "algos" / "ppo.py", "--help", cwd=tmp_path)
 
 
@@ -57,3 +57,15 @@ def test_a_users_modules_are_found_under_any_name(tmp_path, module):
     argv = ["--env", f"{module}:make", *flags.split(), "--run-dir", str(tmp_path / "run")]
     said = run(ROOT / "algos" / "ppo.py", *argv, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert "made" in said
+
+
+def test_a_task_loads_without_warps_kernels():
+    """mujoco.mjx would import them, which takes two seconds, whether a task uses them or not."""
+    code = """
+import sys, envs
+envs.make("inverted_pendulum", 1)
+assert "mujoco.mjx" in sys.modules
+assert not [x for x in sys.modules if x.split(".")[0] == "warp"]
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import difflib
-import math
 import re
 import sys
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import tyro
+from pydantic import NonNegativeInt, PositiveInt
 
 import envs
 from algos import common
@@ -24,18 +24,18 @@ class Launch:
 
     preset: tuple[str, ...] = ()
     """presets of the algorithm, applied from left to right after the task's own"""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """first seed; row i of the launch is the run --seed SEED+i --num-seeds 1"""
-    num_seeds: int = 1
+    num_seeds: PositiveInt = 1
     """seeds trained side by side in one program"""
     sweep: tuple[str, ...] = ()
     """fields and values to train side by side too: learning_rate=1e-4,3e-4 gamma=0.9,0.99; several
     values after a field's own flag are the same: --gamma 0.9 0.99"""
-    num_evals: int = 20
+    num_evals: PositiveInt = 20
     """greedy evaluations spread over the run, besides the one at step 0"""
-    eval_episodes: int = 16
+    eval_episodes: PositiveInt = 16
     """episodes of each evaluation, from start states of its own for every seed and evaluation"""
-    final_episodes: int = 128
+    final_episodes: PositiveInt = 128
     """at least this many episodes in the last evaluation, which tables quote"""
     stop_at_return: float | None = None
     """export a seed as partial_sNNN.npz once two evaluations in a row reach this; it trains on"""
@@ -43,7 +43,7 @@ class Launch:
     """directory to write; empty: runs/ENV/ALGO/TIME_sSEEDxSEEDS_HASH"""
     resume: str = ""
     """run directory to continue from its last checkpoint"""
-    checkpoint_every: int = 5
+    checkpoint_every: NonNegativeInt = 5
     """evaluations between checkpoints; 0: only at the end and at ctrl-C"""
     track: bool = False
     """log to Weights & Biases"""
@@ -62,12 +62,22 @@ class Launch:
     render: bool = False
     """draw the best, median and worst seed afterwards"""
 
+    def validate(self) -> None:
+        """Raise ValueError if a seed has no key of its own: keys are made of 32 bits."""
+        last = self.seed + self.num_seeds - 1
+        if last >= 2**32:
+            raise ValueError(
+                f"seed={self.seed}: the last seed is {last}, at most 2**32 - 1 is possible"
+            )
+
 
 # A resumed run may differ from the saved one in these; everything else would change its past.
-RESUMABLE = {"total_timesteps", "num_evals", "checkpoint_every", "verbose", "render", "resume"}
-RESUMABLE |= {"track", "wandb_project", "wandb_entity", "wandb_tags", "wandb_seeds", "tensorboard"}
-RESUMABLE |= {"preset", "final_episodes"}
-RESUMABLE |= {"dataset", "behavior"}  # paths; what is in there must be the same, see check_data
+RESUMABLE = {
+    *("total_timesteps", "num_evals", "final_episodes", "checkpoint_every", "preset", "resume"),
+    *("track", "wandb_project", "wandb_entity", "wandb_tags", "wandb_seeds", "tensorboard"),
+    *("verbose", "render"),
+    *("dataset", "behavior"),  # paths; `rundir.check_data` checks what is in them
+}
 
 
 def config_for(
@@ -98,7 +108,7 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
     argv = sys.argv[1:] if argv is None else argv
     # Names of flags may be written with underscores; values keep theirs.
     argv = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), arg) for arg in argv]
-    argv = with_sweeps(with_counts(argv, config_type), config_type)
+    argv = with_sweeps(argv, config_type)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--env")
     first.add_argument("--preset", nargs="*", default=[])
@@ -135,6 +145,7 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
         default=Arguments(config, launch),
         args=argv,
         return_unknown_args=True,
+        registry=NUMBERS,
     )
     if unknown:
         fields = [*dataclasses.fields(config), *dataclasses.fields(launch)]
@@ -149,21 +160,35 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
     if chosen.resume:
         check_resumable(saved_config, arguments.config)
         check_resumable(launch, arguments.launch)
-    check_counts(arguments.launch)
+    common.check(arguments.launch)
     return arguments
 
 
-def with_counts(argv: list[str], config_type: type) -> list[str]:
-    """`argv` with whole numbers written as 1e6 or 1_000_000 after the flag of a count."""
-    kinds = get_type_hints(Launch) | get_type_hints(config_type)
-    words, flag = [], ""
-    for arg in argv:
-        flag, equals, value = arg.partition("=") if arg.startswith("--") else (flag, "", arg)
-        kind = kinds.get(flag.removeprefix("--").replace("-", "_"))
-        if kind in (int, tuple[int, ...]) and is_number(value) and float(value).is_integer():
-            value = str(int(value.replace("_", "")) if value.isdigit() else int(float(value)))
-        words.append(value if not arg.startswith("--") else f"{flag}{equals}{value}")
-    return words
+NUMBERS = tyro.constructors.ConstructorRegistry()
+
+
+@NUMBERS.primitive_rule
+def whole_number(info: Any) -> Any:
+    """How an int is read: also as people write large ones, 1e6 and 1_000_000."""
+    if info.type is not int:
+        return None
+
+    def read(words: list[str]) -> int:
+        try:
+            return int(words[0])
+        except ValueError:
+            number = float(words[0])
+        if not number.is_integer():
+            raise ValueError(f"{words[0]} is not a whole number")
+        return int(number)
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=read,
+        is_instance=lambda x: isinstance(x, int),
+        str_from_instance=lambda x: [str(x)],
+    )
 
 
 def with_sweeps(argv: list[str], config_type: type) -> list[str]:
@@ -199,30 +224,6 @@ def is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def check_updates(config: Any) -> None:
-    """ValueError if a checked configuration makes more updates than can be counted."""
-    if config.num_updates >= 2**31:
-        raise ValueError(
-            f"total_timesteps={config.total_timesteps} makes {config.num_updates:,} updates of "
-            f"{config.steps_per_update} steps: fewer than 2**31 are possible"
-        )
-
-
-def check_counts(launch: Launch) -> None:
-    """ValueError if a number of the launch is out of bounds."""
-    for field in ("num_seeds", "num_evals", "eval_episodes", "final_episodes"):
-        if getattr(launch, field) < 1:
-            flag = field.replace("_", "-")
-            raise ValueError(f"--{flag} {getattr(launch, field)}: at least 1 is needed")
-    if not math.isfinite(launch.stop_at_return or 0.0):
-        raise ValueError(f"--stop-at-return {launch.stop_at_return}: a finite number is needed")
-    if launch.checkpoint_every < 0:
-        raise ValueError(f"--checkpoint-every {launch.checkpoint_every}: at least 0 is needed")
-    last = launch.seed + launch.num_seeds - 1
-    if launch.seed < 0 or last >= 2**32:
-        raise ValueError(f"--seed {launch.seed}: seeds from 0 to 2**32 - 1 are needed, not {last}")
 
 
 def named(name: str, presets: dict[str, dict]) -> dict[str, Any]:

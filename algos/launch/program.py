@@ -95,6 +95,11 @@ def row_devices(num_rows: int) -> list[jax.Device]:
 
 def make_program(algorithm: ModuleType, config: Any, launch: Launch, rows: Rows) -> Program:
     """The jitted functions of an algorithm's module for these rows; nothing is compiled yet."""
+    if config.num_updates >= 2**31:  # the counter of updates is an int32
+        raise ValueError(
+            f"total_timesteps={config.total_timesteps} makes {config.num_updates:,} updates of "
+            f"{config.steps_per_update} steps: fewer than 2**31 are possible"
+        )
     env = algorithm.make_env(config)
     eval_env = envs.make(config.env, launch.eval_episodes, stagger=False, reset_mode="cached")
     if env.stateful and len(rows.seeds) > 1:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 import envs
@@ -74,6 +75,18 @@ def final(returns: np.ndarray) -> dict[str, Any]:
     """IQM, its interval and the mean of each seed in final returns [R, F]."""
     means = returns.mean(-1)
     return {"iqm": iqm(means), "interval": [*iqm_interval(means)], "per_seed": means}
+
+
+def results(run: rundir.Run) -> list[dict[str, Any]]:
+    """`final` of each swept value, and of its further policies, as JSON has it."""
+    found = []
+    for label, index in groups(run):
+        numbers = final(run.final[index])
+        if run.final_further:
+            numbers["further"] = {name: final(x[index]) for name, x in run.final_further.items()}
+        numbers = jax.tree.map(rundir.jsonable, numbers)
+        found.append({"label": label, "n": len(index)} | numbers)
+    return found
 
 
 # --- curves ---

@@ -7,7 +7,6 @@
 Everything is JSON or numpy arrays without pickles. `session.py` writes it, experiments read it.
 """
 
-import dataclasses
 import functools
 import hashlib
 import importlib
@@ -16,7 +15,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import filelock
 import jax
@@ -26,7 +25,8 @@ from pydantic import TypeAdapter, ValidationError
 
 import envs
 
-PRNG = "threefry2x32"  # of every key, whatever jax is told: seeds mean the same everywhere
+# The generator of all keys. A seed gives the same run under any JAX_DEFAULT_PRNG_IMPL.
+PRNG = "threefry2x32"
 
 # --- trees of arrays as .npz, keyed by tree path ---
 
@@ -191,6 +191,8 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 # --- reading a run ---
 
+FURTHER = "_returns"  # end of the name of an array with the returns of a further policy
+
 
 class Run(NamedTuple):
     """A finished or running launch, as read from its directory."""
@@ -234,7 +236,7 @@ def read_run(run_dir: Path | str) -> Run:
     evals = read_evals(path / "eval.npz", num_rows)
     further = further_of(evals)
     final = {"returns": evals["returns"][:, -1]} | {
-        f"{name}_returns": x[:, -1] for name, x in further.items()
+        returns_of(name): x[:, -1] for name, x in further.items()
     }
     if (path / "final.npz").exists():  # otherwise it is unfinished, or older than this file
         final = read_final(path / "final.npz", num_rows)
@@ -261,7 +263,7 @@ def read_evals(path: Path, num_rows: int) -> dict[str, np.ndarray]:
     """The arrays of eval.npz, as `write_evals` describes them; ValueError if it is damaged."""
     evals = read_arrays(path)
     count = evals["steps"].size if "steps" in evals else 0
-    per_row = {"returns", "lengths", *(name for name in evals if name.endswith("_returns"))}
+    per_row = {"returns", "lengths", *map(returns_of, further_of(evals))}
     shapes = {"steps": (count,), "seconds": (count,)} | dict.fromkeys(per_row, (num_rows, count))
     for name, shape in shapes.items():
         if not count or name not in evals or evals[name].shape[:2] != shape:
@@ -279,35 +281,44 @@ def read_final(path: Path, num_rows: int) -> dict[str, np.ndarray]:
     return final
 
 
+def returns_of(policy: str) -> str:
+    """Name of the array with the returns of a policy: "" is the main one, others are `further`."""
+    return f"{policy}{FURTHER}" if policy else "returns"
+
+
 def further_of(evals: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns of further policies by their names."""
-    end = "_returns"
-    return {name.removesuffix(end): x for name, x in evals.items() if name.endswith(end)}
+    return {x.removesuffix(FURTHER): evals[x] for x in evals if x.endswith(FURTHER)}
 
 
 def load_algo(name: str, values: dict[str, Any]) -> tuple[envs.Env, Any]:
     """The environments and the Algo of `algos/<name>.py` for the config.json values of a run."""
     module = importlib.import_module(f"algos.{name}")
     # Fields of an older version that are gone do not matter: a policy's shapes are checked.
-    fields = {field.name for field in dataclasses.fields(module.Config)}
-    config = from_json(module.Config, {k: v for k, v in values.items() if k in fields})
+    config = from_json(module.Config, values, extra="ignore")
     env = module.make_env(config)
     return env, module.build(config, env)
 
 
-def from_json(config_type: type, values: dict[str, Any]) -> Any:
-    """A config dataclass from its JSON; ValueError if a field is unknown or of a wrong type."""
-    unknown = values.keys() - {field.name for field in dataclasses.fields(config_type)}
+def from_json(
+    config_type: type, values: dict[str, Any], extra: Literal["forbid", "ignore"] = "forbid"
+) -> Any:
+    """A config dataclass from its JSON; ValueError if a field has a wrong type.
+
+    `extra` says what happens to fields that the dataclass, or one inside it, does not have.
+    """
+    try:
+        # Lists become tuples again.
+        return TypeAdapter(config_type).validate_python(values, extra=extra)
+    except ValidationError as error:
+        problems = [(".".join(map(str, x["loc"])), x) for x in error.errors()]
+    unknown = [name for name, x in problems if x["type"] == "unexpected_keyword_argument"]
     if unknown:
         raise ValueError(
             f"config.json was written by another version, which had {', '.join(sorted(unknown))}"
         )
-    try:
-        return TypeAdapter(config_type).validate_python(values)  # lists become tuples again
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise ValueError(f"config.json: {field}={first['input']!r}: {first['msg']}") from None
+    name, problem = problems[0]
+    raise ValueError(f"config.json: {name}={problem['input']!r}: {problem['msg']}")
 
 
 def read_policy(path: Path) -> tuple[envs.Env, Any, Any]:
@@ -375,7 +386,7 @@ def rewind(run_dir: Path, step: int, write: bool) -> dict[str, list]:
     if not len(keep):
         return {}
     per_row = {"returns": run.returns, "lengths": run.lengths}
-    per_row |= {f"{name}_returns": x for name, x in run.further.items()}
+    per_row |= {returns_of(name): x for name, x in run.further.items()}
     return {
         "steps": [int(run.steps[i]) for i in keep],
         "seconds": [float(run.seconds[i]) for i in keep],

@@ -59,7 +59,6 @@ def main(name: str, argv: list[str] | None = None) -> None:
             config, launch = cli.parse(name, algorithm.Config, algorithm.PRESETS, argv)
             rows = make_rows(launch, config, algorithm.TRACEABLE)
             common.check(config)
-            cli.check_updates(config)
             setup_jax(len(rows.seeds))
             session = Session(name, config, launch, rows)
             session.check_run_dir()
@@ -336,7 +335,7 @@ class Session:
         if alive:
             return None
         of_live = lambda x: np.where(self.dead[:, None], np.nan, gather(np.asarray(x)))
-        played = {f"{k}_returns".lstrip("_"): of_live(x.returns) for k, x in plays.items()}
+        played = {rundir.returns_of(name): of_live(play.returns) for name, play in plays.items()}
         return played | {"lengths": of_live(plays[""].lengths)}
 
     def evaluate(self, state: Any) -> bool:
@@ -346,16 +345,18 @@ class Session:
             return False
         for key, value in {"steps": self.step, "seconds": self.seconds["train"], **played}.items():
             self.evals.setdefault(key, []).append(value)
-        means = {k: x.mean(1) for k, x in played.items()}
-        names = {"returns": "episodic_return", "lengths": "episodic_length"}
-        self.write({f"eval/{names.get(k, k.removesuffix('s'))}": x for k, x in means.items()})
+        returns = played["returns"].mean(1)
+        metrics = {"episodic_return": returns, "episodic_length": played["lengths"].mean(1)}
+        others = rundir.further_of(played).items()
+        metrics |= {f"{name}_return": x.mean(1) for name, x in others}
+        self.write({f"eval/{name}": x for name, x in metrics.items()})
         if self.lead:
             rundir.write_evals(self.run_dir, self.evals)
         spent = self.seconds["train"] + self.seconds["eval"]
         left = spent * (self.config.num_updates / self.update - 1) if self.update else None
         total = self.config.num_updates * self.config.steps_per_update
         labels = np.array(self.rows.labels)
-        shown = {x: means["returns"][labels == x] for x in dict.fromkeys(self.rows.labels)}
+        shown = {x: returns[labels == x] for x in dict.fromkeys(self.rows.labels)}
         self.log.evaluation(self.step, total, shown, self.speed, left)
         return True
 
@@ -418,20 +419,17 @@ class Session:
         curve = self.run_dir / "plots" / "curve.png"
         lines = [(label or self.name, run, index) for label, index in report.groups(run)]
         report.plot_curves(lines, curve, f"{self.name} on {self.config.env}")
-        results: list[dict[str, Any]] = []
-        for label, index in report.groups(run):
-            numbers = report.final(run.final[index])
-            others = {name: report.final(x[index]) for name, x in run.final_further.items()}
-            result = numbers | ({"further": others} if others else {})
-            result = {"label": label, "n": len(index)} | jax.tree.map(rundir.jsonable, result)
-            results.append(result)
-            lo, hi = numbers["interval"]
+        results = report.results(run)
+        for result in results:
+            numbers = [np.nan if x is None else x for x in (result["iqm"], *result["interval"])]
             self.log.say(
-                f"{label or 'final greedy return'}: IQM {numbers['iqm']:.1f}, "
-                f"95 % interval [{lo:.1f}, {hi:.1f}]"
-                f"\n  {np.isfinite(numbers['per_seed']).sum()} of {len(index)} seeds alive, "
-                f"{run.final.shape[1]} episodes each"
+                "{}: IQM {:.1f}, 95 % interval [{:.1f}, {:.1f}]".format(
+                    result["label"] or "final greedy return", *numbers
+                )
             )
+            alive = sum(x is not None for x in result["per_seed"])
+            episodes = run.final.shape[1]
+            self.log.say(f"  {alive} of {result['n']} seeds alive, {episodes} episodes each")
         seconds = self.seconds | {"wall": time.time() - self.started}
         done: dict[str, Any] = {"steps": int(run.steps[-1]), "alive": int((~self.dead).sum())}
         done |= {"episodes": run.final.shape[1], "results": results, "seconds": seconds}

@@ -1,0 +1,127 @@
+"""The natural gradient of BNPO: Fisher products, conjugate gradients, the line search."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tiny import assert_allclose
+
+from algos import bnpo
+from algos.common import Gaussian
+
+
+def tiny_policy(params, obs):
+    hidden = jnp.tanh(obs @ params["first"])
+    log_std = jnp.broadcast_to(params["log_std"], (len(obs), 2))
+    return Gaussian(hidden @ params["second"], log_std)
+
+
+def tiny_problem(seed=0):
+    keys = jax.random.split(jax.random.key(seed), 5)
+    shapes = {"first": (3, 4), "second": (4, 2), "log_std": (2,)}
+    params, vector = (
+        {n: 0.5 * jax.random.normal(k, s) for (n, s), k in zip(shapes.items(), ks, strict=True)}
+        for ks in (jax.random.split(keys[0], 3), jax.random.split(keys[1], 3))
+    )
+    return params, vector, jax.random.normal(keys[2], (7, 3))
+
+
+def test_fisher_product_is_the_hessian_of_the_kl():
+    params, vector, obs = tiny_problem()
+    policy_of = lambda params: tiny_policy(params, obs)
+    product = jax.jit(partial(bnpo.fisher_product, policy_of, damping=0.1))(params, vector)
+    flat, unravel = jax.flatten_util.ravel_pytree(params)
+    kl = lambda x: bnpo.gaussian_kl(policy_of(params), policy_of(unravel(x))).mean()
+    direct = jax.jit(jax.hessian(kl))(flat) @ jax.flatten_util.ravel_pytree(vector)[0]
+    expected = jax.tree.map(lambda h, v: h + 0.1 * v, unravel(direct), vector)
+    for name in params:
+        assert_allclose(product[name], expected[name], atol=1e-4)
+
+
+def test_fisher_of_a_linear_mean():
+    """E[s s'] times one over the variance."""
+    _, _, obs = tiny_problem(1)
+    weights = jnp.ones((3, 2))
+    policy_of = lambda w: Gaussian(
+        obs @ w, jnp.broadcast_to(jnp.log(jnp.array([2.0, 0.5])), (7, 2))
+    )
+    vector = jax.random.normal(jax.random.key(3), (3, 2))
+    product = bnpo.fisher_product(policy_of, weights, vector, 0.0)
+    assert_allclose(product, obs.T @ obs / 7 @ vector / jnp.array([4.0, 0.25]), atol=1e-4)
+
+
+def sloped(policy_of, seed=5):
+    """A loss that is linear in what the policy gives."""
+    keys = jax.random.split(jax.random.key(seed))
+    mean, log_std = (jax.random.normal(key, (7, 2)) for key in keys)
+    return lambda params: (
+        (mean * policy_of(params).mean).mean() + (log_std * policy_of(params).log_std).mean()
+    )
+
+
+def test_natural_step_has_the_wanted_kl():
+    delta = 1e-4
+    params, _, obs = tiny_problem(2)
+    policy_of = lambda params: tiny_policy(params, obs)
+    loss = sloped(policy_of)
+    step = lambda x: bnpo.natural_step(loss, policy_of, x, jax.grad(loss)(x), delta, 1e-6)
+    new = jax.jit(step)(params)
+    assert_allclose(bnpo.gaussian_kl(policy_of(params), policy_of(new)).mean(), delta, rtol=0.05)
+    assert loss(new) < loss(params)
+
+
+def test_natural_step_solves_the_fisher_system():
+    """As many steps of conjugate gradients as there are parameters, against a direct solution."""
+    _, _, obs = tiny_problem(6)
+    std, damping, delta = jnp.array([2.0, 0.5]), 1e-2, 1e-4
+    policy_of = lambda w: Gaussian(obs @ w, jnp.broadcast_to(jnp.log(std), (7, 2)))
+    loss, start = sloped(policy_of), jnp.ones((3, 2))
+    grads = jax.grad(loss)(start)
+    new = bnpo.natural_step(loss, policy_of, start, grads, delta, damping, iterations=6)
+    fisher = np.kron(obs.T @ obs / 7, np.diag(std**-2.0)) + damping * np.eye(6)
+    step = -np.linalg.solve(np.float64(fisher), np.float64(grads).ravel())
+    step *= np.sqrt(2 * delta / (step @ fisher @ step))
+    assert_allclose((new - start).ravel(), step, rtol=1e-3, atol=1e-3 * np.abs(step).max())
+
+
+def test_natural_step_stays_where_nothing_helps():
+    params, vector, obs = tiny_problem(3)
+    loss = lambda params: 0.0 * params["log_std"].sum()
+    step = partial(bnpo.natural_step, loss, lambda p: tiny_policy(p, obs))
+    new = jax.jit(step)(params, vector)
+    for name in params:
+        np.testing.assert_array_equal(new[name], params[name])
+
+
+def test_natural_step_is_halved_until_it_helps():
+    """The full step, sqrt(2 delta), and its half end above the start of a narrow valley."""
+    policy_of = lambda mean: Gaussian(jnp.full((7, 1), mean), jnp.zeros((7, 1)))
+    loss = lambda mean: (mean - 0.01) ** 2
+    new = bnpo.natural_step(loss, policy_of, 0.0, jax.grad(loss)(0.0), 1e-3, 1e-9)
+    assert_allclose(new, math.sqrt(2e-3) / 4, rtol=1e-3)
+
+
+def test_natural_step_is_halved_until_it_is_near():
+    """The full step helps, but the KL there is nine times what the Fisher matrix promises."""
+    policy_of = lambda x: Gaussian(jnp.full((7, 1), x + 1e3 * x**3), jnp.zeros((7, 1)))
+    new = bnpo.natural_step(jnp.negative, policy_of, 0.0, -1.0, 1e-3, 1e-9)
+    assert_allclose(new, math.sqrt(2e-3) / 2, rtol=1e-3)
+
+
+def test_natural_step_does_not_depend_on_the_parametrisation():
+    """Twice the unit of log_std: the same change of the policy, to first order."""
+    params, _, obs = tiny_problem(4)
+    outcomes = []
+    for unit in (1.0, 2.0):
+        start = params | {"log_std": params["log_std"] / unit}
+        policy_of = lambda p, unit=unit: tiny_policy(p | {"log_std": unit * p["log_std"]}, obs)
+        loss = sloped(policy_of)
+        grads = jax.grad(loss)(start)
+        step = partial(bnpo.natural_step, loss, policy_of, delta=1e-4, damping=1e-6)
+        new = jax.jit(partial(step, iterations=60))(start, grads)
+        old, new = policy_of(start), policy_of(new)
+        outcomes.append([new.mean - old.mean, new.log_std - old.log_std])
+    for x, y in zip(*outcomes, strict=True):
+        assert_allclose(x, y, rtol=0.05, atol=2e-4)

@@ -1,0 +1,295 @@
+"""The command line, and bad input: one line, before anything is written."""
+
+import dataclasses
+import json
+import re
+import shutil
+import sys
+
+import pytest
+import tiny
+from launching import FLAGS, content, parse, run
+
+from algos import ppo
+from algos.launch import cli, rundir, session
+
+pytestmark = [pytest.mark.usefixtures("signals"), pytest.mark.xdist_group("ppo")]
+
+
+# --- command line ---
+
+
+def test_defaults_then_task_preset_then_named_presets_then_flags():
+    config, _ = parse("--env", "cartpole")
+    assert dataclasses.asdict(config).items() >= ppo.PRESETS["cartpole"].items()
+    config, chosen = parse("--env", "cartpole", "--preset", "cartpole_ppo", "--gamma", "0.5")
+    expected = ppo.PRESETS["cartpole"] | ppo.PRESETS["cartpole_ppo"] | {"gamma": 0.5}
+    assert dataclasses.asdict(config).items() >= expected.items()
+    assert chosen.preset == ("cartpole_ppo",)
+    config, _ = parse("--preset", "mujoco_ppo", "cartpole_ppo", "--env", "cartpole")
+    assert dataclasses.asdict(config).items() >= ppo.PRESETS["cartpole_ppo"].items()
+
+
+def test_a_preset_applies_under_every_name_of_its_task():
+    for name in ("pendulum", "gymnax/Pendulum-v1"):
+        assert cli.preset_of(name, {"pendulum": {"gamma": 0.9}}) == {"gamma": 0.9}
+    assert cli.preset_of("brax/ant?backend=spring", {"ant": {"gamma": 0.9}}) == {"gamma": 0.9}
+    assert cli.preset_of("acrobot", {"pendulum": {"gamma": 0.9}}) == {}
+
+
+def test_help_shows_the_values_that_would_run(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        parse("--help", "--env", "pendulum")
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    value = str(ppo.PRESETS["pendulum"]["total_timesteps"])
+    assert value in text
+    assert value != str(ppo.Config.total_timesteps)
+    for field in [*dataclasses.fields(ppo.Config), *dataclasses.fields(cli.Launch)]:
+        assert f"--{field.name.replace('_', '-')}" in text
+
+
+@pytest.mark.parametrize("dash", ["-", "_"])
+@pytest.mark.parametrize("join", [" ", "="])
+def test_spellings_of_a_flag(dash, join):
+    flags = f"--env{join}inverted_pendulum --run{dash}dir{join}a_b/c_d --num{dash}envs{join}8"
+    config, chosen = parse(*flags.split())
+    assert (config.env, chosen.run_dir, config.num_envs) == ("inverted_pendulum", "a_b/c_d", 8)
+
+
+def test_counts_may_be_written_as_people_write_them():
+    config, chosen = parse("--total-timesteps", "1e6", "--num-envs=1_6", "--num-seeds", "1e1")
+    assert (config.total_timesteps, config.num_envs, chosen.num_seeds) == (1_000_000, 16, 10)
+    assert parse("--hidden", "1e2", "64")[0].hidden == (100, 64)
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--env", "cartpoel"], r"unknown environment 'cartpoel'.*cartpole"),
+        (["--env", "gymnax/Nothing"], r"unknown environment"),
+        (["--env", "no_such_module:make"], r"no_such_module:make.*PYTHONPATH"),
+        (["--env", "ant?backend=sprung"], r"backend='sprung' must be one of .*spring"),
+        (["--env", "ant?back=spring"], r"unknown option 'back'"),
+        (["--preset", "mujoco_pp"], r"unknown preset 'mujoco_pp'.*mujoco_ppo"),
+        (["--num-seed", "3"], r"unknown argument '--num-seed'.*--num-seeds"),
+        (["--frobnicate"], r"unknown argument '--frobnicate'"),
+        (["stray"], r"unknown argument 'stray'"),
+        (["--num-minibatches", "7"], r"num_minibatches=7 does not divide"),
+        (["--num-seeds", "0"], r"num_seeds=0: it should be greater than 0"),
+        (["--num-evals", "0"], r"num_evals=0: it should be greater than 0"),
+        (["--num-envs", "0"], r"num_envs"),
+        (["--num-steps", "0"], r"num_steps"),
+        (["--num-minibatches", "0"], r"num_minibatches"),
+        (["--total-timesteps", "0"], r"total_timesteps"),
+        (["--sweep", "num_envs=1,2"], r"cannot sweep over 'num_envs': .*learning_rate"),
+        (["--sweep", "gamma"], r"'gamma'"),
+        (["--sweep", "gamma=0.9,high"], r"'gamma=0.9,high'"),
+        (["--sweep", "gamma=0.9,0.90"], r"repeats"),
+        (["--sweep", "gamma=0.9", "gamma=0.8"], r"repeats"),
+        (["--sweep", "gamma=0.9,nan"], r"finite"),
+        (["--gamma", "7"], r"gamma=7.0: it should be less than or equal to 1"),
+        (["--learning-rate", "-1"], r"learning_rate=-1.0: it should be greater than or equal to 0"),
+        (["--learning-rate", "nan"], r"learning_rate=nan"),
+        (["--noise-interval", "0"], r"noise_interval=0"),
+        (
+            ["--anneal-lr", "True"],
+            r"--anneal-lr takes no value: write --anneal-lr or --no-anneal-lr",
+        ),
+        (["--anneal-lr=True"], r"--anneal-lr takes no value"),
+        (["--num-envs", "8", "16"], r"unknown argument '16': it is the value of no flag"),
+        (["--stop-at-return", "nan"], r"stop_at_return=nan: it should be a finite number"),
+        (
+            ["--total-timesteps", "1e13"],
+            r"total_timesteps=10000000000000 makes .* fewer than 2\*\*31",
+        ),
+        (["--seed", "-1"], r"seed=-1: it should be greater than or equal to 0"),
+        (
+            ["--seed", "4294967295", "--num-seeds", "2"],
+            r"seed=4294967295: the last seed is 4294967296, at most",
+        ),
+        (["--final-episodes", "0"], r"final_episodes=0: it should be greater than 0"),
+        (
+            ["--checkpoint-every", "-1"],
+            r"checkpoint_every=-1: it should be greater than or equal to 0",
+        ),
+        (["--resume", "nowhere"], r"nowhere is not a run directory"),
+        (["--resume"], r"--resume"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, said = run("--verbose", "0", *argv)
+    assert status == 2
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert re.search(message, said), said
+    assert not list(tmp_path.iterdir())
+
+
+def test_whoever_changes_an_algorithm_can_see_where_it_fails(tmp_path):
+    flags = [*FLAGS, "--num-minibatches", "7", "--run-dir", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match="num_minibatches=7"):
+        run(*flags, "--verbose", "2")
+
+
+def test_a_value_of_the_wrong_type_is_refused(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_info:
+        parse("--num-envs", "many")
+    assert exit_info.value.code == 2
+    assert "many" in "".join(capfd.readouterr())
+
+
+def test_a_missing_extra_is_named(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "envs.playground", raising=False)
+    monkeypatch.setitem(sys.modules, "mujoco_playground", None)
+    status, said = run("--env", "playground/CheetahRun")
+    assert status == 2
+    assert 'pip install -e ".[playground]"' in said.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unwritable_run_directory(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    status, said = run(*FLAGS, "--verbose", "0", "--run-dir", str(tmp_path / "file" / "run"))
+    assert status == 2
+    assert said.startswith("error: ")
+    assert "file" in said
+    assert said.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_run_is_never_overwritten(whole):
+    before = content(whole[0])
+    status, said = run(*FLAGS, "--verbose", "0", "--run-dir", str(whole[0]))
+    assert (status, said.count("\n")) == (2, 1)
+    assert "already holds a run" in said
+    assert content(whole[0]) == before
+
+
+def test_two_launches_never_share_a_directory(tmp_path, monkeypatch):
+    """Another launch takes the directory while this one still loads its task."""
+    run_dir = tmp_path / "run"
+    make_program = session.make_program
+
+    def overtaken(*args):
+        run_dir.mkdir()
+        (run_dir / "config.json").write_text("theirs")
+        return make_program(*args)
+
+    monkeypatch.setattr(session, "make_program", overtaken)
+    status, said = run(*FLAGS, "--verbose", "0", "--run-dir", str(run_dir))
+    assert status == 2
+    assert said.startswith("error: ")
+    assert (run_dir / "config.json").read_text() == "theirs"
+    assert {x.name for x in run_dir.iterdir()} == {"config.json", ".lock"}
+
+
+def truncate(run_dir):
+    path = rundir.checkpoints(run_dir)[-1]
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def corrupt(run_dir):
+    path = rundir.checkpoints(run_dir)[-1]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    path.write_bytes(data)
+
+
+def foreign(run_dir):
+    (run_dir / "config.json").write_text('{"model_type": "bert"}')
+
+
+def unreadable(run_dir):
+    (run_dir / "config.json").write_text('{"algo": "ppo", ')
+
+
+def no_checkpoint(run_dir):
+    """Of a run that had reached its end."""
+    shutil.rmtree(run_dir / "checkpoints")
+    (run_dir / "done.json").write_text("{}")
+
+
+def other_algorithm(run_dir):
+    saved = json.loads((run_dir / "config.json").read_text()) | {"algo": "bpo"}
+    (run_dir / "config.json").write_text(json.dumps(saved))
+
+
+def other_shape(run_dir):
+    saved = json.loads((run_dir / "config.json").read_text())
+    saved["config"]["hidden"] = [16]
+    (run_dir / "config.json").write_text(json.dumps(saved))
+
+
+def other_version(run_dir):
+    saved = json.loads((run_dir / "config.json").read_text())
+    saved["config"]["clip_epsilon"] = 0.2
+    (run_dir / "config.json").write_text(json.dumps(saved))
+
+
+@pytest.mark.parametrize(
+    ("harm", "flags", "message"),
+    [
+        (truncate, [], r"000000003.npz is damaged"),
+        (corrupt, [], r"000000003.npz is damaged"),
+        (foreign, [], r"not a run directory"),
+        (unreadable, [], r"not a run directory"),
+        (no_checkpoint, [], r"no checkpoint"),
+        (other_algorithm, [], r"is a run of bpo"),
+        (other_shape, [], r"does not fit .*\[2, 4, 8\], not float32\[2, 4, 16\]"),
+        (other_version, [], r"clip_epsilon"),
+        (None, ["--gamma", "0.5"], r"gamma=0.5, the run has 0.99"),
+        (None, ["--env", "pendulum"], r"env='pendulum', the run has 'cartpole'"),
+        (None, ["--num-seeds", "3"], r"num_seeds=3, the run has 2"),
+        (None, ["--sweep", "gamma=0.5"], r"sweep="),
+        (None, ["--preset", "mujoco_ppo"], r"the run has"),
+        (None, ["--run-dir", "elsewhere"], r"run_dir='elsewhere'"),
+    ],
+)
+def test_a_resume_that_cannot_be_exact_is_refused(copy, harm, flags, message, monkeypatch):
+    monkeypatch.chdir(copy.parent)
+    if harm:
+        harm(copy)
+    before = content(copy.parent)
+    status, said = run("--resume", str(copy), "--verbose", "0", *flags)
+    assert status == 2
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert re.search(message, said), said
+    assert content(copy.parent) == before
+
+
+def test_resuming_a_complete_run_says_so(whole):
+    before = content(whole[0])
+    status, said = run("--resume", str(whole[0]), "--verbose", "0")
+    assert status == 2
+    assert "complete" in said
+    assert "--total-timesteps" in said
+    assert content(whole[0]) == before
+
+
+def test_a_resumed_run_may_be_longer(copy):
+    config, chosen = parse("--resume", str(copy), "--total-timesteps", "999", "--num-evals", "5")
+    assert config == tiny.config_of("ppo", total_timesteps=999)
+    assert (chosen.num_seeds, chosen.num_evals, chosen.run_dir) == (2, 5, str(copy))
+
+
+def test_a_run_directory_may_be_named_in_several_ways(copy, monkeypatch):
+    monkeypatch.chdir(copy.parent)
+    (copy.parent / "link").symlink_to(copy)
+    for name in ("copy/", "./copy", "link", str(copy)):
+        assert parse("--resume", "copy", "--run-dir", name)[0] == tiny.config_of("ppo")
+
+
+def test_the_files_that_a_run_learned_from_may_have_moved():
+    """What is in them must be the same: rundir.check_data compares digests."""
+    saved = tiny.config_of("brac")
+    cli.check_resumable(saved, dataclasses.replace(saved, dataset="moved.npz", behavior="moved"))
+    with pytest.raises(ValueError, match="gamma"):
+        cli.check_resumable(saved, dataclasses.replace(saved, dataset="moved.npz", gamma=0.5))

@@ -1,0 +1,82 @@
+"""Rows: seeds and swept values, and who trains them."""
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from launching import FLAGS, checkpoint, run, strict_json
+from tiny import assert_close, lines_of
+
+from algos import ppo
+from algos.launch import cli, report, rows, rundir
+
+pytestmark = [pytest.mark.usefixtures("signals"), pytest.mark.xdist_group("ppo")]
+
+
+def test_rows_of_a_sweep():
+    config = tiny.config_of("ppo")
+    sweep = ("learning_rate=1e-3,2e-3", "gamma=0.9,0.99")
+    swept = rows.make_rows(cli.Launch(seed=5, num_seeds=2, sweep=sweep), config, ppo.TRACEABLE)
+    assert swept.seeds.tolist() == [5, 6] * 4
+    np.testing.assert_allclose(swept.hparams["learning_rate"], np.repeat([1e-3, 2e-3], 4))
+    np.testing.assert_allclose(swept.hparams["gamma"], np.tile(np.repeat([0.9, 0.99], 2), 2))
+    assert swept.labels[2] == swept.labels[3] == "learning_rate=0.001 gamma=0.99"
+    plain = rows.make_rows(cli.Launch(seed=5, num_seeds=2), config, ppo.TRACEABLE)
+    assert (plain.seeds.tolist(), plain.hparams, plain.labels) == ([5, 6], {}, ["", ""])
+
+
+def test_dead_seeds_are_named_and_left_out(whole, tmp_path):
+    run_dir = tmp_path / "run"
+    status, said = run(*FLAGS, "--sweep", "learning_rate=3e-4,1e30", "--run-dir", str(run_dir))
+    assert status == 0
+    for seed in (0, 1):
+        dead = [x for x in said.splitlines() if x.startswith(f"seed {seed}") and "dead" in x]
+        assert len(dead) == 1
+        assert "learning_rate=1e+30" in dead[0]
+    assert "  learning_rate=0.0003 | IQM" in said
+    assert "  learning_rate=1e+30 | no seed is alive" in said
+
+    swept, plain = rundir.read_run(run_dir), rundir.read_run(whole[0])
+    assert swept.labels == ["learning_rate=0.0003"] * 2 + ["learning_rate=1e+30"] * 2
+    np.testing.assert_allclose(swept.returns[:2], plain.returns, rtol=1e-3)
+    assert np.isfinite(swept.returns[:, 0]).all()
+    assert np.isnan(swept.returns[2:, 1:]).all()
+    state = checkpoint(run_dir)
+    assert_close(
+        {k: v[:2] for k, v in state.items() if "params" in k},
+        {k: v for k, v in checkpoint(whole[0]).items() if "params" in k},
+        rtol=1e-3,
+        atol=1e-4,
+    )
+    last = [x for x in lines_of(run_dir) if "losses/policy_loss" in x][-1]
+    assert last["health/seeds_alive"] == 2
+    assert last["health/finite"] == [1, 1, 0, 0]
+    assert last["losses/policy_loss"][2:] == [None, None]
+    assert None not in last["losses/policy_loss"][:2]
+    done = strict_json(run_dir / "done.json")
+    assert done["alive"] == 2
+    good, bad = done["results"]
+    assert good["iqm"] == pytest.approx(report.iqm(plain.final.mean(1)), rel=1e-3)
+    assert (bad["label"], bad["iqm"]) == ("learning_rate=1e+30", None)
+    assert bad["per_seed"] == [None, None]
+
+
+def test_a_launch_ends_when_every_seed_is_dead(tmp_path):
+    run_dir = tmp_path / "run"
+    status, said = run(*FLAGS, "--sweep", "learning_rate=1e29,1e30", "--run-dir", str(run_dir))
+    assert status == 3
+    assert "no seed is alive" in said
+    assert [x["global_step"] for x in lines_of(run_dir)] == [0, 96, 96]
+    assert strict_json(run_dir / "done.json")["alive"] == 0
+
+
+def test_rows_are_shared_by_hosts_in_order(monkeypatch):
+    six = rows.Rows(np.arange(6), {"gamma": np.linspace(0, 1, 6)}, list("abcdef"))
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    mine = rows.local(six)
+    assert (mine.seeds.tolist(), mine.labels) == ([2, 3], ["c", "d"])
+    np.testing.assert_allclose(mine.hparams["gamma"], [0.4, 0.6])
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(ValueError, match="6 rows cannot be shared by 4 hosts"):
+        rows.local(six)

@@ -1,0 +1,344 @@
+"""A launch: what it leaves and prints, ctrl-C, crashes, resuming, dead seeds."""
+
+import concurrent.futures
+import json
+import os
+import re
+import shutil
+import signal
+import warnings
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from launching import FLAGS, checkpoint, run, session_of, start, strict_json
+from tiny import assert_same, lines_of
+
+from algos import ppo
+from algos.launch import cli, logs, report, rundir, session
+
+pytestmark = [pytest.mark.usefixtures("signals"), pytest.mark.xdist_group("ppo")]
+
+
+# --- the run directory and the console ---
+
+
+def test_what_a_run_leaves(whole):
+    run_dir, _ = whole
+    saved = json.loads((run_dir / "config.json").read_text())
+    assert rundir.from_json(ppo.Config, saved["config"]) == tiny.config_of("ppo")
+    assert saved["rows"] == {"seeds": [0, 1], "labels": ["", ""]}
+    meta = json.loads((run_dir / "meta.json").read_text())
+    assert meta.keys() >= {"command", "commit", "versions", "device", "num_devices", "cores"}
+    assert meta["versions"]["jax"] == jax.__version__
+    assert (run_dir / "plots" / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+    lines = lines_of(run_dir)
+    assert [x["global_step"] for x in lines] == [0, 96, 96, 192, 192]
+    evals = [x for x in lines if "eval/episodic_return" in x]
+    run = rundir.read_run(run_dir)
+    for i, line in enumerate(evals):
+        np.testing.assert_allclose(line["eval/episodic_return"], run.returns[:, i].mean(1))
+    training = [x for x in lines if "losses/policy_loss" in x]
+    assert all(len(x["losses/policy_loss"]) == 2 for x in training)
+    assert training[0]["charts/learning_rate"] == pytest.approx(
+        [3e-4 * (1 + 5 / 6 + 4 / 6) / 3] * 2
+    )
+    assert training[0]["health/seeds_alive"] == 2
+    assert not any(name.startswith("episodes/") for name in training[0])
+    assert training[1]["time/train"] > training[0]["time/train"]
+
+    done = strict_json(run_dir / "done.json")
+    assert run.final.shape == (2, 6)
+    np.testing.assert_array_equal(run.final[:, :2], run.returns[:, -1])
+    final = run.final.mean(1)
+    assert done["episodes"] == 6
+    assert done["results"][0]["per_seed"] == pytest.approx(final.tolist())
+    assert done["results"][0]["iqm"] == pytest.approx(report.iqm(final))
+    assert (done["steps"], done["alive"]) == (192, 2)
+    assert done["seconds"].keys() == {"compile", "train", "eval", "wall"}
+
+
+def test_what_a_run_says(whole):
+    run_dir, said = whole
+    assert "ppo on gymnax/CartPole-v1: 2 seeds x 192 steps (6 updates of 32)" in said
+    assert str(run_dir) in said
+    lines = said.splitlines()
+    steps = [line for line in lines if " | IQM " in line]
+    assert [line.split(" | ")[0] for line in steps] == ["0/192", "96/192", "192/192"]
+    assert re.fullmatch(
+        r"96/192 \| IQM \d+\.?\d* \[\d.*, \d.*\] \| \S+ steps/s, all seeds \| \d:\d\d left",
+        steps[1],
+    )
+    assert sum("[worst seed, best seed]" in line for line in lines) == 1
+    assert all(len(line) <= 78 for line in lines if str(run_dir) not in line), lines
+    assert "losses/" not in said
+
+
+def test_default_run_directory():
+    """It names the task, the algorithm and the seeds, and differs where any setting differs."""
+    config = tiny.config_of("ppo")
+    path = session.default_run_dir("ppo", config, cli.Launch(seed=3, num_seeds=16))
+    assert path.startswith("runs/gymnax-CartPole-v1/ppo/")
+    assert "_s3x16_" in path
+    other = session.default_run_dir("ppo", config, cli.Launch(seed=3, num_seeds=16, num_evals=7))
+    assert path.split("_")[-1] != other.split("_")[-1]
+    config = tiny.config_of("ppo", env="brax/hopper?backend=spring&iterations=2")
+    path = session.default_run_dir("ppo", config, cli.Launch(seed=3, num_seeds=16, num_evals=7))
+    assert path.startswith("runs/brax-hopper-backend-spring-iterations-2/ppo/")
+    assert path.split("_")[-1] != other.split("_")[-1]
+
+
+def test_quiet(tmp_path):
+    status, said = run(*FLAGS, "--verbose", "0", "--run-dir", str(tmp_path / "run"))
+    assert (status, said) == (0, "")
+    assert (tmp_path / "run" / "done.json").exists()
+
+
+# --- ctrl-C, crash, resume ---
+
+
+def interrupt_at(monkeypatch, update, number=signal.SIGINT):
+    """Send this process a signal after `update` updates; 0: while it compiles."""
+    monkeypatch.setattr(session, "SLICE_SECONDS", 0.0)
+    if update == 0:
+        compile_ahead = session.compile_ahead
+
+        def interrupted(*args):
+            os.kill(os.getpid(), number)
+            return compile_ahead(*args)
+
+        monkeypatch.setattr(session, "compile_ahead", interrupted)
+        return
+    calls = []
+
+    def advance(log, steps):
+        calls.append(steps)
+        if len(calls) == update:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(logs.Log, "advance", advance)
+
+
+@pytest.mark.parametrize(
+    ("update", "number"),
+    [
+        (3, signal.SIGTERM),
+        *(pytest.param(update, signal.SIGINT, marks=pytest.mark.slow) for update in (0, 6)),
+    ],
+)
+def test_interrupted_and_resumed_is_the_same_run(whole, tmp_path, monkeypatch, update, number):
+    run_dir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, update, number)
+        status, said = run(*FLAGS, "--verbose", "0", "--run-dir", str(run_dir))
+    assert status == 130
+    assert f"--resume {run_dir}" in said
+    assert not (run_dir / "done.json").exists()
+    assert rundir.checkpoints(run_dir)[-1].name == f"{update:09d}.npz"
+    described = (run_dir / "config.json").read_bytes()
+
+    status, said = run("--resume", str(run_dir))
+    assert status == 0, said
+    assert_same(checkpoint(run_dir), checkpoint(whole[0]))
+    mine, other = rundir.read_run(run_dir), rundir.read_run(whole[0])
+    for field in ("steps", "returns", "lengths"):
+        np.testing.assert_array_equal(getattr(mine, field), getattr(other, field))
+    assert (run_dir / "config.json").read_bytes() == described
+    for path in ("done.json", "policy_s000.npz", "policy_s001.npz", "plots/curve.png"):
+        assert (run_dir / path).exists()
+    steps = [x["global_step"] for x in lines_of(run_dir) if "eval/episodic_return" in x]
+    assert steps == [0, 96, 192]
+
+
+def test_resumed_after_a_crash_nothing_is_logged_twice(whole, copy):
+    """What the crashed run logged after its last checkpoint is done again, and logged once."""
+    with open(copy / "metrics.jsonl", "a") as file:
+        file.write('{"global_step": 192, "cut')
+    status, said = run("--resume", str(copy), "--verbose", "0")
+    assert (status, said) == (0, "")
+    assert_same(checkpoint(copy), checkpoint(whole[0]))
+    assert [x["global_step"] for x in lines_of(copy)] == [0, 96, 96, 192, 192]
+    np.testing.assert_array_equal(rundir.read_run(copy).returns, rundir.read_run(whole[0]).returns)
+
+
+def test_a_crash_before_the_first_checkpoint_costs_the_start_only(whole, copy):
+    shutil.rmtree(copy / "checkpoints")
+    status, said = run("--resume", str(copy), "--verbose", "0")
+    assert (status, said) == (0, "")
+    assert_same(checkpoint(copy), checkpoint(whole[0]))
+    assert [x["global_step"] for x in lines_of(copy)] == [0, 96, 96, 192, 192]
+
+
+@pytest.mark.slow
+def test_a_longer_run_forgets_the_end_of_the_shorter(whole, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole[0], run_dir)
+    longer = ["--resume", str(run_dir), "--verbose", "0", "--total-timesteps", "256"]
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)  # after the last of its eight updates, before its end
+        status, _ = run(*longer)
+    assert status == 130
+    assert not (run_dir / "done.json").exists()
+    status, said = run("--resume", str(run_dir), "--verbose", "0")
+    assert (status, said) == (0, "")
+    assert strict_json(run_dir / "done.json")["steps"] == 256
+    meta = strict_json(run_dir / "meta.json")
+    assert meta["command"] == strict_json(whole[0] / "meta.json")["command"]
+    assert len(meta["resumed"]) == 2
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3])
+def test_an_evaluation_can_be_interrupted(whole, tmp_path, monkeypatch, number):
+    """The first, one in the middle, the last, and one of the parts that follow it."""
+    run_dir, begun = tmp_path / "run", []
+    with monkeypatch.context() as patch:
+        compile_ahead = session.compile_ahead
+        patch.setattr(session, "EVAL_STEPS", 3)
+
+        def compiled(*args):
+            made = compile_ahead(*args)
+
+            def begin(keys):
+                if len(begun) == number:
+                    os.kill(os.getpid(), signal.SIGINT)
+                begun.append(keys)
+                return made.begin(keys)
+
+            return made._replace(begin=begin)
+
+        patch.setattr(session, "compile_ahead", compiled)
+        status, said = run(*FLAGS, "--verbose", "0", "--run-dir", str(run_dir))
+    assert status == 130, said
+    assert len(begun) == number + 1
+    assert not (run_dir / "done.json").exists()
+    status, said = run("--resume", str(run_dir), "--verbose", "0")
+    assert (status, said) == (0, "")
+    mine, other = rundir.read_run(run_dir), rundir.read_run(whole[0])
+    for field in ("steps", "returns", "lengths", "final"):
+        np.testing.assert_array_equal(getattr(mine, field), getattr(other, field))
+    assert_same(checkpoint(run_dir), checkpoint(whole[0]))
+
+
+def test_second_interrupt_stops_at_once():
+    """A shell that goes away hangs up twice: that is one wish to stop."""
+    stopping = session_of(verbose=0)
+    stopping.on_signal(signal.SIGHUP, None)
+    stopping.on_signal(signal.SIGHUP, None)
+    stopping.on_signal(signal.SIGTERM, None)
+    assert stopping.stop
+    with pytest.raises(KeyboardInterrupt):
+        stopping.on_signal(signal.SIGINT, None)
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "status", "message"),
+    [
+        ("make_program", KeyboardInterrupt(), 130, r"stopped before the start\n"),
+        ("trace", KeyboardInterrupt(), 130, r"stopped at once; go on with --resume \S+run\n"),
+        ("trace", OSError(28, "No space left"), 1, r"error: .*No space left: .* --resume \S+run\n"),
+    ],
+)
+def test_an_early_end_is_one_line(tmp_path, monkeypatch, where, error, status, message):
+    run_dir = tmp_path / "run"
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(session, where, fail)
+    ended, said = run(*FLAGS, "--verbose", "0", "--run-dir", str(run_dir))
+    assert ended == status
+    assert re.fullmatch(message, said), said
+    with pytest.raises(type(error)):
+        run(*FLAGS, "--verbose", "2", "--run-dir", str(tmp_path / "other"))
+
+
+def test_a_launch_that_failed_lets_go_of_its_directory(tmp_path, monkeypatch):
+    """Notebooks keep the last exception, and with it all that its frames hold."""
+    run_dir = tmp_path / "run"
+
+    def broken(*_):
+        raise RuntimeError("broken")
+
+    for where in ("trace", "restored"):
+        with monkeypatch.context() as patch:
+            patch.setattr(session, "trace", broken)
+            if where == "restored":
+                patch.setattr(rundir, "check_data", broken)
+            flags = ["--resume", str(run_dir)] if where == "restored" else [*FLAGS]
+            flags += ["--run-dir", str(run_dir), "--verbose", "0"]
+            with pytest.raises(RuntimeError, match="broken") as kept:
+                run(*flags)
+        rundir.lock(run_dir).release()
+        assert kept.value
+
+
+def test_a_terminal_that_is_closed_stops_and_saves(whole, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    handler = signal.getsignal(signal.SIGHUP)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3, signal.SIGHUP)
+        status, said = run(*FLAGS, "--verbose", "0", "--run-dir", str(run_dir))
+    assert (status, signal.getsignal(signal.SIGHUP)) == (130, handler)
+    assert f"stopped and saved; go on with --resume {run_dir}" in said
+    assert rundir.checkpoints(run_dir)[-1].name == "000000003.npz"
+
+
+def test_what_cannot_be_resumed_does_not_advise_it(tmp_path, monkeypatch):
+    """Of Atari games, whose emulators are in no checkpoint."""
+    make_program = session.make_program
+    monkeypatch.setattr(
+        session, "make_program", lambda *args: make_program(*args)._replace(stateful=True)
+    )
+    interrupt_at(monkeypatch, 3)
+    status, said = run(*FLAGS, "--verbose", "0", "--run-dir", str(tmp_path / "run"))
+    assert status == 130
+    assert "stopped and saved; cartpole cannot be resumed" in said
+    assert "--resume" not in said
+
+
+def test_interrupt_from_a_terminal(tmp_path):
+    run_dir = tmp_path / "run"
+    flags = [*FLAGS, "--no-anneal-lr", "--total-timesteps", "100000000", "--num-evals", "1000"]
+    process = start(*flags, "--run-dir", str(run_dir))
+    for line in process.stderr:
+        if " | IQM " in line:
+            break
+    process.send_signal(signal.SIGINT)
+    said = process.stderr.read()
+    assert process.wait(60) == 130
+    assert "stopped and saved" in said
+    assert "Traceback" not in said
+    assert len(rundir.checkpoints(run_dir)) >= 1
+    assert not (run_dir / "done.json").exists()
+
+
+def test_another_schedule_of_evaluations_goes_on_from_where_the_run_is():
+    """Six updates of 32 steps; three are done, evaluated at 0, 2 and 3."""
+    resumed = session_of(num_evals=6)
+    resumed.update, resumed.evals = 3, {"steps": [0, 64, 96]}
+    assert [point for _, point in resumed.eval_points()] == [4, 5, 6]
+    resumed.evals = {"steps": [0, 64]}  # interrupted before the evaluation at 3
+    assert [point for _, point in resumed.eval_points()] == [3, 4, 5, 6]
+    resumed = session_of(num_evals=10**9)
+    assert [point for _, point in resumed.eval_points()] == [0, 1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("main_thread", [True, False])
+def test_a_notebook_gets_its_signal_handlers_back(tmp_path, monkeypatch, main_thread):
+    """After an error in the middle too; a launch in another thread sets none."""
+    handlers = [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)]
+    showwarning = warnings.showwarning
+
+    def broken(*_):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(session, "trace", broken)
+    flags = [*FLAGS, "--verbose", "0", "--run-dir", str(tmp_path / "run")]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        call = run if main_thread else lambda *argv: pool.submit(run, *argv).result()
+        with pytest.raises(RuntimeError, match="broken"):
+            call(*flags)
+    assert [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert warnings.showwarning is showwarning
