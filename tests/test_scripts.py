@@ -30,7 +30,8 @@ def test_a_second_clone_runs_its_own_code(tmp_path):
     for folder in ("algos", "envs", "experiments"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     path = tmp_path / "algos" / "launch" / "cli.py"
-    path.write_text(path.read_text().replace("num_evals: PositiveInt = 20", "num_evals: PositiveInt = 77"))
+    changed = path.read_text().replace("num_evals: PositiveInt = 20", "num_evals: PositiveInt = 77")
+    path.write_text(changed)
     assert "(default: 77)" in run(tmp_path / "algos" / "ppo.py", "--help", cwd=tmp_path)
 
 
