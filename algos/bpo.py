@@ -824,6 +824,13 @@ PAPER = {  # every field that a task's preset may have changed, back to the publ
 SYMLOG = {"symlog_targets": True, "polyak_tau": 0.02}
 ZERO = {**SYMLOG, "zero_norm_final": True}
 PRESETS: dict[str, dict[str, Any]] = {
+    # sources of tasks, for those that have no preset of their own
+    "gym": {
+        "total_timesteps": 1_000_000, "num_envs": 16, "num_steps": 128, "num_epochs": 10,
+        "num_minibatches": 16, "anneal_lr": True, "normalize_obs": True, "normalize_reward": True,
+        **REPLAY,
+    },
+    **dict.fromkeys(("brax", "playground"), PHYSICS),
     # tasks
     "cartpole": {
         "total_timesteps": 100_000, "num_envs": 8, "num_steps": 32, "num_epochs": 20,
@@ -839,7 +846,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "inverted_pendulum": {**FAST, "total_timesteps": 300_000},
     "inverted_double_pendulum": {**FAST, "total_timesteps": 300_000},
-    **dict.fromkeys(("hopper", "walker2d", "halfcheetah"), PHYSICS),
     "reacher": {**PHYSICS, "gamma": 0.95},
     "ant": {  # with an initial std of 1, actions cost more than standing still earns
         **PHYSICS, "total_timesteps": 2_000_000, "num_envs": 512, "num_steps": 32, "num_epochs": 4,

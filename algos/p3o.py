@@ -563,11 +563,12 @@ PHYSICS = {
     "normalize_reward": True, "hidden": (256, 256),
 }
 PRESETS: dict[str, dict[str, Any]] = {
+    # sources of tasks, for those that have no preset of their own
+    **dict.fromkeys(("gym", "brax", "playground"), PHYSICS),
     # tasks
     "cartpole": {"normalize_reward": True},
     "atari": {"total_timesteps": 28_000_000, "hidden": (512,), "activation": "relu"},
     **dict.fromkeys(("breakout", "asterix", "freeway", "seaquest", "space_invaders"), MINATAR),
-    **dict.fromkeys(("ant", "halfcheetah", "hopper", "walker2d", "humanoid"), PHYSICS),
     # ablations, to follow a task
     "a2c": {"replay_ratio": 0.0},
     "fixed_clip": {"max_ratio": 1.0},

@@ -471,11 +471,13 @@ PAPER = {  # every field that a task's preset may have changed, back to the publ
     "policy_gain": 1.0, "log_std_init": 0.0,
 }
 PRESETS: dict[str, dict[str, Any]] = {
-    # tasks; "gym" is for the tasks of that source that have no preset of their own
+    # sources of tasks, for those that have no preset of their own
     "gym": {
         "total_timesteps": 1_000_000, "num_envs": 16, "num_steps": 128, "num_epochs": 10,
         "num_minibatches": 16, "anneal_lr": True, "normalize_obs": True, "normalize_reward": True,
     },
+    **dict.fromkeys(("brax", "playground"), PHYSICS),
+    # tasks
     "cartpole": {
         "total_timesteps": 200_000, "num_envs": 32, "num_steps": 32, "num_epochs": 4,
         "num_minibatches": 4, "learning_rate": 2.5e-3, "anneal_lr": True,
@@ -488,7 +490,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "inverted_pendulum": {**FAST, "total_timesteps": 300_000},
     "inverted_double_pendulum": {**FAST, "total_timesteps": 300_000},
     **dict.fromkeys(("CartpoleBalance", "CartpoleSwingup", "ReacherEasy", "CheetahRun"), FAST),
-    **dict.fromkeys(("hopper", "walker2d", "halfcheetah"), PHYSICS),
     "reacher": {**PHYSICS, "gamma": 0.95},
     "arm": FAST,
     "ant": {  # with an initial std of 1, actions cost more than standing still earns

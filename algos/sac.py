@@ -486,12 +486,17 @@ SMALL = {
 }
 PHYSICS = {"num_envs": 128, "updates_per_step": 0.25}
 PRESETS: dict[str, dict[str, Any]] = {
+    # sources of tasks, for those that have no preset of their own
+    "gym": {
+        "num_envs": 8, "num_steps": 1, "updates_per_step": 1.0, "learning_rate": 3e-4,
+        "hidden": (256, 256), "critic_hidden": (256, 256),
+    },
+    **dict.fromkeys(("brax", "playground"), PHYSICS),
     # tasks
     **dict.fromkeys(("pendulum", "inverted_pendulum", "reacher"), SMALL),
     "arm": {  # reward_scale makes a touch worth 1, not 0.04
         **SMALL, "buffer_size": 400_000, "normalize_obs": True, "reward_scale": 25.0,
     },
-    **dict.fromkeys(("hopper", "walker2d", "halfcheetah", "ant"), PHYSICS),
 }
 # fmt: on
 

@@ -29,6 +29,8 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # import this checkout's algorithms
 
+from algos.launch import cli
+
 ROOT = Path(__file__).resolve().parents[1]
 OBJECTIVE, OPTIMISER = "constant of the objective", "constant of the optimiser"
 SIZE = "size"
@@ -92,12 +94,6 @@ def swept(launch: dict[str, Any]) -> set[str]:
     return {item.partition("=")[0] for item in launch.get("sweep", [])}
 
 
-def is_task(preset: str, env: str) -> bool:
-    """True if a preset of this name is that of the task `source/name?options`."""
-    task = env.partition("?")[0]
-    return preset in (task, *task.split("/"))
-
-
 def strings(path: Path) -> list[str]:
     """Strings in a Python file, except docstrings and what belongs to its own command line."""
     tree = ast.parse(path.read_text())
@@ -148,8 +144,8 @@ def report(algo: str, results: list[dict], experiments: dict[str, list[str]]) ->
             for found in (presets, passed)
         ]
         rows[field] = [field, json.dumps(value), *users, sum(field in x for x in sets)]
-    used = lambda name, x: name in x["launch"]["preset"] or is_task(name, x["config"]["env"])
-    ran = {name: sum(used(name, x) for x in results) for name in presets}
+    used = [{cli.task_preset(x["config"]["env"], presets), *x["launch"]["preset"]} for x in results]
+    ran = {name: sum(name in names for names in used) for name in presets}
     print(f"## {algo}\n\n{len(results)} results\n")
     print(table(["field", "default", "presets", "experiments", "results"], rows.values()))
     if ran:

@@ -37,6 +37,26 @@ def test_a_preset_applies_under_every_name_of_its_task():
     assert cli.preset_of("acrobot", {"pendulum": {"gamma": 0.9}}) == {}
 
 
+def test_a_source_has_a_preset_for_its_tasks_that_have_none():
+    presets = {"gym": {"gamma": 0.9}, "Hopper-v5": {"gamma": 0.8}}
+    assert cli.preset_of("gym/Hopper-v5?engine=mjx", presets) == {"gamma": 0.8}
+    assert cli.preset_of("Ant-v5", presets) == {"gamma": 0.9}
+    assert cli.preset_of("hopper", presets) == {}
+
+
+def test_without_a_preset_it_is_said(monkeypatch):
+    """Before anything compiles."""
+
+    def stop(*_):
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(session, "make_program", stop)
+    sentence = "ppo has no preset for this task"
+    assert sentence in run("--env", "acrobot")[1]
+    assert sentence not in run("--env", "acrobot", "--preset", "dmc_ppo")[1]
+    assert sentence not in run("--env", "gym/Pusher-v5")[1]
+
+
 def test_help_shows_the_values_that_would_run(capsys):
     with pytest.raises(SystemExit) as exit_info:
         parse("--help", "--env", "pendulum")

@@ -233,13 +233,19 @@ def named(name: str, presets: dict[str, dict]) -> dict[str, Any]:
     return presets[name]
 
 
-def preset_of(env: str, presets: dict[str, dict]) -> dict[str, Any]:
-    """The task's own preset, under any of its names or its source's; {} if there is none."""
+def task_preset(env: str, presets: Iterable[str]) -> str | None:
+    """Name of the preset of a task, under any of its names, or else of its source."""
     task = envs.canonical(env).split("?")[0]
-    for name, preset in presets.items():
-        if name == env or envs.ALIASES.get(name, name) in (task, task.split("/")[0]):
-            return preset
-    return {}
+    names = {envs.ALIASES.get(name, name): name for name in presets}
+    for name in (env, task, task.split("/")[0]):
+        if name in names:
+            return names[name]
+    return None
+
+
+def preset_of(env: str, presets: dict[str, dict]) -> dict[str, Any]:
+    """The values that a task changes; {} if it has no preset."""
+    return presets.get(task_preset(env, presets) or "", {})
 
 
 def nearest(word: str, known: Any) -> str:

@@ -63,6 +63,8 @@ def main(name: str, argv: list[str] | None = None) -> None:
             session = Session(name, config, launch, rows)
             session.check_run_dir()
             session.log.say(session.plan())
+            if not (launch.preset or cli.task_preset(config.env, algorithm.PRESETS)):
+                session.log.say(f"{name} has no preset for this task: it starts from the defaults")
             session.open(make_program(algorithm, config, launch, local(rows)), held)
         except (ValueError, OSError, ImportError) as error:
             end(launch, 2, f"error: {error}")
