@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import tiny
+from tensorboardX.proto import event_pb2
 
 from algos import launch, ppo
 from algos.launch import cli, rows, session
@@ -60,6 +61,23 @@ def content(folder):
 def checkpoint(run_dir, update=6):
     with np.load(run_dir / "checkpoints" / f"{update:09d}.npz") as file:
         return {name: file[name] for name in file.files if name != "__meta__"}
+
+
+def events(run_dir):
+    """(step, tag, value) as TensorBoard shows them; a restart drops all from its step on."""
+    shown = []
+    for path in sorted((run_dir / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            if len(data) < 16 + size:
+                break  # it was killed as it wrote
+            event = event_pb2.Event.FromString(data[12 : 12 + size])
+            data = data[16 + size :]
+            if event.session_log.status == event_pb2.SessionLog.START:
+                shown = [x for x in shown if x[0] < event.step]
+            shown += [(event.step, x.tag, x.simple_value) for x in event.summary.value]
+    return shown
 
 
 def strict_json(path):

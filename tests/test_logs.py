@@ -2,7 +2,6 @@
 
 import io
 import os
-import struct
 import sys
 import types
 import warnings
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from launching import events
 from tiny import lines_of
 
 from algos.launch import cli, logs
@@ -83,19 +83,11 @@ def test_verbosity(tmp_path, capsys):
 
 
 def test_tensorboard(tmp_path):
-    from tensorboardX.proto import event_pb2
-
     log = make_log(tmp_path, tensorboard=True)
     log.write(64, VALUES)
     # Not closed: a run that is killed keeps what it wrote.
-    (path,) = (tmp_path / "tensorboard").iterdir()
-    data, seen = path.read_bytes(), {}
-    while data:
-        (size,) = struct.unpack("<Q", data[:8])
-        event = event_pb2.Event.FromString(data[12 : 12 + size])
-        seen |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
-        data = data[16 + size :]
-    assert seen == {(k, 64): pytest.approx(v) for k, v in logs.aggregate(VALUES).items()}
+    seen = {tag: value for step, tag, value in events(tmp_path) if step == 64}
+    assert seen == pytest.approx(logs.aggregate(VALUES))
     log.close()
 
 

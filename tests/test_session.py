@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from launching import FLAGS, checkpoint, run, session_of, start, strict_json
+from launching import FLAGS, checkpoint, events, run, session_of, start, strict_json
 from tiny import assert_same, lines_of
 
 from algos import ppo
@@ -165,10 +165,17 @@ def test_resumed_after_a_crash_nothing_is_logged_twice(whole, copy):
 
 def test_a_crash_before_the_first_checkpoint_costs_the_start_only(whole, copy):
     shutil.rmtree(copy / "checkpoints")
-    status, said = run("--resume", str(copy), "--verbose", "0")
+    crashed = logs.EventFile(copy / "tensorboard", -1)
+    crashed.write(0, {"eval/episodic_return": -1.0})
+    crashed.close()
+    (path,) = (copy / "tensorboard").iterdir()
+    path.rename(path.with_name("events.out.tfevents.0"))  # long ago
+    status, said = run("--resume", str(copy), "--verbose", "0", "--tensorboard")
     assert (status, said) == (0, "")
     assert_same(checkpoint(copy), checkpoint(whole[0]))
     assert [x["global_step"] for x in lines_of(copy)] == [0, 96, 96, 192, 192]
+    shown = [step for step, tag, _ in events(copy) if tag == "eval/episodic_return"]
+    assert shown == [0, 96, 192]
 
 
 @pytest.mark.slow

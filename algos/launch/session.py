@@ -137,7 +137,9 @@ class Session:
             self.restore()
         if self.lead:
             self.write_description(digests)
-            self.log.open(self.run_dir, self.name, self.config, self.launch, self.rows, self.step)
+            # Without a checkpoint, what an earlier start logged does not count, not even at step 0.
+            step = -1 if self.restored is None else self.step
+            self.log.open(self.run_dir, self.name, self.config, self.launch, self.rows, step)
 
     def write_description(self, digests: list[str]) -> None:
         """config.json, from which the launch can be run again, and meta.json with its history."""
