@@ -82,7 +82,7 @@ class Config:
     target_entropy_mult: float = 0.5  # the entropy's target is this times log(number of actions)
 
     # critic
-    num_bins: Annotated[int, Ge(2)] = 151  # bins of each histogram
+    num_bins: Annotated[int, Ge(2)] = 151  # bins of a histogram
     vmin: float = 0.0  # centre of the first bin; targets below are clipped to it
     vmax: float = 150.0  # centre of the last bin; targets above are clipped to it
     aux_loss_mult: NonNegativeFloat = 1.0  # weight of the auxiliary loss (reward, next features)
@@ -146,7 +146,9 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return nn.swish(nn.RMSNorm(epsilon=1e-6)(nn.Dense(self.size)(x)))
+        x = nn.Dense(self.size)(x)
+        x = nn.RMSNorm(epsilon=1e-6)(x)
+        return nn.swish(x)
 
 
 class Actor(nn.Module):
@@ -194,7 +196,7 @@ class Transition(NamedTuple):
     """One step of the rollout; arrays [T, N, ...]."""
 
     obs: jax.Array  # normalised
-    action: jax.Array
+    action: jax.Array  # as the environment got it
     policy: common.Categorical  # pi_old
     reward: jax.Array  # scaled
     terminated: jax.Array
@@ -255,10 +257,10 @@ def hl_gauss(value, vmin, vmax, num_bins):
     return jnp.maximum(jnp.diff(cdf), 0.0) / (cdf[..., -1:] - cdf[..., :1])
 
 
-def critic_loss(logits, target, vmin, vmax):
+def critic_loss(prediction, target, vmin, vmax):
     """Loss [...] of Q: cross-entropy of its histogram."""
-    histogram = hl_gauss(target, vmin, vmax, logits.shape[-1])
-    return -(histogram * jax.nn.log_softmax(logits)).sum(-1)
+    histogram = hl_gauss(target, vmin, vmax, prediction.logits.shape[-1])
+    return -(histogram * jax.nn.log_softmax(prediction.logits)).sum(-1)
 
 
 def aux_loss(predicted, batch):
@@ -377,16 +379,16 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         (obs, obs_stats, env_state), (traj, info) = jax.lax.scan(step, carry, xs)
         return state._replace(obs=obs, obs_stats=obs_stats, env_state=env_state), traj, info
 
-    def value_of(critic_params, policy, obs):
+    def value_of(state, policy, obs):
         """Value and entropy of the policy, and the critic's features."""
-        prediction = critic.apply(critic_params, obs)
+        prediction = critic.apply(state.params["critic"], obs)
         value = (jax.nn.softmax(policy.logits) * prediction.value).sum(-1)
         return value, policy.entropy(), prediction.features
 
     def targets(state, traj) -> Batch:
         """Soft TD(lambda) targets of a rollout, and features of its next states."""
         policy = actor.apply(state.params["actor"]["net"], traj.next_obs)
-        next_value, entropy, features = value_of(state.params["critic"], policy, traj.next_obs)
+        next_value, entropy, features = value_of(state, policy, traj.next_obs)
         temperature = jnp.exp(state.params["actor"]["duals"]["temperature"])
         bonus = config.gamma * temperature * entropy
         reward, terminated, truncated = traj.reward, traj.terminated, traj.truncated
@@ -403,10 +405,9 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     def critic_loss_fn(params, state, batch):
         step = batch.step
         prediction = critic.apply(params, step.obs, step.action)
-        # Only the histogram of the action taken has a target.
-        taken = lambda x: x[jnp.arange(len(x)), step.action]
-        value, logits = taken(prediction.value), taken(prediction.logits)
-        error = critic_loss(logits, batch.target, config.vmin, config.vmax)
+        at = jnp.arange(len(step.action)), step.action  # only the action taken has a target
+        prediction = prediction._replace(value=prediction.value[at], logits=prediction.logits[at])
+        error = critic_loss(prediction, batch.target, config.vmin, config.vmax)
         aux_error = jnp.zeros_like(error)
         if config.aux_loss_mult:  # else the compiler drops the head and the next features
             aux_error = aux_loss(prediction.predicted, batch)
@@ -415,14 +416,14 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return loss, {
             "losses/qf_loss": loss,
             "losses/aux_loss": mean(aux_error),
-            "losses/value_error": mean((value - batch.target) ** 2),
-            "losses/q_value": value.mean(),
+            "losses/value_error": mean((prediction.value - batch.target) ** 2),
+            "losses/q_value": prediction.value.mean(),
         }
 
     def actor_loss_fn(params, state, batch):
         step = batch.step
         policy = actor.apply(params["net"], step.obs)
-        value, entropy, _ = value_of(state.params["critic"], policy, step.obs)
+        value, entropy, _ = value_of(state, policy, step.obs)
         kl = kl_divergence(step.policy, policy)
         duals = jax.tree.map(jnp.exp, params["duals"])
         sac_loss = -jax.lax.stop_gradient(duals["temperature"]) * entropy - value

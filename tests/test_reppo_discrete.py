@@ -12,7 +12,7 @@ import tiny
 
 import envs
 from algos import common, reppo, reppo_discrete
-from algos.reppo_discrete import Batch, Transition, critic_loss, kl_divergence, policy_loss
+from algos.reppo_discrete import Batch, Prediction, Transition, kl_divergence, policy_loss
 from envs import gymnax
 
 A, B, H, BINS = 3, 4, 5, 11
@@ -117,7 +117,8 @@ def test_critic_loss_by_hand():
     target = batch_of().target
     code = np.asarray(reppo.hl_gauss(target, 0.0, 10.0, BINS))
     cross = -(code * np.asarray(jax.nn.log_softmax(logits))).sum(-1)
-    assert_close(critic_loss(logits, target, 0.0, 10.0), cross)
+    prediction = Prediction(jnp.zeros(B), logits, jnp.zeros((B, H)), None)
+    assert_close(reppo_discrete.critic_loss(prediction, target, 0.0, 10.0), cross)
 
 
 def test_prediction_loss_by_hand():
