@@ -78,9 +78,6 @@ class Config:
     # objective
     gamma: UnitFloat = 0.99  # discount
     td_lambda: UnitFloat = 0.95  # lambda of TD(lambda)
-    # successor of an ended step: the true one, or as published, the state after the reset
-    target_mode: Literal["aligned", "shifted"] = "aligned"
-    value_samples: PositiveInt = 1  # actions that the value of a next state averages over
     # loss of a state: L(s) below the bound, else beta KL(s) (clipped); both (full); L(s) (value)
     kl_mode: Literal["clipped", "full", "value"] = "clipped"
     kl_bound: NonNegativeFloat = 0.1  # bound on the KL of a state and on its mean, in nats
@@ -92,23 +89,20 @@ class Config:
 
     # critic
     critic_loss: Literal["hl_gauss", "mse"] = "hl_gauss"  # histogram, or scalar with squared error
-    num_bins: Annotated[int, Ge(2)] = 151  # bins of the histogram
+    num_bins: Annotated[int, Ge(2)] = 151  # bins of a histogram
     vmin: float = 0.0  # centre of the first bin; targets below are clipped to it
     vmax: float = 150.0  # centre of the last bin; targets above are clipped to it
     aux_loss_mult: NonNegativeFloat = 1.0  # weight of the auxiliary loss (reward, next features)
 
     # observations and rewards
     normalize_obs: bool = True  # standardise observations by running statistics
-    obs_eps: NonNegativeFloat = 1e-2  # added to the variance of an observation
     reward_scale: PositiveFloat = 1.0  # factor on rewards; logged returns are not scaled
     reward_range: tuple[float, float] = (0.0, 0.0)  # smallest and largest, to check vmin and vmax
 
     # networks
     hidden: tuple[PositiveInt, ...] = (512, 512)  # hidden layers of the actor
     critic_width: PositiveInt = 512  # width of the critic's hidden layers and features
-    encoder_layers: PositiveInt = 2  # layers from the critic's input to its features
-    encoder_output: Literal["linear", "block"] = "linear"  # the layer that gives the features
-    norm: Literal["rms", "layer", "none"] = "rms"  # normalisation in every hidden layer
+    norm: Literal["rms", "none"] = "rms"  # normalisation in every hidden layer
     min_std: NonNegativeFloat = 0.1  # added to the policy's standard deviation before tanh
 
     @property
@@ -168,8 +162,6 @@ class Block(nn.Module):
         x = nn.Dense(self.size)(x)
         if self.config.norm == "rms":
             x = nn.RMSNorm(epsilon=1e-6)(x)
-        elif self.config.norm == "layer":
-            x = nn.LayerNorm(epsilon=1e-6)(x)
         return nn.swish(x)
 
 
@@ -198,21 +190,15 @@ class Critic(nn.Module):
     def __call__(self, obs, action):
         config, width = self.config, self.config.critic_width
         x = jnp.concatenate([obs, action], -1)
-        for _ in range(config.encoder_layers - 1):
-            x = Block(config, width)(x)
-        if config.encoder_output == "linear":
-            features = nn.Dense(width)(x)
-            x = nn.swish(features)
-        else:
-            features = x = Block(config, width)(x)
-        head = Block(config, width)(x)
+        features = nn.Dense(width)(Block(config, width)(x))
+        x = nn.swish(features)
+        support = config.vmin, config.vmax, config.num_bins
         if config.critic_loss == "mse":
-            logits, value = None, nn.Dense(1)(head)[..., 0]
+            logits, value = None, nn.Dense(1)(Block(config, width)(x))[..., 0]
         else:
-            support = config.vmin, config.vmax, config.num_bins
             # At first Q is 0: the histogram of 0 outweighs the other logits. It is a trained bias.
             zero = self.param("zero_code", lambda _: hl_gauss(jnp.zeros(()), *support))
-            logits = nn.Dense(config.num_bins)(head) + 40.0 * zero
+            logits = nn.Dense(config.num_bins)(Block(config, width)(x)) + 40.0 * zero
             value = (jax.nn.softmax(logits) * jnp.linspace(*support)).sum(-1)
         predicted = nn.Dense(1 + width)(Block(config, width)(x))
         return Prediction(value, logits, features, predicted)
@@ -231,7 +217,7 @@ class Transition(NamedTuple):
     terminated: jax.Array
     truncated: jax.Array
     valid: jax.Array  # the physics was finite
-    next_obs: jax.Array  # normalised; true successor, or after a reset if shifted
+    next_obs: jax.Array  # normalised; true successor, never a reset observation
 
 
 class Batch(NamedTuple):
@@ -275,19 +261,6 @@ def soft_td_lambda(reward, bonus, next_value, terminated, truncated, gamma, lam)
 
     steps = soft_reward, next_value, terminated, truncated
     return jax.lax.scan(backward, next_value[-1], steps, reverse=True)[1]
-
-
-def shift(reward, bonus, terminated, truncated):
-    """Reward, terminated and truncated with which `soft_td_lambda` gives the published targets.
-
-    In the published code (target_mode="shifted") the successor of an ended step is the state after
-    the reset. A truncated step has no correct target, so the critic's loss leaves it out. The step
-    before a truncated one bootstraps from `next_value` alone, and so does the last step, even if
-    they ended. All other ended steps get the bonus, but do not bootstrap.
-    """
-    cut = jnp.append(truncated[1:], jnp.ones_like(truncated[:1]), 0)
-    ended = (terminated | truncated) & ~cut
-    return reward + jnp.where(ended, bonus, 0.0), ended, cut
 
 
 def hl_gauss(value, vmin, vmax, num_bins):
@@ -336,9 +309,8 @@ def policy_loss(sac_loss, kl, kl_coef, kl_bound, mode):
     """
     gated = ~(kl < kl_bound)  # true for a KL of NaN
     kl_loss = jax.lax.stop_gradient(kl_coef) * kl
-    full = sac_loss + kl_loss
     clipped = jnp.where(gated, kl_loss, sac_loss)
-    return {"clipped": clipped, "full": full, "value": sac_loss}[mode], gated
+    return {"clipped": clipped, "full": sac_loss + kl_loss, "value": sac_loss}[mode], gated
 
 
 def dual_loss(temperature, kl_coef, surplus, slack):
@@ -371,7 +343,6 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
     )
     T, N = config.num_steps, config.num_envs
-    aligned = config.target_mode == "aligned"
     target_entropy = -config.target_entropy_mult * env.action_size
 
     def init(key) -> TrainState:
@@ -398,7 +369,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         """Standardise observations; an exported policy may get them without privileged entries."""
         obs = obs.astype(jnp.float32)
         mean, var = (x[: obs.shape[-1]] for x in (obs_stats.mean, obs_stats.var))
-        return (obs - mean) / jnp.sqrt(var + config.obs_eps) if config.normalize_obs else obs
+        return (obs - mean) / jnp.sqrt(var + 1e-2) if config.normalize_obs else obs
 
     def noise_of(key, shape):
         """Noise [*shape, action_size] for sampling actions of batch shape `shape`."""
@@ -424,7 +395,6 @@ def build(config: Config, env: envs.Env) -> common.Algo:
                 key, env_state, action
             )
             obs_stats = obs_stats.add(next_obs)
-            final_obs = info.pop("final_observation")
             transition = Transition(
                 obs=inputs,
                 action=action,
@@ -433,7 +403,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
                 terminated=terminated,
                 truncated=truncated,
                 valid=~info["env_nan"],
-                next_obs=normalize(obs_stats, final_obs if aligned else next_obs),
+                next_obs=normalize(obs_stats, info.pop("final_observation")),
             )
             return (next_obs, obs_stats, env_state), (transition, info)
 
@@ -442,25 +412,19 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         (obs, obs_stats, env_state), (traj, info) = jax.lax.scan(step, carry, xs)
         return state._replace(obs=obs, obs_stats=obs_stats, env_state=env_state), traj, info
 
-    def value_of(critic_params, policy, obs, key):
+    def value_of(state, policy, obs, key):
         """Value and entropy of the policy, from one unclipped sample, and the critic's features."""
         u = policy.sample(noise_of(key, obs.shape[:-1]))
-        prediction = critic.apply(critic_params, obs, jnp.tanh(u))
+        prediction = critic.apply(state.params["critic"], obs, jnp.tanh(u))
         return prediction.value, -policy.log_prob(u), prediction.features
 
     def targets(state, traj, key) -> Batch:
         """Soft TD(lambda) targets of a rollout, and features of its next states."""
         policy = actor.apply(state.params["actor"]["net"], traj.next_obs)
-        next_value, entropy, features = jax.lax.map(
-            lambda key: value_of(state.params["critic"], policy, traj.next_obs, key),
-            jax.random.split(key, config.value_samples),
-        )
-        next_value, entropy, features = next_value.mean(0), entropy.mean(0), features[-1]
+        next_value, entropy, features = value_of(state, policy, traj.next_obs, key)
         temperature = jnp.exp(state.params["actor"]["duals"]["temperature"])
         bonus = config.gamma * temperature * entropy
         reward, terminated, truncated = traj.reward, traj.terminated, traj.truncated
-        if not aligned:
-            reward, terminated, truncated = shift(reward, bonus, terminated, truncated)
         target = soft_td_lambda(
             reward, bonus, next_value, terminated, truncated, config.gamma, config.td_lambda
         )
@@ -478,8 +442,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         aux_error = jnp.zeros_like(error)
         if config.aux_loss_mult:  # else the compiler drops the head and the next features
             aux_error = aux_loss(prediction.predicted, batch)
-        has_target = step.valid & (aligned | ~step.truncated)
-        mean = lambda x: jnp.where(has_target, x, 0.0).mean()
+        mean = lambda x: jnp.where(step.valid, x, 0.0).mean()
         loss = mean(error + config.aux_loss_mult * aux_error)
         return loss, {
             "losses/qf_loss": loss,
@@ -492,7 +455,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         key_action, key_kl = jax.random.split(key)
         step = batch.step
         policy = actor.apply(params["net"], step.obs)
-        value, entropy, _ = value_of(state.params["critic"], policy, step.obs, key_action)
+        value, entropy, _ = value_of(state, policy, step.obs, key_action)
         if config.kl_estimator == "exact":
             kl = kl_divergence(step.policy, policy)
         else:
@@ -664,12 +627,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {**PAPER, "num_envs": 128, "num_steps": 32, "num_minibatches": 8},
     "really_tiny": {
         **PAPER, "num_envs": 128, "num_steps": 8, "num_epochs": 2, "num_minibatches": 4,
-    },
-    "single_file": {  # the authors' later variant in one file
-        **PAPER, "total_timesteps": 32_768_000, "num_steps": 32, "num_minibatches": 32,
-        "value_samples": 64, "aux_loss_mult": 0.0, "kl_samples": 4, "temperature_init": 0.001,
-        "obs_eps": 1e-8, "hidden": (512, 512, 512), "encoder_layers": 3, "encoder_output": "block",
-        "norm": "layer", "min_std": 1e-6,
     },
 }
 # fmt: on

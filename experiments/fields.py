@@ -43,6 +43,7 @@ KEPT = {  # fields that may be unused, and why
     "hidden": SIZE,
     "critic_width": SIZE,
     "num_bins": SIZE,
+    "kl_samples": SIZE,
     "gamma": OBJECTIVE,
     "gae_lambda": OBJECTIVE,
     "td_lambda": OBJECTIVE,

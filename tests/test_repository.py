@@ -90,7 +90,6 @@ def test_every_field_has_its_own_words(name):
 TOO_LONG = {
     "bpo": "five networks, a replay buffer and the authors' ten presets",
     "bnpo": "two learning rules, hindsight and natural gradients",
-    "reppo": "two networks, two multipliers and the ablations of its table",
 }
 
 

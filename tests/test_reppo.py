@@ -86,56 +86,44 @@ def episode(seed=0, **changes):
     return data | changes
 
 
-def targets(data, gamma=0.9, lam=0.8, mode="aligned"):
+def targets(data, gamma=0.9, lam=0.8):
     data = {k: jnp.asarray(v) for k, v in data.items()}
-    if mode == "shifted":
-        args = (data[k] for k in ("reward", "bonus", "terminated", "truncated"))
-        names = "reward", "terminated", "truncated"
-        data |= dict(zip(names, reppo.shift(*args), strict=True))
     return np.asarray(reppo.soft_td_lambda(**data, gamma=gamma, lam=lam))
 
 
-def reference(data, gamma, lam, mode):
-    """Both recursions, element by element."""
+def reference(data, gamma, lam):
+    """The recursion, element by element."""
     r, b, v, term, trunc = (np.asarray(x, np.float64) for x in data.values())
     out = np.zeros((T, N))
     for n in range(N):
-        following, following_truncated = v[-1, n], 1.0
+        following = v[-1, n]
         for t in reversed(range(T)):
-            if mode == "aligned":
-                c = 0.0 if trunc[t, n] or t == T - 1 else lam
-                mix = b[t, n] + gamma * (c * following + (1 - c) * v[t, n])
-                out[t, n] = r[t, n] + (1 - term[t, n]) * mix
-            else:
-                done = max(term[t, n], trunc[t, n])
-                mix = (1 - done) * (lam * following + (1 - lam) * v[t, n])
-                out[t, n] = r[t, n] + b[t, n] + gamma * (v[t, n] if following_truncated else mix)
-            following, following_truncated = out[t, n], trunc[t, n]
+            c = 0.0 if trunc[t, n] or t == T - 1 else lam
+            mix = b[t, n] + gamma * (c * following + (1 - c) * v[t, n])
+            following = out[t, n] = r[t, n] + (1 - term[t, n]) * mix
     return out
 
 
-@pytest.mark.parametrize("mode", ["aligned", "shifted"])
 @pytest.mark.parametrize("seed", range(5))
-def test_targets_are_the_double_loop(mode, seed):
+def test_targets_are_the_double_loop(seed):
     rng = np.random.default_rng(seed + 100)
     done = rng.random((T, N)) < 0.5
     terminated = done & (rng.random((T, N)) < 0.5)
     data = episode(seed, terminated=terminated, truncated=done & ~terminated)
-    assert_close(targets(data, 0.9, 0.7, mode), reference(data, 0.9, 0.7, mode))
+    assert_close(targets(data, 0.9, 0.7), reference(data, 0.9, 0.7))
 
 
-@pytest.mark.parametrize("mode", ["aligned", "shifted"])
-def test_limits_of_lambda(mode):
+def test_limits_of_lambda():
     data = episode()
     soft = data["reward"] + data["bonus"]
-    assert_close(targets(data, lam=0.0, mode=mode), soft + 0.9 * data["next_value"])
+    assert_close(targets(data, lam=0.0), soft + 0.9 * data["next_value"])
     data["next_value"][-1] = 0.0
     discount = 0.9 ** np.arange(T)[:, None]
-    assert_close(targets(data, lam=1.0, mode=mode)[0], (discount * soft).sum(0))
+    assert_close(targets(data, lam=1.0)[0], (discount * soft).sum(0))
     ones = np.ones((T, N), np.float32)
     data = episode(reward=2 * ones, bonus=0 * ones, next_value=20 * ones)
     for lam in (0.0, 0.5, 1.0):
-        assert_close(targets(data, lam=lam, mode=mode), 20.0)
+        assert_close(targets(data, lam=lam), 20.0)
 
 
 def test_nothing_comes_after_a_termination():
@@ -161,21 +149,6 @@ def test_a_truncated_step_takes_its_bootstrap():
     assert_close(before[2], data["reward"][2] + data["bonus"][2] + 0.9 * data["next_value"][2])
     data["reward"][3:] += 5.0
     assert_close(targets(data)[:3], before[:3])
-
-
-def test_shifted_targets_look_one_step_ahead():
-    truncated = np.zeros((T, N), bool)
-    truncated[3] = True
-    terminated = np.zeros((T, N), bool)
-    terminated[-1] = True
-    data = episode(truncated=truncated, terminated=terminated)
-    before = targets(data, mode="shifted")
-    one_step = data["reward"] + data["bonus"] + 0.9 * data["next_value"]
-    assert_close(before[2], one_step[2])
-    assert_close(before[-1], one_step[-1])  # whatever `terminated` says
-    data["reward"][3] += 5.0
-    kept = ~truncated
-    assert_close(targets(data, mode="shifted")[kept], before[kept])
 
 
 def test_targets_by_hand():

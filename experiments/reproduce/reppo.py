@@ -29,13 +29,11 @@ ABLATIONS = {
     "critic_loss_mse": "--critic-loss mse",
     "no_auxiliary_loss": "--aux-loss-mult 0",
     "norm_none": "--norm none",
-    "target_mode_shifted": "--target-mode shifted",
     "kl_estimator_exact": "--kl-estimator exact",
 }
 DETAILS = {
     "min_std_0": "--min-std 0",
     "normalize_obs_off": "--no-normalize-obs",
-    "value_samples_16": "--value-samples 16",
 }
 GROUPS: dict[str, list[Job]] = {
     "tasks": [
