@@ -2,7 +2,7 @@
 
     python experiments/benchmark.py --out results/benchmark/cpu.json
     python experiments/benchmark.py --envs cartpole hopper --algos ppo --seeds 1 16
-    python experiments/benchmark.py --peer-python REJAX_PYTHON
+    python experiments/benchmark.py --peer sbx --peer-python SBX_PYTHON --seeds 1 8
 
 Each case runs in processes of its own, with a time limit. The first one starts with an empty
 compilation cache (cold), the second one with the cache that the first one left (warm). Both say how
@@ -10,8 +10,8 @@ many seconds passed from the command to the end of the first update; the second 
 times, in turn, the environments under random actions and the whole update, from the middle of a run
 on, so that replay buffers are full. Rates are environment steps per second of all seeds together.
 
-With --peer-python, PPO on CartPole is timed against rejax instead: the two are called in turn, with
-the same sizes, and evaluate nothing.
+With --peer, PPO or the environments are timed beside another library instead, which has a Python of
+its own: the two work in turn, at the same sizes (`experiments/peers.py`).
 """
 
 import argparse
@@ -25,7 +25,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ import envs
 from algos.launch import cli, logs, report, rundir
 from algos.launch import program as programs
 from algos.launch.rows import evaluation_keys, inputs, make_rows
+from experiments import peers
 
 CALL_SECONDS = 1.0  # of one timed call, or one update where that takes longer
 ROUNDS = 5  # timed calls of the environments and of training
@@ -206,109 +206,17 @@ def markdown(cases: list[dict[str, Any]]) -> str:
     return report.table(head, rows)
 
 
-# --- against rejax ---
-
-# Our preset of the task, and rejax's defaults: both libraries get both.
-SIZES = {
-    "ours": {"num_envs": 32, "num_steps": 32, "num_epochs": 4, "num_minibatches": 4},
-    "rejax": {"num_envs": 64, "num_steps": 64, "num_epochs": 8, "num_minibatches": 16},
-}
-COMMON = {"learning_rate": 1e-3, "hidden": (64, 64), "activation": "tanh"}
-UPDATES = {"ours": 160, "rejax": 20}  # of one call, divided by the number of seeds
+# --- beside other libraries ---
 
 
-class Contestant:
-    """A process that trains once for every line that it is sent."""
-
-    def __init__(self, command: list[str], limit: float):
-        self.cache = tempfile.TemporaryDirectory()
-        self.process = subprocess.Popen(
-            command,
-            env=os.environ | {"JAX_COMPILATION_CACHE_DIR": self.cache.name},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.timer = threading.Timer(limit, self.process.kill)
-        self.timer.start()
-        self.description = self.answer()
-
-    def answer(self) -> dict[str, Any]:
-        """The next line of JSON; RuntimeError if the process has ended."""
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise RuntimeError(f"{' '.join(self.process.args[:2])} ended or took too long")
-
-    def train(self) -> float:
-        """Seconds of one training."""
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        return self.answer()["seconds"]
-
-    def close(self) -> None:
-        """End the process."""
-        self.timer.cancel()
-        self.process.kill()
-        self.process.communicate()
-        self.cache.cleanup()
-
-
-def serve(num_seeds: int, num_updates: int, **sizes) -> None:
-    """The side of this project: tell the compile seconds, then train for every line of stdin."""
-    case = Case("ppo", "cartpole", [], num_seeds, **(sizes | {"hidden": tuple(sizes["hidden"])}))
-    print(json.dumps({"compile": sum(case.seconds.values())}), flush=True)
+def serve(work: str, env: str, num_seeds: int, num_updates: int, changes: dict[str, Any]) -> None:
+    """The side of this project for `peers`: PPO trains, or plays, for every line of stdin."""
+    changes = {k: tuple(x) if isinstance(x, list) else x for k, x in changes.items()}
+    case = Case("ppo", env, [], num_seeds, **changes)
+    print(json.dumps({"seconds": case.seconds} | logs.surroundings()), flush=True)
     for _ in sys.stdin:
-        print(json.dumps({"seconds": seconds_of(case.train, num_updates)}), flush=True)
-
-
-def against(peer_python: str, sizes: str, num_seeds: int, rounds: int, limit: float):
-    """Time PPO on CartPole of this project and of rejax in turn, `rounds` times."""
-    given = {"num_seeds": num_seeds, "num_updates": -(-UPDATES[sizes] // num_seeds)}
-    given |= SIZES[sizes] | COMMON
-    peer = str(Path(__file__).with_name("peer_rejax.py"))
-    commands = {
-        "ours": [sys.executable, __file__, "--serve", json.dumps(given)],
-        "rejax": [peer_python, peer, json.dumps(given)],
-    }
-    contestants: dict[str, Contestant] = {}
-    try:
-        for name, command in commands.items():
-            contestants[name] = Contestant(command, limit)
-        for contestant in contestants.values():
-            contestant.train()  # the first call warms up
-        seconds = [{name: x.train() for name, x in contestants.items()} for _ in range(rounds)]
-    finally:
-        for contestant in contestants.values():
-            contestant.close()
-    steps = num_seeds * given["num_updates"] * given["num_envs"] * given["num_steps"]
-    return given | {
-        "sizes": sizes,
-        "rates": {name: [steps / x[name] for x in seconds] for name in contestants},
-        "ratios": sorted(x["rejax"] / x["ours"] for x in seconds),
-        "processes": {name: x.description for name, x in contestants.items()},
-    }
-
-
-def peer_markdown(cases: list[dict[str, Any]]) -> str:
-    """One row per case."""
-    head = ["sizes of", "seeds", "envs x steps", "epochs x minibatches", "PurePO, steps/s"]
-    head += ["rejax", "ratio [min, max]", "compile, s", "rejax"]
-    rows = []
-    for case in cases:
-        ratios = case["ratios"]
-        rows.append(
-            [
-                case["sizes"],
-                str(case["num_seeds"]),
-                f"{case['num_envs']} x {case['num_steps']}",
-                f"{case['num_epochs']} x {case['num_minibatches']}",
-                *(f"{statistics.median(x):,.0f}" for x in case["rates"].values()),
-                f"{statistics.median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]",
-                *(f"{x['compile']:.0f}" for x in case["processes"].values()),
-            ]
-        )
-    return report.table(head, rows)
+        seconds = seconds_of(getattr(case, work), num_updates)
+        print(json.dumps({"seconds": seconds, "steps": num_updates * case.steps}), flush=True)
 
 
 # --- command line ---
@@ -319,13 +227,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--envs", nargs="+", default=("cartpole", "hopper", "ant"), help="tasks")
+    parser.add_argument("--envs", nargs="+", default=[], help="tasks")
     parser.add_argument("--algos", nargs="+", default=("ppo", "bpo"), help="online algorithms")
     parser.add_argument("--presets", nargs="+", default=[], help="on top of the task's own")
     parser.add_argument("--seeds", nargs="+", type=int, default=(1, 16), help="numbers of seeds")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds to time one case")
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds to wait for one case")
-    parser.add_argument("--peer-python", help="Python that has rejax 0.1.3 and gymnax 0.0.9")
+    parser.add_argument("--peer", choices=peers.PEERS, help="library to compare with")
+    parser.add_argument("--peer-python", help="Python that has it")
     parser.add_argument("--rounds", type=int, default=11, help="calls of each side of a comparison")
     parser.add_argument("--out", default="", help="JSON to write")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
@@ -333,6 +242,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(args.seeds) < 1 or args.rounds < 1:
         parser.error("--seeds and --rounds must be at least 1")
+    if (args.peer is None) != (args.peer_python is None):
+        parser.error("--peer and --peer-python go together")
+    if args.peer and args.envs:
+        parser.error("--peer has tasks of its own: leave out --envs")
     for algo in args.algos:
         config = getattr(importlib.import_module(f"algos.{algo}"), "Config", None)
         if "num_envs" not in {field.name for field in dataclasses.fields(config or cli.Launch)}:
@@ -347,12 +260,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def cases(args: argparse.Namespace):
     """Measure one case after the other."""
-    if args.peer_python:
-        for sizes, num_seeds in itertools.product(SIZES, args.seeds):
-            print(f"PPO of rejax, sizes of {sizes}, {num_seeds} seeds", file=sys.stderr)
-            yield against(args.peer_python, sizes, num_seeds, args.rounds, args.limit)
+    if args.peer:
+        for contest in peers.PEERS[args.peer](args.seeds):
+            print(f"{contest.label}, {contest.num_seeds} seeds", file=sys.stderr)
+            yield peers.hold(args.peer, args.peer_python, contest, args.rounds, args.limit)
         return
-    for algo, env, num_seeds in itertools.product(args.algos, args.envs, args.seeds):
+    envs = args.envs or ("cartpole", "hopper", "ant")
+    for algo, env, num_seeds in itertools.product(args.algos, envs, args.seeds):
         print(f"{algo} on {env}, {num_seeds} seeds", file=sys.stderr)
         case = {"algo": algo, "env": env, "presets": args.presets, "num_seeds": num_seeds}
         yield in_own_process(case, args.budget, args.limit)
@@ -376,7 +290,8 @@ def main():
         if args.out:
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
             rundir.write_json(Path(args.out), measured)
-    print((peer_markdown if args.peer_python else markdown)(measured["cases"]), end="")
+    found = measured["cases"]
+    print(peers.markdown(args.peer, found) if args.peer else markdown(found), end="")
 
 
 if __name__ == "__main__":

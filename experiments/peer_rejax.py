@@ -43,7 +43,8 @@ def main():
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
         if int(state.global_step[0]) != steps:
             raise RuntimeError(f"rejax trained {state.global_step[0]} steps and not {steps}")
-        print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds}), flush=True)
+        answer = {"seconds": seconds, "cpu_seconds": cpu_seconds, "steps": len(keys) * steps}
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -14,7 +15,7 @@ from PIL import Image
 
 import envs
 from algos.launch import render, report, rundir
-from experiments import benchmark, compare, evaluate
+from experiments import benchmark, compare, evaluate, peers
 
 EVALS = 3
 
@@ -284,6 +285,8 @@ def test_what_cannot_be_evaluated_is_one_line(tmp_path, capsys, monkeypatch):
         (["--algos", "common"], "algos/common.py is not an online algorithm"),
         (["--algos", "bc"], "algos/bc.py is not an online algorithm"),
         (["--seeds", "0"], "must be at least 1"),
+        (["--peer", "sbx"], "--peer and --peer-python go together"),
+        (["--peer", "sbx", "--peer-python", "python", "--envs", "ant"], "leave out --envs"),
     ],
 )
 def test_benchmark_refuses(flags, message, capsys):
@@ -358,3 +361,33 @@ def test_a_case_is_measured_cold_and_warm():
     assert measured["cold"]["startup"] > measured["warm"]["startup"] > 0
     rates = measured["warm"]["rates"]
     assert rates["environment"] > rates["training"] > 0
+
+
+SIDE = """
+import json, sys
+given = json.loads(sys.argv[-1])
+print("a line of a library")
+print(json.dumps({{"given": given}}), flush=True)
+for _ in sys.stdin:
+    print(json.dumps({{"seconds": 2.0, "steps": {steps}}}), flush=True)
+"""
+
+
+def test_both_sides_of_a_contest_work_in_turn(tmp_path, monkeypatch):
+    (tmp_path / "benchmark.py").write_text(SIDE.format(steps=600))
+    (tmp_path / "peer_sbx.py").write_text(SIDE.format(steps=200))
+    monkeypatch.setattr(peers, "HERE", tmp_path)
+    contest = next(peers.sbx([8]))
+    found = peers.hold("sbx", sys.executable, contest, 3, 60.0)
+    assert found["rates"] == {"ours": [300.0] * 3, "sbx": [100.0] * 3}
+    assert found["processes"]["sbx"]["given"] == contest.theirs | {"hidden": [64, 64]}
+    assert peers.markdown("sbx", [found]).splitlines()[-1] == (
+        "| PPO, Hopper-v5 | 8 | 300 | 100 | 3.00 [3.00, 3.00] |"
+    )
+
+
+def test_a_side_that_ends_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "benchmark.py").write_text("raise SystemExit(1)")
+    monkeypatch.setattr(peers, "HERE", tmp_path)
+    with pytest.raises(RuntimeError, match="ended or took too long"):
+        peers.hold("sbx", sys.executable, next(peers.sbx([1])), 1, 60.0)
