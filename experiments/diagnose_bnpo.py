@@ -106,7 +106,7 @@ def make_diagnose(config: bnpo.Config, num_envs: int, num_rows: int) -> Callable
         actors = {"explorer": (state.params["actor"], state.noise)}
         actors |= {f"target {k}": (x, no_noise) for k, x in target_actors(state).items()}
         # One row for each actor and way: greedy, greedy with another's goal, sampled.
-        rows = [actor for actor in actors.values() for _ in range(3)]
+        rows = [row for row in actors.values() for _ in range(3)]
         params, noise = jax.tree.map(lambda *x: jnp.stack(x), *rows)
         ways = {
             "params": params,
