@@ -36,6 +36,9 @@ from mujoco.batch import Batch
 
 from envs import mjx, viewer
 
+# Otherwise every unstable simulation is a line in ./MUJOCO_LOG.TXT and on the terminal.
+mujoco.set_mju_user_warning(lambda message: None)
+
 
 class Physics(NamedTuple):
     """What is simulated, and what a task makes of it."""

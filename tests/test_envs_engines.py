@@ -150,8 +150,9 @@ def test_devices_step_at_the_same_time():
 # --- instability ---
 
 
-def test_an_unstable_simulation_is_reported_and_no_other():
-    """MuJoCo itself puts it back to its default pose, which looks healthy."""
+def test_an_unstable_simulation_is_reported_and_no_other(tmp_path, monkeypatch, capfd):
+    """MuJoCo itself puts it back to its default pose, which looks healthy, and writes a file."""
+    monkeypatch.chdir(tmp_path)
     raw = envs._load("gym/HalfCheetah-v5")
     env = wrappers.wrap(raw, 3, stagger=False)
     _, state = jax.jit(env.reset)(jax.random.key(0))
@@ -163,6 +164,8 @@ def test_an_unstable_simulation_is_reported_and_no_other():
     assert reward[1] == 0
     assert not truncated.any()
     assert np.isfinite(obs).all()
+    assert not [*tmp_path.iterdir()]
+    assert "WARNING" not in capfd.readouterr().err
 
 
 def test_a_velocity_out_of_all_bounds_is_unstable(raw, start):

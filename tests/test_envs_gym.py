@@ -6,10 +6,13 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 import pytest
+import tiny
 from scipy import stats
 
 import envs
-from envs import gym, mjx
+from algos import launch
+from algos.launch.rundir import load_policy
+from envs import gym, mjx, wrappers
 
 pytestmark = pytest.mark.xdist_group("gym")
 
@@ -68,15 +71,14 @@ def integration_state(theirs):
     return row
 
 
-def start_both(key, reset, theirs):
-    """A start state of ours, given to Gymnasium's; obs and states of both."""
-    obs, state = reset(key)
+def start_at(state, theirs):
+    """Put Gymnasium's environment into a start state of ours; its observation."""
     data = mujoco.MjData(theirs.model)
     row = np.asarray(state).view(np.float64)
     mujoco.mj_setState(theirs.model, data, row[: mujoco.mj_stateSize(theirs.model, STATE)], STATE)
     mujoco.mj_resetData(theirs.model, theirs.data)
     theirs.set_state(data.qpos, data.qvel)
-    return obs, state, theirs._get_obs()
+    return theirs._get_obs()
 
 
 def compare(raw, theirs, num_steps, most=250):
@@ -87,8 +89,8 @@ def compare(raw, theirs, num_steps, most=250):
     ended, elapsed = 0, most
     for t in range(num_steps):
         if elapsed == most:
-            obs, state, expected = start_both(jax.random.key(t), reset, theirs)
-            np.testing.assert_array_equal(obs, np.float32(expected))
+            obs, state = reset(jax.random.key(t))
+            np.testing.assert_array_equal(obs, np.float32(start_at(state, theirs)))
             elapsed = 0
         action = np.float32(rng.uniform(-1, 1, raw.action_size))
         obs, state, reward, terminated, info = step(None, state, action)
@@ -165,6 +167,38 @@ def test_an_environment_draws_its_states(tmp_path, monkeypatch):
     model, poses, path, dt = seen
     assert (model.ngeom, path, dt) == (theirs.model.ngeom, tmp_path / "a", theirs.dt)
     np.testing.assert_array_equal(np.float32(poses["qpos"][:, 1:]), obs[:, :5])
+
+
+# --- a trained policy in Gymnasium ---
+
+
+@pytest.mark.parametrize("task", ["Hopper-v5", "Humanoid-v5"])  # actions to 1, and to 0.4
+@pytest.mark.usefixtures("signals")
+def test_a_policy_of_a_run_plays_in_gymnasium(task, tmp_path):
+    """A greedy episode, played as README.md does, is the same in Gymnasium and here."""
+    run_dir = tmp_path / "run"
+    flags = tiny.flags_of(tiny.config_of("ppo", env=f"gym/{task}"))
+    launch.main("ppo", [*flags, "--final-episodes", "1", "--run-dir", str(run_dir)])
+    act = load_policy(run_dir / "policy_s000.npz")
+
+    ours, env = envs.make(task, 1, stagger=False), gymnasium.make(task)
+    step, key = jax.jit(ours.step), jax.random.key(0)
+    our_obs, state = jax.jit(ours.reset)(key)
+    env.reset()
+    obs = start_at(wrappers.raw_state(state)[0], env.unwrapped)
+    episode_return, episode_length, done = 0.0, 0, False
+    while not done:
+        np.testing.assert_array_equal(our_obs[0], np.float32(obs))
+        action = act(obs)
+        _, state, our_reward, our_terminated, our_truncated, info = step(key, state, action[None])
+        our_obs = info["final_observation"]
+        obs, reward, terminated, truncated, _ = env.step(env.action_space.high * action)
+        np.testing.assert_allclose(our_reward[0], reward, rtol=1e-6)
+        assert (our_terminated[0], our_truncated[0]) == (terminated, truncated)
+        episode_return, episode_length = episode_return + reward, episode_length + 1
+        done = terminated or truncated
+    np.testing.assert_allclose(info["episode_return"][0], episode_return, rtol=1e-5)
+    assert info["episode_length"][0] == episode_length
 
 
 # --- names ---
