@@ -604,6 +604,11 @@ HUMANOID = {
     "critic_width": 1024,
 }
 PRESETS: dict[str, dict[str, Any]] = {
+    # tasks of Gymnasium that have no preset of their own
+    "gym": {
+        **CPU, "total_timesteps": 1_000_000, "vmin": -25.0, "vmax": 150.0, "reward_scale": 0.1,
+        "reward_range": (0.0, 0.0),
+    },
     # tasks
     "pendulum": {
         **CPU, "vmin": -168.0, "vmax": 12.0, "reward_scale": 0.1, "reward_range": (-16.28, 0.0),
