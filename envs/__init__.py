@@ -172,6 +172,7 @@ ALIASES: dict[str, str] = {
     "freeway": "gymnax/Freeway-MinAtar",
     "seaquest": "gymnax/Seaquest-MinAtar",
     "space_invaders": "gymnax/SpaceInvaders-MinAtar",
+    **{task: f"gymnax/{task}" for task in TASKS["gymnax"]},
     **{task: f"gym/{task}" for task in TASKS["gym"]},
     **{task: f"brax/{task}" for task in TASKS["brax"]},
     **{task: f"playground/{task}" for task in TASKS["playground"]},

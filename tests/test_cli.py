@@ -10,6 +10,7 @@ import pytest
 import tiny
 from launching import FLAGS, content, parse, run
 
+import envs
 from algos import ppo
 from algos.launch import cli, rundir, session
 
@@ -67,6 +68,9 @@ def test_help_shows_the_values_that_would_run(capsys):
     assert value != str(ppo.Config.total_timesteps)
     for field in [*dataclasses.fields(ppo.Config), *dataclasses.fields(cli.Launch)]:
         assert f"--{field.name.replace('_', '-')}" in text
+    words = set(re.findall(r"[\w-]+", text))
+    assert {*ppo.PRESETS} <= words
+    assert {*envs.TASKS["gym"], *envs.TASKS["brax"], *envs.TASKS["playground"]} <= words
 
 
 @pytest.mark.parametrize("dash", ["-", "_"])

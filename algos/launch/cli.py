@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import re
 import sys
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +142,7 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
     arguments, unknown = tyro.cli(
         Arguments,
         prog=f"python algos/{name}.py",
-        description=f"Train {name}; the values shown are those that would run.",
+        description=describe(name, presets),
         default=Arguments(config, launch),
         args=argv,
         return_unknown_args=True,
@@ -162,6 +163,15 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
         check_resumable(launch, arguments.launch)
     common.check(arguments.launch)
     return arguments
+
+
+def describe(name: str, presets: Iterable[str]) -> str:
+    """What --help says first: the presets and the tasks."""
+    lists = {"presets": presets} | envs.TASKS | {"atari": ["Pong, Breakout and all other games"]}
+    wrap = textwrap.TextWrapper(76, "  ", "    ", break_on_hyphens=False)
+    lines = [wrap.fill(f"{title}: {', '.join(names)}") for title, names in lists.items()]
+    lines.insert(1, "")
+    return "\n".join([f"Train {name}; the values shown are those that would run.", "", *lines])
 
 
 NUMBERS = tyro.constructors.ConstructorRegistry()
