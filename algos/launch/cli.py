@@ -170,8 +170,7 @@ def describe(name: str, presets: Iterable[str]) -> str:
     lists = {"presets": presets} | envs.TASKS | {"atari": ["Pong, Breakout and all other games"]}
     wrap = textwrap.TextWrapper(76, "  ", "    ", break_on_hyphens=False)
     lines = [wrap.fill(f"{title}: {', '.join(names)}") for title, names in lists.items()]
-    lines.insert(1, "")
-    return "\n".join([f"Train {name}; the values shown are those that would run.", "", *lines])
+    return "\n".join([f"Train {name}; the values shown are those that would run.", *lines])
 
 
 NUMBERS = tyro.constructors.ConstructorRegistry()
