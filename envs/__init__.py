@@ -15,11 +15,11 @@ from typing import Any
 
 import jax
 
+from envs.options import COUNT, Kind, choice, read, spell
 from envs.wrappers import RESET_MODES, Env, Goals, RawEnv, check, wrap
 
 __all__ = ["ALIASES", "Env", "Goals", "RawEnv", "canonical", "make"]
 
-ENGINES = ("c", "mjx", "warp")  # of MuJoCo; see envs/engines.py
 BRAX_BACKENDS = ("mjx", "generalized", "spring", "positional")
 
 # All games that ale-py ships.
@@ -151,12 +151,16 @@ MODULES = {
     "probe": "envs.probes",
 }
 
-# option -> allowed values, or `int` for any positive integer; those of gym are in envs/gym.py
-OPTIONS: dict[str, dict[str, Any]] = {
-    "brax": {"backend": BRAX_BACKENDS, "engine": ENGINES, "iterations": int, "ls_iterations": int},
-    "playground": {"engine": ENGINES, "iterations": int, "ls_iterations": int},
+ENGINE = {"engine": choice("c", "mjx", "warp")}  # of MuJoCo; see envs/engines.py
+SOLVER = {"iterations": COUNT, "ls_iterations": COUNT}
+
+# Tasks of gym have options of their own besides; see envs/gym.py
+OPTIONS: dict[str, dict[str, Kind]] = {
+    "gym": ENGINE,
+    "brax": {"backend": choice(*BRAX_BACKENDS), **ENGINE, **SOLVER},
+    "playground": {**ENGINE, **SOLVER},
     "gymnax": {},
-    "arm": {"engine": ENGINES},
+    "arm": ENGINE,
     "atari": {},
     "probe": {},
 }
@@ -222,7 +226,7 @@ def canonical(name: str) -> str:
     source, task, options = _parse(name)
     if options.get("backend") == _default_backend(task):
         del options["backend"]
-    query = "&".join(f"{option}={options[option]}" for option in sorted(options))
+    query = "&".join(f"{option}={spell(options[option])}" for option in sorted(options))
     return f"{source}/{task}" + (f"?{query}" if query else "")
 
 
@@ -282,7 +286,10 @@ def _load_factory(name: str) -> RawEnv:
         raise ValueError(
             f"{name!r}: no such function; the module must be importable (its folder on PYTHONPATH)"
         )
-    raw = function()
+    try:
+        raw = function()
+    except ValueError as error:  # such as MuJoCo's, of a model
+        raise ValueError(f"{name}: {error}") from error
     if not isinstance(raw, RawEnv):
         raise ValueError(f"{name!r} returned {type(raw).__name__}; it must return envs.RawEnv")
     check(raw)
@@ -294,32 +301,27 @@ def _default_backend(task: str) -> str:
 
 
 def _parse(name: str) -> tuple[str, str, dict[str, Any]]:
+    """Source, task and the options that are not the defaults."""
     base, _, query = name.partition("?")
     source, _, task = ALIASES.get(base, base).partition("/")
     if task not in TASKS.get(source, ()):
         known = [*ALIASES, *(f"{source}/{task}" for source in TASKS for task in TASKS[source])]
         raise ValueError(f"unknown environment {name!r}; did you mean {_nearest(base, known)}?")
-    pairs = [item.partition("=")[::2] for item in query.split("&") if item]
+    kinds, owner = OPTIONS[source], source
     if source == "gym":
-        return source, task, importlib.import_module("envs.gym").normalise(task, dict(pairs), name)
-    options = {option: _option(source, option, value, name) for option, value in pairs}
+        kinds, owner = kinds | importlib.import_module("envs.gym").kinds(task), task
+    options: dict[str, Any] = {}
+    for option, _, text in (item.partition("=") for item in query.split("&") if item):
+        if option not in kinds:
+            listed = ", ".join(kinds) or "none"
+            raise ValueError(f"{name!r}: unknown option {option!r}; {owner} has: {listed}")
+        if option in options:
+            raise ValueError(f"{name!r}: {option} is given twice")
+        options[option] = read(text, kinds[option], f"{name!r}: {option}")
+    options = {option: x for option, x in options.items() if x != kinds[option].default}
     if task == "swimmer" and options.get("backend", "generalized") != "generalized":
         raise ValueError(f"{name!r}: Brax implements swimmer for backend=generalized only")
     return source, task, options
-
-
-def _option(source: str, option: str, value: str, name: str):
-    allowed = OPTIONS[source].get(option)
-    if allowed is None:
-        listed = ", ".join(OPTIONS[source]) or "none"
-        raise ValueError(f"{name!r}: unknown option {option!r}; {source} has: {listed}")
-    if allowed is int:
-        if not value.isdigit() or int(value) < 1:
-            raise ValueError(f"{name!r}: {option}={value!r} must be a positive integer")
-        return int(value)
-    if value not in allowed:
-        raise ValueError(f"{name!r}: {option}={value!r} must be one of {', '.join(allowed)}")
-    return value
 
 
 def _nearest(name: str, known: list[str]) -> str:

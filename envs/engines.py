@@ -202,8 +202,13 @@ def _mjx(physics: Physics, implementation: str) -> Engine:
     model = copy.copy(physics.model)
     if model.opt.solver == mujoco.mjtSolver.mjSOL_PGS:  # which MJX does not have
         model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON
-    compiled = library.put_model(model, impl=implementation)
-    default = library.make_data(model, impl=implementation)
+    try:
+        compiled = library.put_model(model, impl=implementation)
+        default = library.make_data(model, impl=implementation)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{physics.name}: MJX cannot run this model ({error}): use engine=c, on a CPU"
+        ) from None
     fields = {"qpos", "qvel", "ctrl", *physics.reads}
     named = lambda inputs: dict(zip(physics.inputs, inputs, strict=True)) if inputs else {}
 

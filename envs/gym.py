@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 
-from envs import ENGINES, engines, viewer
+from envs import engines, viewer
+from envs.options import COUNT, FLAG, NUMBER, RANGE, SIZE, Kind
 from envs.wrappers import RawEnv
 
 
@@ -42,13 +43,18 @@ class Task(NamedTuple):
     max_steps: int = 1000
 
 
-def make(task: str, engine: str | None = None, **changes: str) -> RawEnv:
-    """Build a task such as "Ant-v5"; changes: options as text."""
+def make(task: str, engine: str | None = None, **changes: Any) -> RawEnv:
+    """Build a task such as "Ant-v5"; changes: options that are not the defaults."""
     spec = TASKS[task]
     path = distribution("gymnasium").locate_file(f"gymnasium/envs/mujoco/assets/{spec.xml}")
-    model = mujoco.MjModel.from_xml_path(str(path))
-    values = {option: parse(text, spec.options[option]) for option, text in changes.items()}
-    options = SimpleNamespace(**spec.options | values)
+    try:
+        model = mujoco.MjModel.from_xml_path(str(path))
+    except ValueError as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(
+            f"gym/{task}: MuJoCo refuses {path} ({problem}): reinstall gymnasium"
+        ) from None
+    options = SimpleNamespace(**spec.options | changes)
     options.timestep = model.opt.timestep
     options.dt = model.opt.timestep * options.frame_skip
     options.body_mass = model.body_mass
@@ -92,51 +98,23 @@ def make(task: str, engine: str | None = None, **changes: str) -> RawEnv:
 
 # --- options ---
 
+SIGNED = ("forward_reward_weight", "healthy_reward")  # other weights are of costs
 
-def normalise(task: str, changes: dict[str, str], name: str) -> dict[str, str]:
-    """Options of a name, checked, in one spelling and without those that are defaults."""
+
+def kinds(task: str) -> dict[str, Kind]:
+    """What the options of a task may be."""
+
+    def kind(option, default):
+        if isinstance(default, tuple):
+            return RANGE
+        if isinstance(default, bool):
+            return FLAG
+        if isinstance(default, int):
+            return COUNT
+        return NUMBER if option in SIGNED else SIZE
+
     defaults = TASKS[task].options
-    result = {}
-    for option, text in changes.items():
-        if option == "engine":
-            if text not in ENGINES:
-                raise ValueError(f"{name!r}: engine={text!r} must be one of {', '.join(ENGINES)}")
-            result[option] = text
-            continue
-        if option not in defaults:
-            listed = ", ".join(["engine", *defaults])
-            raise ValueError(f"{name!r}: unknown option {option!r}; {task} has: {listed}")
-        default = defaults[option]
-        try:
-            value = parse(text, default)
-        except ValueError:
-            raise ValueError(
-                f"{name!r}: {option}={text!r} must look like the default, {spell(default)}"
-            ) from None
-        if value != default:
-            result[option] = spell(value)
-    return result
-
-
-def parse(text: str, default):
-    """The value that a text stands for, of the default's type; ValueError if it stands for none."""
-    if isinstance(default, tuple):
-        low, high = (float(part) for part in text.split(","))
-        return low, high
-    if isinstance(default, bool):
-        if text.lower() not in ("true", "false"):
-            raise ValueError(text)
-        return text.lower() == "true"
-    if isinstance(default, int) and not (text.isdigit() and int(text) > 0):
-        raise ValueError(text)
-    return type(default)(text)
-
-
-def spell(value) -> str:
-    """The text of a value."""
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return str(value).lower()
+    return {option: kind(option, x)._replace(default=x) for option, x in defaults.items()}
 
 
 # --- start states ---

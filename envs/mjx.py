@@ -1,4 +1,4 @@
-"""What Brax's mjx backend and Playground share: a small state, solver settings, drawing."""
+"""The state that engines on MJX carry."""
 
 import jax
 import jax.numpy as jnp
@@ -21,24 +21,15 @@ INTEGRATION_STATE = (
 )
 
 
-def pack(data, extra: tuple[str, ...] = ()) -> dict:
-    """The integration state of an mjx.Data, and `extra` fields that the task reads."""
-    return {field: getattr(data, field) for field in INTEGRATION_STATE + extra}
+def pack(data) -> dict:
+    """The integration state of an mjx.Data."""
+    return {field: getattr(data, field) for field in INTEGRATION_STATE}
 
 
 def unpack(packed: dict, template):
     """An mjx.Data with these fields and zeros elsewhere; template: its shapes and dtypes."""
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), template)
     return zeros.replace(**packed)
-
-
-def set_solver(model, iterations: int | None, ls_iterations: int | None):
-    """An mjx.Model with other solver limits; None leaves the model's own."""
-    if iterations:
-        model = model.tree_replace({"opt.iterations": iterations})
-    if ls_iterations:
-        model = model.tree_replace({"opt.ls_iterations": ls_iterations})
-    return model
 
 
 def all_finite(tree) -> jax.Array:

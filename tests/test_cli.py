@@ -98,6 +98,7 @@ def test_counts_may_be_written_as_people_write_them():
         (["--env", "no_such_module:make"], r"no_such_module:make.*PYTHONPATH"),
         (["--env", "ant?backend=sprung"], r"backend='sprung' must be one of .*spring"),
         (["--env", "ant?back=spring"], r"unknown option 'back'"),
+        (["--env", "Hopper-v5?healthy_z_range=nan,1"], r"healthy_z_range='nan,1' must be low,high"),
         (["--preset", "mujoco_pp"], r"unknown preset 'mujoco_pp'.*mujoco_ppo"),
         (["--num-seed", "3"], r"unknown argument '--num-seed'.*--num-seeds"),
         (["--frobnicate"], r"unknown argument '--frobnicate'"),
@@ -152,6 +153,17 @@ def test_bad_input_is_one_line_and_leaves_nothing(argv, message, tmp_path, monke
     assert said.count("\n") == 1
     assert re.search(message, said), said
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_mujoco_refuses_is_one_line(tmp_path, monkeypatch):
+    source = (
+        "import mujoco\nmake = lambda: mujoco.MjModel.from_xml_string('<mujoco><leg/></mujoco>')"
+    )
+    (tmp_path / "robot.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    status, said = run("--verbose", "0", "--env", "robot:make")
+    assert status == 2
+    assert re.fullmatch("error: robot:make: XML Error: .* Element 'leg', line 1\n", said)
 
 
 def test_whoever_changes_an_algorithm_can_see_where_it_fails(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import mujoco
 import numpy as np
 import pytest
 
@@ -226,6 +227,13 @@ def test_an_accelerator_gets_mjx(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(engines, "_mjx", lambda physics, implementation: implementation)
     assert engines.make(None, None) == engines.make("mjx", None) == "jax"
+
+
+def test_a_model_that_mjx_cannot_run():
+    model = mujoco.MjModel.from_xml_string("<mujoco><option integrator='implicit'/></mujoco>")
+    physics = engines.Physics("test", model, 1, (), None, 0)
+    with pytest.raises(ValueError, match=r"test: MJX cannot run .*IMPLICIT\): use engine=c"):
+        engines.make("mjx", physics)
 
 
 def test_warp_needs_a_gpu():

@@ -1,5 +1,7 @@
 """Gymnasium's MuJoCo tasks: parity with Gymnasium on c, start states, options, mjx against c."""
 
+from types import SimpleNamespace
+
 import gymnasium
 import jax
 import jax.numpy as jnp
@@ -217,15 +219,45 @@ def test_names():
         ("Ant-v4", "Ant-v5"),
         ("Ant-v5?weight=1", "unknown option 'weight'; Ant-v5 has: engine, forward_reward_weight"),
         ("Ant-v5?engine=bullet", "one of c, mjx, warp"),
-        ("Ant-v5?frame_skip=0", "like the default, 5"),
-        ("Ant-v5?ctrl_cost_weight=little", "like the default, 0.5"),
-        ("Ant-v5?healthy_z_range=1", "like the default, 0.2,1.0"),
-        ("Ant-v5?terminate_when_unhealthy=1", "like the default, true"),
+        ("Ant-v5?frame_skip=0", "positive integer below .*, such as the default, 5"),
+        ("Ant-v5?frame_skip=99999999999", "positive integer below"),
+        ("Ant-v5?frame_skip=3&frame_skip=5", "frame_skip is given twice"),
+        ("Ant-v5?ctrl_cost_weight=little", "ctrl_cost_weight='little' must be a finite number"),
+        ("Ant-v5?ctrl_cost_weight=-0.1", "ctrl_cost_weight='-0.1' must be .*, at least 0, such"),
+        ("Pusher-v5?reward_near_weight=-1", "at least 0, such as the default, 0.5"),
+        ("Ant-v5?healthy_reward=inf", "healthy_reward='inf' must be a finite number, such"),
+        ("Hopper-v5?reset_noise_scale=-1", "reset_noise_scale='-1' must be .*, at least 0"),
+        ("Ant-v5?healthy_z_range=1", "low,high with low <= high, such as the default, 0.2,1.0"),
+        ("Ant-v5?healthy_z_range=1,0.2", "healthy_z_range='1,0.2' must be low,high with low <="),
+        ("Ant-v5?terminate_when_unhealthy=1", "true or false, such as the default, true"),
     ],
 )
 def test_wrong_names_are_refused(name, message):
     with pytest.raises(ValueError, match=message):
         envs.make(name, 1)
+
+
+def test_no_option_takes_nan():
+    for task in TASKS:
+        for option, default in gym.TASKS[task].options.items():
+            text = "nan,1" if isinstance(default, tuple) else "nan"
+            with pytest.raises(ValueError, match=f"{option}='{text}' must be"):
+                envs.canonical(f"{task}?{option}={text}")
+
+
+def test_weights_and_ranges_that_make_sense():
+    name = "Ant-v5?forward_reward_weight=-2&healthy_z_range=-inf,inf&contact_force_range=0,0"
+    assert envs.canonical(name) == (
+        "gym/Ant-v5?contact_force_range=0.0,0.0&forward_reward_weight=-2.0&healthy_z_range=-inf,inf"
+    )
+
+
+def test_a_model_that_mujoco_refuses(tmp_path, monkeypatch):
+    (tmp_path / "ant.xml").write_text("<mujoco><leg/></mujoco>")
+    place = SimpleNamespace(locate_file=lambda path: tmp_path / path.split("/")[-1])
+    monkeypatch.setattr(gym, "distribution", lambda package: place)
+    with pytest.raises(ValueError, match=r"gym/Ant-v5: MuJoCo refuses .*ant.xml \(.*'leg', line 1"):
+        gym.make("Ant-v5")
 
 
 # --- mjx ---

@@ -282,6 +282,8 @@ def test_unknown_name_lists_the_nearest(name, expected):
         ("cartpole?x=1", "gymnax has: none"),
         ("hopper?ls_iterations=0", "positive integer"),
         ("hopper?iterations=four", "positive integer"),
+        ("CheetahRun?iterations=2147483648", "iterations='2147483648' must be .* below"),
+        ("hopper?iterations=2&iterations=3", "iterations is given twice"),
         ("CheetahRun?privileged=1", "unknown option 'privileged'"),
         ("swimmer?backend=mjx", "generalized only"),
     ],

@@ -82,7 +82,7 @@ def end(launch: Launch | None, status: int, text: str) -> NoReturn:
     """End in an `except` block: one line and an exit status, or the traceback with --verbose 2."""
     if launch and launch.verbose == 2:
         raise
-    print(text, file=sys.stderr)
+    print(" ".join(text.splitlines()), file=sys.stderr)  # MuJoCo's messages have several
     raise SystemExit(status) from None
 
 
