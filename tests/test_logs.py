@@ -92,16 +92,25 @@ def test_tensorboard(tmp_path):
 
 
 def test_wandb_needs_no_account(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    """Without a key its runs stay on disk: one line says so, and W&B itself says nothing."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    log = make_log(tmp_path / "run", track=True, wandb_seeds=True, wandb_tags=("mine",))
+    run_dir = tmp_path / "run"
+    log = make_log(run_dir, track=True, wandb_seeds=True, wandb_tags=("mine",))
     assert [row for _, row in log.wandb_runs] == [None, 0, 1]
     log.write(64, VALUES)
+    (run_dir / "plots").mkdir()
+    for file in ("plots/curve.png", "policy_s000.npz", "policy_s001.npz"):
+        (run_dir / file).write_bytes(b"bytes")
+    log.attach(run_dir)
     log.close()
-    assert "failed" not in capsys.readouterr().err
-    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 3
+    [said] = capsys.readouterr().err.splitlines()
+    assert said.startswith("W&B is offline: `wandb sync ")
+    files = [path.name for path in (run_dir / "wandb").glob("offline-run-*/files/**/*.*")]
+    assert sorted(x for x in files if x[-4:] in (".png", ".npz")) == [
+        *("curve.png", "policy_s000.npz", "policy_s000.npz", "policy_s001.npz", "policy_s001.npz")
+    ]
 
 
 class FakeRun:
@@ -132,11 +141,12 @@ def test_wandb_never_ends_a_run(tmp_path, monkeypatch, capsys, fails):
         made.append((FakeRun(fails), options))
         return made[-1][0]
 
-    fake = None if fails == "import" else types.SimpleNamespace(init=init)
+    fake = types.SimpleNamespace(init=init, login=lambda **_: True, Settings=dict)
+    fake = None if fails == "import" else fake
     monkeypatch.setitem(sys.modules, "wandb", fake)
     log = make_log(tmp_path, track=True, wandb_seeds=True, wandb_tags=("mine",), verbose=0)
     log.write(64, VALUES)
-    log.write(96, VALUES)
+    log.write(96, VALUES | {"losses/value_loss": np.array([0.5, 0.7])})
     log.close()
     said = capsys.readouterr().err
     assert said.count("\n") == (1 if fails else 0)
@@ -149,7 +159,13 @@ def test_wandb_never_ends_a_run(tmp_path, monkeypatch, capsys, fails):
     assert first.logged[0] == {"global_step": 64, "eval/episodic_return": 1.0}
     assert second.logged[1]["charts/episodic_return"] == 5.0
     assert whole.finished
-    assert options["group"] == "ppo__cartpole"
+    assert first.logged[1]["losses/value_loss"] == 0.5
+    assert [options["group"] for _, options in made] == [
+        "ppo__cartpole",
+        *["ppo__cartpole__seeds"] * 2,
+    ]
+    assert [options["config"]["seed"] for _, options in made[1:]] == [3, 4]
+    assert options["config"].items() >= {"algo": "ppo"}.items()
     assert "mine" in options["tags"]
     assert options["config"].items() >= {"gamma": 0.99, "wandb_seeds": True}.items()
     # A resumed launch goes on with the same W&B runs.

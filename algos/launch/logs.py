@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -91,7 +92,7 @@ class Log:
             self.tensorboard = EventFile(run_dir / "tensorboard", step)
         if launch.track:
             with self.wandb_guard():
-                self.wandb_runs = start_wandb(run_dir, name, config, launch, rows)
+                self.wandb_runs = start_wandb(self, run_dir, name, config, launch, rows)
 
     # console
 
@@ -184,6 +185,16 @@ class Log:
                 mine = scalars if row is None else row_values(values, row)
                 run.log({"global_step": step, **mine})
 
+    def attach(self, run_dir: Path) -> None:
+        """Give W&B the curve, the pictures and the policies of a run that is complete."""
+        warnings_of_files = contextlib.redirect_stderr(io.StringIO())  # one for each, even if quiet
+        with self.wandb_guard(), warnings_of_files:
+            for run, row in self.wandb_runs:
+                launch = ("plots/*", "videos/*", "policy_s*.npz")
+                for pattern in launch if row is None else (f"policy_s{row:03d}.npz",):
+                    for path in run_dir.glob(pattern):
+                        run.save(path, base_path=run_dir, policy="now")
+
     def close(self) -> None:
         """Finish all sinks."""
         if self.file:
@@ -275,30 +286,39 @@ def spread(returns: np.ndarray) -> str:
     return text if len(alive) == len(returns) else f"{text} | {len(alive)}/{len(returns)} alive"
 
 
-def start_wandb(run_dir: Path, name: str, config: Any, launch: Any, rows: Any):
+def start_wandb(log: Log, run_dir: Path, name: str, config: Any, launch: Any, rows: Any):
     """One W&B run for the launch, and one per row under --wandb-seeds."""
     import wandb
 
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
+    if mode == "offline":
+        log.say(f"W&B is offline: `wandb sync {run_dir}/wandb/offline-run-*` uploads its runs", 0)
     device = jax.devices()[0].device_kind
+    group = f"{name}__{config.env}"
+    settings = {"algo": name} | dataclasses.asdict(config) | dataclasses.asdict(launch) | versions()
     options = {
         "project": launch.wandb_project,
         "entity": launch.wandb_entity or None,
-        "group": f"{name}__{config.env}",
         "dir": str(run_dir),
-        "config": dataclasses.asdict(config) | dataclasses.asdict(launch) | versions(),
         "tags": [*launch.wandb_tags, f"jax {jax.__version__}", device, commit()[:9] or "no commit"],
+        "settings": wandb.Settings(silent=True, mode=mode),
         "reinit": "create_new",
         "resume": "allow",
     }
-    which = [None, *range(len(rows.seeds))] if launch.wandb_seeds else [None]
     runs = []
-    for row in which:
-        suffix = "launch" if row is None else rows.name(row).replace("seed ", "seed")
+    for row in [None, *range(len(rows.seeds))] if launch.wandb_seeds else [None]:
+        suffix, own = "launch", {}
+        if row is not None:
+            suffix = rows.name(row).replace("seed ", "seed")
+            own = {field: float(values[row]) for field, values in rows.hparams.items()}
+            own["seed"] = int(rows.seeds[row])
         identity = hashlib.sha256(f"{run_dir.resolve()} {suffix}".encode()).hexdigest()[:12]
         run = wandb.init(
             name=f"{run_dir.name}-{suffix}",
             id=identity,
+            group=group if row is None else f"{group}__seeds",
             job_type="launch" if row is None else "seed",
+            config=settings | own,
             **options,
         )
         run.define_metric("*", step_metric="global_step")
@@ -322,9 +342,9 @@ def aggregate(values: dict[str, Any]) -> dict[str, float]:
 
 
 def row_values(values: dict[str, Any], row: int) -> dict[str, float]:
-    """The charts/ and eval/ values of one row."""
-    mine = {k: np.atleast_1d(v) for k, v in values.items() if k.startswith(("charts/", "eval/"))}
-    return {k: float(v[row]) for k, v in mine.items() if len(v) > row and np.isfinite(v[row])}
+    """The values of one row; what is one number for the whole launch is left out."""
+    mine = {k: float(v[row]) for k, v in values.items() if np.ndim(v)}
+    return {k: v for k, v in mine.items() if np.isfinite(v)}
 
 
 # --- what a run was made with ---
