@@ -38,20 +38,25 @@ class Ended(NamedTuple):
     seconds: float  # until its end
 
 
-def play(argv, cache, moment=LIMIT, of_training=False):
-    """Start the program, and kill it `moment` seconds later, or so long after it has compiled."""
+def play(argv, cache, seconds=LIMIT, share=None):
+    """Start the program, and kill it some seconds later.
+
+    With `share`, so long after it has compiled as this share of the time until then: machines that
+    are busy take longer for everything.
+    """
     variables = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     process = start(*argv, JAX_COMPILATION_CACHE_DIR=str(cache), **variables)
     begun, compiled, said = time.monotonic(), 0.0, []
-    hang, kill = (threading.Timer(seconds, process.kill) for seconds in (LIMIT, moment))
+    hang, kill = (threading.Timer(x, process.kill) for x in (LIMIT, seconds))
     hang.start()
-    if not of_training:
+    if share is None:
         kill.start()
     for line in process.stderr:
         said.append(line)
         if line.startswith("memory:"):
             compiled = time.monotonic() - begun
-            if of_training:
+            if share is not None:
+                kill.interval = share * compiled
                 kill.start()
     status, seconds = process.wait(), time.monotonic() - begun
     for timer in (hang, kill):
@@ -100,7 +105,7 @@ def stage(run_dir):
 
 def test_a_run_that_is_killed_at_any_moment_and_resumed_is_the_same_run(tmp_path):
     """Half of the kills come before training begins."""
-    rng, cache = random.Random(0), tmp_path / "cache"
+    rng, cache = random.Random(KILLS), tmp_path / "cache"
     command = lambda run_dir: [*FLAGS, "--run-dir", str(run_dir)]
     first, whole, run_dir = (tmp_path / name for name in ("first", "whole", "killed"))
     for path in (first, whole):  # one that compiles, and one that finds its program in the cache
@@ -109,19 +114,18 @@ def test_a_run_that_is_killed_at_any_moment_and_resumed_is_the_same_run(tmp_path
     assert_same_run(first, whole)
     assert list(whole.glob("partial_*.npz"))
 
+    training = ended.seconds / ended.compiled - 1.0
     stages, clock = Counter(), time.monotonic()
     while stages.total() < KILLS:
         shutil.rmtree(run_dir, ignore_errors=True)
         while not (run_dir / "done.json").exists():
             found = (run_dir / "config.json").exists()
-            saved = rundir.checkpoints(run_dir)[-1:]
-            moment, of_training = rng.uniform(0, ended.compiled), rng.random() < 0.5
-            if of_training:
-                moment = rng.uniform(0, 1.25 * (ended.seconds - ended.compiled))
-            if stages.total() == KILLS:
-                moment = LIMIT
             argv = ["--resume", str(run_dir)] if found else command(run_dir)
-            status, said, *_ = play(argv, cache, moment, of_training)
+            saved = rundir.checkpoints(run_dir)[-1:]
+            moments = [{"seconds": rng.uniform(0.0, ended.compiled)}]
+            moments += [{"share": rng.uniform(0.0, 1.25 * training)}]
+            moment = rng.choice(moments) if stages.total() < KILLS else {}
+            status, said, *_ = play(argv, cache, **moment)
             assert status in (0, -signal.SIGKILL), said
             assert "warning" not in said
             assert "| start" not in said or not saved, "it began again from the start"
