@@ -1,41 +1,99 @@
-"""Runs side by side: one figure of all curves, and a Markdown table of the final evaluations.
+"""Runs side by side: a figure for a paper, Markdown tables, and scores over several tasks.
 
-    python experiments/compare.py RUN_DIR RUN_DIR --out comparison.png --json comparison.json
+    python experiments/compare.py RUN_DIR RUN_DIR --out comparison.pdf --json comparison.json
+    python experiments/compare.py RUN_DIR ... --labels PPO BPO --width 3.25 --x seconds
+    python experiments/compare.py RUN_DIR ... --normalise scores.json
 
-All runs must be of one environment. The table has a row for each run, and for each value of a swept
-run: the interquartile mean over seeds of the last greedy evaluation, with its 95 % bootstrap
+The figure has a panel for each task. The table has a row for each run, and for each value of a
+swept run: the interquartile mean over seeds of the last greedy evaluation, with its 95 % bootstrap
 interval. Seconds are of the whole launch, all of its rows together.
+
+--normalise names a JSON file with the returns of each task that count as 0 and as 1, such as those
+of a random and of a trained policy: {"gym/Hopper-v5": [18, 3500], "gym/Ant-v5": [-60, 5000]}. With
+it there are a second table and a second figure, OUT_scores: the interquartile mean over the seeds
+of all tasks, and the share of seeds above each score.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":  # import from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import envs
 from algos.launch import report, rundir
 
 
-def main(argv: list[str] | None = None):
+def outputs_of(args: argparse.Namespace) -> dict[str, Path]:
+    """The files that will be written; ValueError for an unknown format, or one that exists."""
+    if args.out.suffix not in report.FORMATS:
+        raise ValueError(f"--out {args.out}: its name is to end in {', '.join(report.FORMATS)}")
+    outputs = {"curves": args.out}
+    if args.normalise:
+        outputs["scores"] = args.out.with_stem(f"{args.out.stem}_scores")
+    if args.json:
+        outputs["numbers"] = args.json
+    for path in outputs.values():
+        if path.exists() and not args.force:
+            raise ValueError(f"{path} exists: choose another name, or --force to replace it")
+    return outputs
+
+
+def read_ranges(path: Path) -> dict[str, tuple[float, float]]:
+    """Returns that count as 0 and as 1, by the full name of each task; ValueError if damaged."""
+    found = {}
+    for task, ends in rundir.read_json(path).items():
+        try:
+            low, high = map(float, ends)
+        except (TypeError, ValueError):
+            low = high = math.nan
+        if not -math.inf < low < high < math.inf:
+            raise ValueError(f"{path}: {task} is to have [low, high], two numbers, not {ends!r}")
+        found[envs.canonical(task)] = low, high
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
     """Compare from the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR")
-    parser.add_argument("--out", default="comparison.png", help="PNG to write")
-    parser.add_argument("--json", help="JSON to write, with the values of every seed")
+    parser.add_argument("--out", type=Path, default=Path("comparison.png"), help="png, pdf or svg")
+    parser.add_argument("--labels", nargs="+", help="names of the curves, in the legend's order")
+    parser.add_argument("--title", default="", help="above the figure; default: a single task")
+    parser.add_argument("--width", type=float, default=report.TEXT_WIDTH, help="inches")
+    parser.add_argument(
+        "--x", nargs="+", choices=report.X_LABELS, default=["steps"], help="a panel for each"
+    )
+    parser.add_argument("--normalise", type=Path, metavar="FILE", help="JSON: TASK -> [low, high]")
+    parser.add_argument("--json", type=Path, help="JSON to write, with the values of every seed")
+    parser.add_argument("--force", action="store_true", help="replace files that exist")
     args = parser.parse_args(argv)
+    if not 2 <= args.width <= 30:
+        parser.error(f"--width {args.width:g}: 2 to 30 inches are possible")
     try:
-        found = report.entries(report.read_runs(args.run_dirs))
-        rows = [report.summary(*entry) for entry in found]
-        report.plot_curves(found, Path(args.out), rows[0]["env"])
+        outputs = outputs_of(args)
+        runs = [rundir.read_run(path) for path in dict.fromkeys(map(Path, args.run_dirs))]
+        entries = report.entries(runs)
+        if args.labels:
+            entries = report.relabel(entries, args.labels)
+        rows = [report.summary(*entry) for entry in entries]
+        scores = report.scores(entries, read_ranges(args.normalise)) if args.normalise else {}
+        summaries = [report.score_summary(*item) for item in scores.items()]
+        report.plot_curves(entries, outputs["curves"], args.title, tuple(args.x), args.width)
+        if scores:
+            report.plot_scores(entries, scores, outputs["scores"], args.title, args.width)
         if args.json:
-            rundir.write_json(Path(args.json), rows)
+            rundir.write_json(outputs["numbers"], {"rows": rows, "scores": summaries})
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    print(report.markdown(rows), end="")
-    print(f"\ncurves: {args.out}")
+    print(report.markdown(rows))
+    if summaries:
+        print(report.score_markdown(summaries))
+    print("\n".join(f"{what}: {path}" for what, path in outputs.items()))
 
 
 if __name__ == "__main__":

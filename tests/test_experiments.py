@@ -1,4 +1,4 @@
-"""Compare, render, evaluate and benchmark, on runs written by hand and on the smallest ones."""
+"""Render, evaluate and benchmark, on runs written by hand and on the smallest ones."""
 
 import dataclasses
 import json
@@ -10,17 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from matplotlib.axes import Axes
 from PIL import Image
 
 import envs
 from algos.launch import render, report, rundir
-from experiments import benchmark, compare, evaluate, peers
+from experiments import benchmark, evaluate, peers
 
 EVALS = 3
 
 
-def write_run(path, env="cartpole", labels=("",), seeds=(0, 1, 2, 3), done=True, offset=0.0):
+def write_run(
+    path, env="cartpole", labels=("",), seeds=(0, 1, 2, 3), done=True, offset=0.0, algo="ppo"
+):
     """A run directory without policies: return 10 x seed + evaluation + offset, dead where None."""
     alive = [i for i in seeds if i is not None]
     rows = [(label, seed) for label in labels for seed in seeds]
@@ -28,7 +29,7 @@ def write_run(path, env="cartpole", labels=("",), seeds=(0, 1, 2, 3), done=True,
     launch = {"seed": alive[0], "num_seeds": len(seeds)}
     numbers = [-1 if seed is None else seed for _, seed in rows]
     description = {
-        "algo": "ppo",
+        "algo": algo,
         "config": dataclasses.asdict(tiny.config_of("ppo", env=env)),
         "launch": launch,
         "rows": {"seeds": numbers, "labels": [label for label, _ in rows]},
@@ -51,92 +52,6 @@ def table_of(capsys):
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert len({len(row) for row in cells}) == 1
     return cells[2:]
-
-
-# --- compare ---
-
-
-def test_compare_prints_a_row_for_each_run(tmp_path, capsys):
-    one = write_run(tmp_path / "one")
-    two = write_run(tmp_path / "two", seeds=(0, 1, 2, None), offset=100.0, done=False)
-    out, data = tmp_path / "plots" / "both.png", tmp_path / "both.json"
-    compare.main([str(one), str(two), "--out", str(out), "--json", str(data)])
-
-    rows = table_of(capsys)
-    final = np.array([2.0, 12.0, 22.0, 32.0])
-    lo, hi = report.iqm_interval(final)
-    assert rows[0][0] == "ppo (one)"
-    assert rows[0][1:4] == ["gymnax/CartPole-v1", "4/4", f"17.0 [{lo:.1f}, {hi:.1f}]"]
-    assert rows[0][4:] == ["2", "200", "2.0", "30.0", "2 x cpu"]
-    assert rows[1][0] == "ppo (two), unfinished"
-    assert rows[1][2] == "3/4"
-    assert rows[1][3].startswith("112.0 [")
-    assert rows[1][6:8] == ["2.0", "-"]
-    with Image.open(out) as image:
-        image.load()
-        assert image.format == "PNG"
-        assert min(image.size) > 300
-    saved = json.loads(data.read_text())
-    assert saved[0]["per_seed"] == final.tolist()
-    assert saved[1]["per_seed"] == [102.0, 112.0, 122.0, None]
-
-
-def test_compare_prints_a_row_for_each_swept_value(tmp_path, capsys):
-    run = write_run(tmp_path / "run", labels=("gamma=0.9", "gamma=0.99"), seeds=(1, 2))
-    compare.main([str(run), "--out", str(tmp_path / "x.png")])
-    rows = table_of(capsys)
-    assert [row[0] for row in rows] == ["ppo gamma=0.9", "ppo gamma=0.99"]
-    assert [row[2] for row in rows] == ["2/2", "2/2"]
-
-
-def test_every_curve_looks_different(tmp_path, monkeypatch):
-    """Twelve runs, one of them of an algorithm that keeps its colour."""
-    looks, real = {}, Axes.plot
-
-    def plot(axis, x, y, *style, label=None, **options):
-        looks[label] = (*style, options["color"])
-        return real(axis, x, y, *style, label=label, **options)
-
-    monkeypatch.setattr(Axes, "plot", plot)
-    run, rows = rundir.read_run(write_run(tmp_path / "run")), np.arange(4)
-    runs = [("bnpo", run._replace(algo="bnpo"), rows)]
-    runs += [(f"a{i}", run, rows) for i in range(11)]
-    report.plot_curves(runs, tmp_path / "curves.png", "title")
-    del looks[None]  # the seeds
-    assert looks["bnpo (n=4)"] == ("-", report.COLORS["bnpo"])
-    assert len({*looks.values()}) == len(looks) == 12
-    report.plot_curves(2 * runs, tmp_path / "curves.png", "title")
-    assert None not in looks  # too many seeds for a line of each
-
-
-def test_compare_with_nobody_alive(tmp_path, capsys):
-    run = write_run(tmp_path / "run", seeds=(1, None))
-    dead = write_run(tmp_path / "dead", labels=("a",), seeds=(1,))
-    evals = {"steps": [0, 9], "seconds": [0.0, 1.0]}
-    nothing = [np.full((1, 2), np.nan)] * 2
-    rundir.write_evals(dead, evals | {"returns": nothing, "lengths": nothing})
-    compare.main([str(run), str(dead), "--out", str(tmp_path / "x.png")])
-    rows = table_of(capsys)
-    assert rows[0][3] == "12.0 [-, -]"
-    assert rows[1][2:4] == ["0/1", "- [-, -]"]
-
-
-def test_compare_refuses(tmp_path, capsys):
-    one = write_run(tmp_path / "one")
-    alias = write_run(tmp_path / "alias", env="gymnax/CartPole-v1")
-    other = write_run(tmp_path / "other", env="pendulum")
-    out = tmp_path / "x.png"
-    compare.main([str(one), str(alias), "--out", str(out)])  # two names of one environment
-    out.unlink()
-    for paths, message in [
-        ([one, other], "different environments"),
-        ([one, tmp_path], "is not a run directory"),
-    ]:
-        with pytest.raises(SystemExit) as error:
-            compare.main([*map(str, paths), "--out", str(out)])
-        assert error.value.code == 2
-        assert message in capsys.readouterr().err
-        assert not out.exists()
 
 
 # --- render ---

@@ -1,4 +1,4 @@
-"""Statistics over seeds: the interquartile mean and its bootstrap interval."""
+"""Statistics over seeds and tasks: interquartile mean, bootstrap interval, profile."""
 
 import numpy as np
 import pytest
@@ -45,6 +45,47 @@ def test_interval_agrees_with_scipys_bootstrap(n):
 
 def test_interval_covers():
     rng = np.random.default_rng(0)
-    intervals = [report.iqm_interval(rng.normal(size=16), 500) for _ in range(200)]
+    intervals = [report.iqm_interval(rng.normal(size=16), num_resamples=500) for _ in range(200)]
     inside = np.mean([lo < 0.0 < hi for lo, hi in intervals])
     assert 0.85 < inside < 0.99  # a percentile bootstrap of 16 is a little too narrow
+
+
+def test_seeds_are_drawn_anew_within_each_task():
+    """By hand: two tasks of two seeds, of whose four draws the IQM is the mean of the middle two.
+
+    The lowest is (0, 0) or (0, 0.2) with (0.4, 0.4): 0.2 or 0.3. The highest is (1, 1) with either:
+    0.6. Both ends have 1 chance in 16 or more. If all four seeds were drawn alike, (0, 0, 0, x)
+    would come in 5 % of the draws, with an IQM of 0.
+    """
+    easy, hard = np.array([0.4, 1.0]), np.array([0.0, 0.2])
+    lo, hi = report.iqm_interval(hard, easy)
+    assert (lo, hi) == pytest.approx((0.2, 0.6))
+    assert report.iqm(np.array([hard, easy])) == pytest.approx(0.3)
+    lo, _ = report.iqm_interval(np.concatenate([hard, easy]))
+    assert lo == pytest.approx(0.0)
+
+
+def test_interval_over_tasks_leaves_dead_seeds_out():
+    x, y = np.array([1.0, 2.0, 3.0]), np.array([4.0, 5.0, 6.0])
+    with_dead = np.append(x, np.nan), np.append(y, np.nan)
+    assert report.iqm_interval(*with_dead) == report.iqm_interval(x, y)
+    assert np.isnan(report.iqm_interval(x, np.array([1.0]))).all()
+
+
+def test_profile_by_hand():
+    """Task one has scores 0, 0.5, 1 and a dead seed; task two has 0.5, 0.5, 2 and 2."""
+    scores = np.array([[0.0, 0.5, 1.0, np.nan], [0.5, 0.5, 2.0, 2.0]])
+    share, lo, hi = report.profile(scores, np.array([-1.0, 0.0, 0.5, 1.0, 2.0]))
+    above = [(3 / 3, 4 / 4), (2 / 3, 4 / 4), (1 / 3, 2 / 4), (0 / 3, 2 / 4), (0 / 3, 0 / 4)]
+    np.testing.assert_allclose(share, np.mean(above, 1))
+    # All draws of task two are above 0; of the three of task one none is with chance 1 in 27.
+    np.testing.assert_allclose(lo[[0, 1, 4]], [1.0, 0.5, 0.0])
+    np.testing.assert_allclose(hi[[0, 1, 4]], [1.0, 1.0, 0.0])
+    # Above 1 nothing of task one: half of 0 of 4 (1 in 16) to half of 4 of 4.
+    np.testing.assert_allclose((lo[3], hi[3]), (0.0, 0.5))
+
+
+def test_profile_of_one_seed_has_no_interval():
+    share, lo, hi = report.profile(np.array([[0.3]]), np.array([0.2, 0.4]))
+    assert share.tolist() == [1.0, 0.0]
+    assert np.isnan([lo, hi]).all()

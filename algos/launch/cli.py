@@ -106,10 +106,7 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
     Returns `(config, launch)`, of which the caller checks the former. Raises ValueError in one line
     for what cannot be read.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    # Names of flags may be written with underscores; values keep theirs.
-    argv = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), arg) for arg in argv]
-    argv = with_sweeps(argv, config_type)
+    argv = with_sweeps(dashed(sys.argv[1:] if argv is None else argv), config_type)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--env")
     first.add_argument("--preset", nargs="*", default=[])
@@ -163,6 +160,11 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
         check_resumable(launch, arguments.launch)
     common.check(arguments.launch)
     return arguments
+
+
+def dashed(argv: list[str]) -> list[str]:
+    """`argv` with the names of flags in dashes, for underscores; values keep theirs."""
+    return [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), arg) for arg in argv]
 
 
 def describe(name: str, presets: Iterable[str]) -> str:

@@ -1,9 +1,11 @@
-"""What is computed from a run: statistics over seeds, curves and tables."""
+"""What is computed from runs: statistics over seeds and tasks, figures and tables."""
 
+import contextlib
 import itertools
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -11,17 +13,20 @@ import numpy as np
 import envs
 from algos.launch import rundir
 
-# --- rows of runs ---
+# --- what is compared ---
 
 
-def read_runs(run_dirs: list[str]) -> list[rundir.Run]:
-    """Read run directories; ValueError if one is none, or if they differ in environment."""
-    runs = [rundir.read_run(path) for path in run_dirs]
-    found = {envs.canonical(run.config["env"]): run.path for run in runs}
-    if len(found) > 1:
-        listed = ", ".join(f"{env} ({path})" for env, path in found.items())
-        raise ValueError(f"runs of different environments cannot share a figure: {listed}")
-    return runs
+class Entry(NamedTuple):
+    """A curve and a row of a table: the seeds of one swept value of a run."""
+
+    label: str  # entries of one label on several tasks are one method
+    run: rundir.Run
+    rows: np.ndarray  # [n] indices into the run's rows
+
+    @property
+    def task(self) -> str:
+        """Full name of the environment."""
+        return envs.canonical(self.run.config["env"])
 
 
 def groups(run: rundir.Run) -> list[tuple[str, np.ndarray]]:
@@ -30,16 +35,53 @@ def groups(run: rundir.Run) -> list[tuple[str, np.ndarray]]:
     return [(label, np.flatnonzero(labels == label)) for label in dict.fromkeys(run.labels)]
 
 
-def entries(runs: list[rundir.Run]) -> list[tuple[str, rundir.Run, np.ndarray]]:
-    """(label, run, indices of its rows) of every swept value; all labels differ."""
+def entries(runs: Iterable[rundir.Run]) -> list[Entry]:
+    """Every swept value of the runs, named by the algorithm and the value.
+
+    Those that would have one name on one task get that part of their paths in which they differ,
+    unless it is the algorithm's name.
+    """
     found = [
-        (f"{run.algo} {label}".strip(), run, index) for run in runs for label, index in groups(run)
+        Entry(f"{run.algo} {label}".strip(), run, rows)
+        for run in runs
+        for label, rows in groups(run)
     ]
-    labels = [label for label, _, _ in found]
-    return [
-        (f"{label} ({run.path.name})" if labels.count(label) > 1 else label, run, index)
-        for label, run, index in found
-    ]
+    named = []
+    for entry in found:
+        same = [x.run.path for x in found if (x.label, x.task) == (entry.label, entry.task)]
+        part = own_part(entry.run.path, same) if len(same) > 1 else entry.run.algo
+        more = f" ({part})" if part != entry.run.algo else ""
+        named.append(entry._replace(label=entry.label + more))
+    return named
+
+
+def own_part(path: Path, paths: list[Path]) -> str:
+    """`path` without the folders with which all `paths` begin, and those with which all end."""
+    parts = [x.absolute().parts for x in paths]
+    begin = num_shared(parts)
+    end = num_shared([x[begin:][::-1] for x in parts])
+    own = path.absolute().parts
+    return "/".join(own[begin : len(own) - end])
+
+
+def num_shared(parts: list[tuple[str, ...]]) -> int:
+    """Number of the first items in which all of `parts` agree."""
+    return sum(1 for _ in itertools.takewhile(lambda x: len({*x}) == 1, zip(*parts, strict=False)))
+
+
+def relabel(entries: list[Entry], labels: list[str]) -> list[Entry]:
+    """The entries with these labels, in the order of the legend."""
+    known = dict.fromkeys(entry.label for entry in entries)
+    if len(labels) != len(known):
+        raise ValueError(f"{len(labels)} labels for {len(known)} curves: {', '.join(known)}")
+    names = dict(zip(known, labels, strict=True))
+    renamed = [entry._replace(label=names[entry.label]) for entry in entries]
+    taken: set[tuple[str, str]] = set()
+    for entry in renamed:
+        if (entry.label, entry.task) in taken:
+            raise ValueError(f"two curves of {entry.task} are called {entry.label!r}")
+        taken.add((entry.label, entry.task))
+    return renamed
 
 
 # --- statistics over seeds ---
@@ -51,18 +93,27 @@ def iqm(x: np.ndarray) -> float:
     return float(middle_mean(x)) if len(x) else float("nan")
 
 
-def iqm_interval(x: np.ndarray, num_resamples: int = 2000) -> tuple[float, float]:
-    """95 % percentile-bootstrap interval of the IQM over seeds; `x` [R], NaN left out."""
-    lo, hi = np.percentile(resampled_iqm(x, np.random.default_rng(0), num_resamples), [2.5, 97.5])
+def iqm_interval(*x: np.ndarray, num_resamples: int = 2000) -> tuple[float, float]:
+    """95 % percentile-bootstrap interval of the IQM over seeds [R], NaN left out.
+
+    With several arrays, one for each task, the IQM is of all their values together, and the seeds
+    of each task are drawn anew apart from the others (a stratified bootstrap). NaN if one of them
+    has fewer than 2.
+    """
+    rng = np.random.default_rng(0)
+    drawn = np.concatenate([resampled(part, rng, num_resamples) for part in x], 1)
+    if np.isnan(drawn).any():  # the mean would leave NaN out as the highest value
+        return float("nan"), float("nan")
+    lo, hi = np.percentile(middle_mean(drawn), [2.5, 97.5])
     return float(lo), float(hi)
 
 
-def resampled_iqm(x: np.ndarray, rng: np.random.Generator, num_resamples: int = 2000) -> np.ndarray:
-    """IQMs [num_resamples] of seeds drawn anew from `x` [R], NaN left out; NaN of fewer than 2."""
+def resampled(x: np.ndarray, rng: np.random.Generator, num_resamples: int = 2000) -> np.ndarray:
+    """Seeds drawn anew from `x` [R], NaN left out: [num_resamples, n]; NaN of fewer than 2."""
     x = x[np.isfinite(x)]
     if len(x) < 2:
-        return np.full(num_resamples, np.nan)
-    return middle_mean(rng.choice(x, (num_resamples, len(x))))
+        return np.full((num_resamples, 1), np.nan)
+    return rng.choice(x, (num_resamples, len(x)))
 
 
 def middle_mean(x: np.ndarray) -> np.ndarray:
@@ -89,9 +140,68 @@ def results(run: rundir.Run) -> list[dict[str, Any]]:
     return found
 
 
-# --- curves ---
+# --- scores over tasks ---
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; an algorithm keeps its colour.
+
+def scores(entries: list[Entry], ranges: dict[str, tuple[float, float]]) -> dict[str, np.ndarray]:
+    """Normalised final returns [tasks, n] of the seeds of each label, NaN where one is dead.
+
+    `ranges` has the returns of each task that count as 0 and as 1. ValueError if one is missing, if
+    a label has no live seed on a task, or not as many seeds as on the others: then their weights
+    would differ.
+    """
+    found = {(entry.label, entry.task): entry for entry in entries}
+    tasks = dict.fromkeys(entry.task for entry in entries)
+    scores: dict[str, list[np.ndarray]] = {entry.label: [] for entry in entries}
+    for label, task in itertools.product(scores, tasks):
+        if task not in ranges:
+            raise ValueError(f"the returns that count as 0 and as 1 are missing for {task}")
+        if (label, task) not in found:
+            raise ValueError(f"{label} has no run on {task}: scores need it on all tasks")
+        _, run, rows = found[label, task]
+        low, high = ranges[task]
+        scores[label].append((run.final[rows].mean(-1) - low) / (high - low))
+        if not np.isfinite(scores[label][-1]).any():
+            raise ValueError(f"every seed of {label} on {task} died: it has no score")
+        if len({len(score) for score in scores[label]}) > 1:
+            raise ValueError(f"{label} has {len(rows)} seeds on {task}: scores need equal numbers")
+    return {label: np.array(parts) for label, parts in scores.items()}
+
+
+def profile(scores: np.ndarray, taus: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Share of seeds whose score is above each of `taus` [T], and its 95 % interval at each.
+
+    Of `scores` [tasks, n], NaN is left out. The share is the mean over tasks; the interval is that
+    of a stratified bootstrap.
+    """
+    above = lambda x: np.where(np.isnan(x[..., None]), np.nan, x[..., None] > taus).mean(-2)
+    share = np.mean([above(x[np.isfinite(x)]) for x in scores], 0)
+    rng = np.random.default_rng(0)
+    drawn = np.mean([above(resampled(x, rng)) for x in scores], 0)  # [resamples, T]
+    lo, hi = np.percentile(drawn, [2.5, 97.5], axis=0)
+    return share, lo, hi
+
+
+# --- figures ---
+
+FORMATS = (".png", ".pdf", ".svg")
+TEXT_WIDTH = 6.75  # inches, of a paper with two columns
+MAX_THIN = 16  # seeds in a panel of which each has a line
+X_LABELS = {"steps": "steps", "seconds": "seconds, all seeds"}
+STYLE: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "legend.handlelength": 1.5,
+    "legend.columnspacing": 1.2,
+    "pdf.fonttype": 42,  # journals refuse matplotlib's default, fonts of type 3
+}
+
+# Colours that colour-blind readers can tell apart: Okabe and Ito's, then some of Paul Tol's.
 COLORS = {
     "ppo": "#0072B2",
     "bpo": "#D55E00",
@@ -99,8 +209,30 @@ COLORS = {
     "reppo": "#CC79A7",
     "bnpo": "#E69F00",
     "sac": "#56B4E9",
+    "reppo_discrete": "#882255",
+    "bc": "#000000",
+    "bcq": "#999933",
+    "brac": "#332288",
 }
-SPARE_COLORS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+
+
+def looks(entries: list[Entry]) -> dict[str, tuple[str, str]]:
+    """Colour and line style of each label.
+
+    An algorithm's colour goes to the label that is its name, or else to its first; further labels
+    have colours of algorithms that are absent, then other styles.
+    """
+    algos: dict[str, str] = {}
+    for entry in entries:
+        algos.setdefault(entry.label, entry.run.algo)
+    own: dict[str, str] = {}
+    for label, algo in sorted(algos.items(), key=lambda item: item[0].lower() != item[1]):
+        if algo in COLORS and algo not in own:
+            own[algo] = label
+    found = {label: (COLORS[algo], "-") for algo, label in own.items()}
+    pairs = [(color, style) for style in ("-", "--", ":", "-.") for color in COLORS.values()]
+    spare = itertools.cycle(pair for pair in pairs if pair not in found.values())
+    return {label: found[label] if label in found else next(spare) for label in algos}
 
 
 def curve_of(returns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -110,43 +242,133 @@ def curve_of(returns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.array([iqm(x) for x in per_seed.T]), intervals[:, 0], intervals[:, 1]
 
 
-def plot_curves(runs: list[tuple[str, rundir.Run, np.ndarray]], path: Path, title: str) -> None:
-    """Draw greedy evaluation returns of `runs` (label, run, indices of its rows) to a PNG.
+def names(entries: list[Entry]) -> dict[str, str]:
+    """Each label as the legend has it: with the number of seeds, or its range over tasks."""
+    counts: dict[str, list[int]] = {}
+    for entry in entries:
+        counts.setdefault(entry.label, []).append(len(entry.rows))
+    ends = {label: sorted({min(n), max(n)}) for label, n in counts.items()}
+    return {label: f"{label} (n={'-'.join(map(str, n))})" for label, n in ends.items()}
 
-    Thick line: IQM over seeds; band: 95 % bootstrap interval; thin lines: the seeds, if they are no
-    more than 64. Left against steps, right against training seconds. Nothing is smoothed.
+
+def unit_of_steps(entries: list[Entry]) -> str:
+    """What the runs count as steps; ValueError if they differ."""
+    offline = {entry.label for entry in entries if "dataset" in entry.run.config}
+    others = {entry.label for entry in entries} - offline
+    if offline and others:
+        raise ValueError(
+            f"steps of {offline.pop()} are gradient steps, those of {others.pop()} environment "
+            "steps: choose --x seconds"
+        )
+    return "gradient steps" if offline else "environment steps"
+
+
+def plot_curves(
+    entries: list[Entry],
+    path: Path,
+    title: str = "",
+    xs: tuple[str, ...] = ("steps",),
+    width: float = TEXT_WIDTH,
+) -> None:
+    """Draw greedy evaluation returns: a panel for each task and each of `xs`, of X_LABELS.
+
+    Line: IQM over seeds; band: 95 % bootstrap interval; thin lines: the seeds, if a panel has no
+    more than MAX_THIN. Nothing is smoothed.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2, sharey=True)
-    algos = [run.algo for _, run, _ in runs]
-    own = {algo: COLORS[algo] for algo in algos if algo in COLORS and algos.count(algo) == 1}
-    colors = [color for color in SPARE_COLORS if color not in own.values()]
-    spare = itertools.cycle((color, style) for style in ("-", "--", ":") for color in colors)
-    for label, run, rows in runs:
-        color, style = (own[run.algo], "-") if run.algo in own else next(spare)
-        middle, lo, hi = curve_of(run.returns[rows])
-        text = f"{label} (n={len(rows)})"
-        for axis, x in zip(axes, (run.steps, run.seconds), strict=True):
-            if sum(len(rows) for *_, rows in runs) <= 64:
-                per_seed = run.returns[rows].mean(-1).T
-                axis.plot(x, per_seed, color=color, alpha=0.2, linewidth=0.7)
-            axis.fill_between(x, lo, hi, color=color, alpha=0.2, linewidth=0)
-            axis.plot(x, middle, style, color=color, linewidth=2, label=text)
-    axes[0].set(xlabel="steps per seed", ylabel="greedy return", title=title)
-    axes[1].set(xlabel="training seconds, all seeds", title="IQM, 95 % interval over seeds")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False)
-    for axis in axes:
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rundir.write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    tasks = [*dict.fromkeys(entry.task for entry in entries)]
+    panels = [(task, x) for task in tasks for x in xs]
+    x_labels = X_LABELS | ({"steps": unit_of_steps(entries)} if "steps" in xs else {})
+    look, name = looks(entries), names(entries)
+    title = title or (tasks[0] if len(tasks) == 1 else "")
+    columns = len(xs) if len(xs) > 1 else int(width / 1.6)
+    legend = "IQM and 95 % interval over seeds"
+    with figure(path, len(panels), columns, width, title, legend) as axes:
+        columns = axes[0].get_gridspec().ncols
+        for i, (axis, (task, x)) in enumerate(zip(axes, panels, strict=True)):
+            present = [entry for entry in entries if entry.task == task]
+            thin = sum(len(entry.rows) for entry in present) <= MAX_THIN
+            for label, run, rows in present:
+                color, style = look[label]
+                if thin:
+                    per_seed = run.returns[rows].mean(-1).T
+                    axis.plot(getattr(run, x), per_seed, color=color, alpha=0.3, linewidth=0.5)
+                middle, lo, hi = curve_of(run.returns[rows])
+                axis.fill_between(getattr(run, x), lo, hi, color=color, alpha=0.2, linewidth=0)
+                axis.plot(getattr(run, x), middle, style, color=color, label=name[label])
+            if len(tasks) > 1:
+                axis.set_title(task.split("/", 1)[-1].replace("?", "\n?"))
+            if i % columns == 0:
+                axis.set_ylabel("greedy return")
+            if i + columns >= len(panels):  # nothing below
+                axis.set_xlabel(x_labels[x])
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axis.locator_params(axis="x", nbins=int(2 * width / columns))
+
+
+def plot_scores(
+    entries: list[Entry],
+    scores: dict[str, np.ndarray],
+    path: Path,
+    title: str = "",
+    width: float = TEXT_WIDTH,
+) -> None:
+    """Draw the IQM of the `scores` of all tasks and its 95 % interval; beside it, the profile."""
+    look = looks(entries)
+    every = np.concatenate([score.ravel() for score in scores.values()])
+    taus = np.linspace(min(0.0, np.nanmin(every)), max(1.0, np.nanmax(every)), 201)
+    with figure(path, 2, 2, width, title) as (left, right):
+        for i, (label, score) in enumerate(scores.items()):
+            color, style = look[label]
+            left.plot(iqm_interval(*score), [i, i], color=color, alpha=0.3, linewidth=6)
+            left.plot(iqm(score), i, "o", color=color, markersize=4)
+            share, lo, hi = profile(score, taus)
+            right.fill_between(taus, lo, hi, color=color, alpha=0.2, linewidth=0)
+            right.plot(taus, share, style, color=color, label=label)
+        left.set(ylim=(len(scores) - 0.5, -0.5), yticks=[], xlabel="normalised score")
+        left.set_title("IQM, 95 % interval")
+        left.spines["left"].set_visible(False)
+        right.set(ylim=(0, 1.02), xlabel="normalised score", ylabel="share of runs")
+        right.set_title("runs above a score")
+
+
+@contextlib.contextmanager
+def figure(
+    path: Path, count: int, columns: int, width: float, title: str, legend_title: str = ""
+) -> Iterator[list]:
+    """The `count` panels of a figure, to draw in; then come the legend, the size and the file."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    num_rows = math.ceil(count / max(1, columns))
+    columns = math.ceil(count / num_rows)  # rows of equal length, as far as possible
+    height = min(max(0.75 * width / columns, 1.5), 2.6)  # of a panel
+    with matplotlib.rc_context(STYLE):
+        fig = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(fig)
+        axes = list(fig.subplots(num_rows, columns, squeeze=False).flat)
+        for axis in axes[count:]:
+            axis.remove()
+        yield axes[:count]
+        lines = {
+            label: line
+            for axis in axes[:count]
+            for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
+        for ncols in range(len(lines), 0, -1):  # as many columns as the width allows
+            place: dict[str, Any] = {"loc": "outside lower center", "ncols": ncols}
+            legend = fig.legend(lines.values(), lines.keys(), title=legend_title, **place)
+            if legend.get_window_extent().width < fig.bbox.width or ncols == 1:
+                break
+            legend.remove()
+        fig.suptitle(title)
+        below = legend.get_window_extent().height / fig.dpi
+        fig.set_figheight(num_rows * height + below + 0.25 * bool(title))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kind = path.suffix[1:]
+        rundir.write_atomic(path, lambda file: fig.savefig(file, format=kind, dpi=200))
 
 
 # --- tables ---
@@ -196,15 +418,41 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return table(head, cells)
 
 
-def number(x: float | None) -> str:
-    """One decimal; a dash for what is not known."""
-    return "-" if x is None or not np.isfinite(x) else f"{x:,.1f}"
+def score_summary(label: str, scores: np.ndarray) -> dict[str, Any]:
+    """IQM of the scores [tasks, n] of all tasks together."""
+    return {
+        "label": label,
+        "tasks": len(scores),
+        "n": scores.size,
+        "alive": int(np.isfinite(scores).sum()),
+        "iqm": iqm(scores),
+        "interval": rundir.jsonable(iqm_interval(*scores)),
+    }
 
 
-def estimate(middle: float | None, interval: Iterable[float | None]) -> str:
+def score_markdown(rows: list[dict[str, Any]]) -> str:
+    """Table of the summaries of scores."""
+    cells = [
+        [
+            row["label"],
+            str(row["tasks"]),
+            f"{row['alive']}/{row['n']}",
+            estimate(row["iqm"], row["interval"], digits=3),
+        ]
+        for row in rows
+    ]
+    return table(["algorithm", "tasks", "n", "normalised score, IQM [95 %]"], cells)
+
+
+def number(x: float | None, digits: int = 1) -> str:
+    """A number with so many decimals; a dash for what is not known."""
+    return "-" if x is None or not np.isfinite(x) else f"{x:,.{digits}f}"
+
+
+def estimate(middle: float | None, interval: Iterable[float | None], digits: int = 1) -> str:
     """A number with its interval."""
-    lo, hi = map(number, interval)
-    return f"{number(middle)} [{lo}, {hi}]"
+    shown, lo, hi = (number(x, digits) for x in (middle, *interval))
+    return f"{shown} [{lo}, {hi}]"
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:

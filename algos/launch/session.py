@@ -421,8 +421,9 @@ class Session:
         rundir.write_final(self.run_dir, final)
         run = rundir.read_run(self.run_dir)
         curve = self.run_dir / "plots" / "curve.png"
-        lines = [(label or self.name, run, index) for label, index in report.groups(run)]
-        report.plot_curves(lines, curve, f"{self.name} on {self.config.env}")
+        lines = [report.Entry(label or self.name, run, rows) for label, rows in report.groups(run)]
+        title = f"{self.name} on {self.config.env}"
+        report.plot_curves(lines, curve, title, xs=("steps", "seconds"))
         results = report.results(run)
         for result in results:
             numbers = [np.nan if x is None else x for x in (result["iqm"], *result["interval"])]

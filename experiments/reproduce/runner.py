@@ -1,20 +1,22 @@
-"""What the reproductions share: lists of launches, run once each, with a table and curves.
+"""Lists of launches, run once each: what the reproductions and grid.py share.
 
-Each run is one launch with its own run directory OUT/<group>/<task>/<name>. What is complete is
-left alone and what was interrupted is resumed, so the same command goes on where it stopped. With
---seed, seeds are added to a run: OUT/<group>/<task>/<name>_s<seed> is a further launch of it. At
-the end of each group OUT/<group>/table.md and table.json hold its numbers, OUT/<group>/<task>.png
-its curves. There the launches of a run are one, with the sum of their seconds and the first one's
-device.
+Each run is one launch with its own run directory. What is complete is left alone and what was
+interrupted is resumed, so the same command goes on where it stopped. With --seed, seeds are added
+to a run: <run directory>_s<seed> is a further launch of it. In tables and figures the launches of a
+run are one, with the sum of their seconds and the first one's device.
+
+A reproduction has groups of runs, OUT/<group>/<task>/<name>. At the end of each group
+OUT/<group>/table.md and table.json hold its numbers, OUT/<group>/<task>.png its curves.
 """
 
 import argparse
 import importlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Job(NamedTuple):
-    """A run: OUT/<group>/<task>/<name> is its run directory, {here} in flags the parent.
+    """A run. {here} in its flags is the parent of its run directory.
 
     {more} in flags is the end of the name of a launch that adds seeds: _s<seed>, otherwise nothing.
     """
@@ -35,15 +37,6 @@ class Job(NamedTuple):
     name: str
     algo: str
     flags: str = ""
-
-
-class Report(NamedTuple):
-    """The finished runs of a group."""
-
-    folder: Path
-    runs: dict[Job, rundir.Run]
-    rows: list[dict[str, Any]]  # report.summary of each run
-    text: str  # table of the rows
 
 
 def launches(run_dir: Path, file: str) -> list[Path]:
@@ -64,15 +57,15 @@ def settings(config: Any, launch: cli.Launch) -> dict[str, Any]:
     return vars(config) | {name: getattr(launch, name) for name in shared}
 
 
-def check_launch(job: Job, run_dir: Path, path: Path, seeds: range) -> None:
-    """ValueError if a launch of other settings, or with some of these seeds, is among the run's."""
+def check_settings(job: Job, run_dir: Path, path: Path) -> None:
+    """ValueError if `path`, a launch of the run, has other settings than the job."""
     module = importlib.import_module(f"algos.{job.algo}")
     saved = rundir.read_description(path)
-    shared = sorted({*saved["rows"]["seeds"]} & {*seeds})
-    if shared:
-        raise ValueError(f"{path} has seed {shared[0]} already: give other seeds, or move it away")
-    config = rundir.from_json(module.Config, saved["config"])
-    old = settings(config, rundir.from_json(cli.Launch, saved["launch"]))
+    try:
+        config = rundir.from_json(module.Config, saved["config"])
+        old = settings(config, rundir.from_json(cli.Launch, saved["launch"]))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}: move it away") from None
     argv = flags_of(job, run_dir, path)
     new = settings(*cli.parse(job.algo, module.Config, module.PRESETS, argv))
     differing = ", ".join(f"{x}={old[x]}, now {new[x]}" for x in new if old[x] != new[x])
@@ -80,12 +73,25 @@ def check_launch(job: Job, run_dir: Path, path: Path, seeds: range) -> None:
         raise ValueError(f"{path} has other settings ({differing}): move it away")
 
 
+def check_launch(job: Job, run_dir: Path, path: Path, seeds: range) -> None:
+    """ValueError if a launch of other settings, or with some of these seeds, is among the run's."""
+    shared = sorted({*rundir.read_description(path)["rows"]["seeds"]} & {*seeds})
+    if shared:
+        raise ValueError(f"{path} has seed {shared[0]} already: give other seeds, or move it away")
+    check_settings(job, run_dir, path)
+
+
+def launch_dir(run_dir: Path, seed: int) -> Path:
+    """Directory of the launch of a run whose first seed this is."""
+    return run_dir.with_name(run_dir.name + (f"_s{seed}" if seed else ""))
+
+
 def command(job: Job, run_dir: Path, seed: int, num_seeds: int) -> list[str] | None:
     """Command line that starts, resumes or, if None, need not run the launch with these seeds.
 
     ValueError if it does not go together with the run's other launches.
     """
-    path = run_dir.with_name(run_dir.name + (f"_s{seed}" if seed else ""))
+    path = launch_dir(run_dir, seed)
     if (path / "done.json").exists():
         return None
     for other in launches(run_dir, "config.json"):
@@ -98,15 +104,10 @@ def command(job: Job, run_dir: Path, seed: int, num_seeds: int) -> list[str] | N
     return [*program, *flags_of(job, run_dir, path), *seeds, "--run-dir", str(path)]
 
 
-def plan(jobs: list[Job], folder: Path, args: argparse.Namespace) -> list[tuple]:
-    """(job, run directory, command line) of the launches that are asked for and not complete."""
-    todo = []
-    for job in jobs:
-        if job.task in (args.tasks or [job.task]) and job.name in (args.jobs or [job.name]):
-            run_dir = folder / job.task / job.name
-            argv = command(job, run_dir, args.seed, args.num_seeds)
-            todo += [(job, run_dir, argv)] if argv else []
-    return todo
+def plan(jobs: dict[Path, Job], seed: int, num_seeds: int) -> list[tuple[Path, Job, list[str]]]:
+    """(run directory, job, command line) of the launches that are asked for and not complete."""
+    found = [(path, job, command(job, path, seed, num_seeds)) for path, job in jobs.items()]
+    return [(path, job, argv) for path, job, argv in found if argv]
 
 
 def read_launches(paths: list[Path]) -> rundir.Run:
@@ -139,7 +140,7 @@ def read_launches(paths: list[Path]) -> rundir.Run:
 
 
 def run(argv: list[str]) -> None:
-    """Run one launch. It gets a ctrl-C as well, and once it has saved this program ends too."""
+    """Run one launch. It gets a ctrl-C too, and once it has saved this program ends as well."""
     print(f"$ {shlex.join(['python', *argv[1:]])}", flush=True)
     child = subprocess.Popen(argv)
     while True:
@@ -151,13 +152,44 @@ def run(argv: list[str]) -> None:
     if status == 3:
         print("every seed of this run died; the others go on", file=sys.stderr)
     elif status:
+        if status in (130, -signal.SIGINT):
+            print("stopped: the same command goes on", file=sys.stderr)
         raise SystemExit(status)
 
 
-def last_return(value: tuple[str, rundir.Run, np.ndarray]) -> float:
+def complete(jobs: dict[Path, Job]) -> dict[Job, rundir.Run]:
+    """The runs that have a complete launch, with all their complete launches."""
+    done = {job: launches(run_dir, "done.json") for run_dir, job in jobs.items()}
+    return {job: read_launches(paths) for job, paths in done.items() if paths}
+
+
+def write_table(folder: Path, text: str, rows: list[dict[str, Any]]) -> None:
+    """Print the table of the runs in a folder; write it there with its numbers."""
+    (folder / "table.md").write_text(text)
+    rundir.write_json(folder / "table.json", rows)
+    print(text, end="")
+
+
+# --- reproductions ---
+
+
+class Report(NamedTuple):
+    """The complete runs of a group."""
+
+    folder: Path
+    runs: dict[Job, rundir.Run]
+    rows: list[dict[str, Any]]  # report.summary of each run
+    text: str  # table of the rows
+
+
+def placed(jobs: Iterable[Job], folder: Path) -> dict[Path, Job]:
+    """The jobs of a group by their run directories."""
+    return {folder / job.task / job.name: job for job in jobs}
+
+
+def last_return(entry: report.Entry) -> float:
     """IQM of the last evaluation of a run's rows; nothing is worse than all of them dead."""
-    _, run, index = value
-    return np.nan_to_num(report.final(run.final[index])["iqm"], nan=-np.inf)
+    return np.nan_to_num(report.final(entry.run.final[entry.rows])["iqm"], nan=-np.inf)
 
 
 def summarise(jobs: list[Job], folder: Path) -> Report:
@@ -166,14 +198,16 @@ def summarise(jobs: list[Job], folder: Path) -> Report:
     A sweep has a summary for each value, and the curve of the best one, which names it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    done = {job: launches(folder / job.task / job.name, "done.json") for job in jobs}
-    runs = {job: read_launches(paths) for job, paths in done.items() if paths}
+    runs = complete(placed(jobs, folder))
     rows: list[dict[str, Any]] = []
     for task in dict.fromkeys(job.task for job in runs):
         curves = []
         for job in (job for job in runs if job.task == task):
             run = runs[job]
-            values = [(f"{job.name} {x}".strip(), run, index) for x, index in report.groups(run)]
+            values = [
+                report.Entry(f"{job.name} {label}".strip(), run, index)
+                for label, index in report.groups(run)
+            ]
             rows += [report.summary(*value) for value in values]
             curves.append(max(values, key=last_return))
         report.plot_curves(curves, folder / f"{task}.png", task)
@@ -210,17 +244,20 @@ def main(
         parser.error(f"--num-seeds {args.num_seeds}: at least 1 is needed")
     if args.seed < 0:
         parser.error(f"--seed {args.seed}: at least 0 is needed")
+    wanted = lambda job: (
+        job.task in (args.tasks or [job.task]) and job.name in (args.jobs or [job.name])
+    )
     try:
-        todo = {group: plan(groups[group], args.out / group, args) for group in args.groups}
+        todo = {}
+        for group in args.groups:
+            jobs = placed(filter(wanted, groups[group]), args.out / group)
+            todo[group] = plan(jobs, args.seed, args.num_seeds)
     except ValueError as error:
         parser.error(str(error))
     for group in args.groups:
-        for job, run_dir, launch in todo[group]:
+        for run_dir, job, launch in todo[group]:
             before(job, run_dir)
             run(launch)
-        folder = args.out / group
-        done = summarise(groups[group], folder)
+        done = summarise(groups[group], args.out / group)
         text = done.text + (further[group](done) if group in further else "")
-        (folder / "table.md").write_text(text)
-        rundir.write_json(folder / "table.json", done.rows)
-        print(text, end="")
+        write_table(done.folder, text, done.rows)
