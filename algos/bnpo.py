@@ -520,7 +520,8 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     U = math.gcd(T, config.param_noise_interval, *(x.turn_interval for x in config.brains))
     goals, kind, K = env.goals, config.reward_kind, len(config.brains)
     obs_like = jnp.zeros((1, env.obs_size))
-    num_heads = 1 if kind == "env" else reward_of(goals, kind, obs_like).shape[-1]
+    has_rewards = goals and kind != "env"  # without goals, a policy is only played
+    num_heads = reward_of(goals, kind, obs_like).shape[-1] if has_rewards else 1
     actor, critic = Actor(config, A), Critic(config, num_heads)
     no_noise = tuple(map(jnp.zeros, itertools.pairwise((env.obs_size, *config.hidden, A))))
     optimizer = optax.chain(

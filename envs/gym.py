@@ -93,6 +93,7 @@ def make(task: str, engine: str | None = None, **changes: Any) -> RawEnv:
         render=lambda frames, path: viewer.render(
             model, simulation.poses(frames), path, options.dt, gif=False
         ),
+        action_range=model.actuator_ctrlrange.T,
     )
 
 

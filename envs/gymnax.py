@@ -75,6 +75,7 @@ def make(task: str) -> RawEnv:
         reset_mode="fresh",
         frame=frame if drawable else None,
         render=render if drawable else None,
+        action_range=None if discrete else [[x] * space.shape[0] for x in (space.low, space.high)],
     )
 
 

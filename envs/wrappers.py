@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 RESET_MODES = ("fresh", "cached", "refreshed")
@@ -47,6 +48,7 @@ class RawEnv(NamedTuple):
     frame: Callable | None = None  # state -> small pytree, all that drawing it needs
     render: Callable | None = None  # frames (leaves [T, ...], numpy), path without suffix -> path
     goals: Goals | None = None
+    action_range: Any = None  # [2, action_size], to which the adapter scales; None: it does not
 
 
 class Env(NamedTuple):
@@ -73,6 +75,7 @@ class Env(NamedTuple):
     frame: Callable | None = None  # raw state of one environment -> small pytree
     render: Callable | None = None
     goals: Goals | None = None
+    action_range: Any = None
     stateful: bool = False  # part of its state is outside the program: one row, no exact resume
 
 
@@ -144,6 +147,7 @@ def wrap(raw: RawEnv, num_envs: int, stagger: bool, privileged: bool = False) ->
         frame=raw.frame,
         render=raw.render,
         goals=raw.goals,
+        action_range=raw.action_range,
     )
 
 
@@ -184,6 +188,8 @@ def check(raw: RawEnv) -> None:
     require(fine, "obs_shape", shape, f"a tuple of integers with the product {size}")
     fine = isinstance(raw.privileged_size, int) and 0 <= raw.privileged_size < size
     require(fine, "privileged_size", raw.privileged_size, f"an integer from 0 to {size - 1}")
+    fine = raw.action_range is None or np.shape(raw.action_range) == (2, raw.action_size)
+    require(fine, "action_range", raw.action_range, f"None or numbers [2, {raw.action_size}]")
     for field in ("reset", "step"):
         value = getattr(raw, field)
         require(callable(value), field, value, "a function")

@@ -106,8 +106,8 @@ def counts_of(n: int, parts: list[Part]) -> list[int]:
 
 def task_of(parts: list[Part], env: str) -> str:
     """The environment that all policies were trained in, or `env` if there are none."""
-    configs = [rundir.read_description(Path(part.policy).parent) for part in parts if part.policy]
-    found = {envs.canonical(saved["config"]["env"]) for saved in configs}
+    abouts = [rundir.describe_policy(Path(part.policy)) for part in parts if part.policy]
+    found = {envs.canonical(about["config"]["env"]) for about in abouts}
     found |= {envs.canonical(env)} if env else set()
     if len(found) != 1:
         raise ValueError(
@@ -130,8 +130,9 @@ def actor_of(parts: list[Part], action_size: int) -> Callable:
     def uniform(obs, key):
         return jax.random.uniform(key, (len(obs), action_size), minval=-1.0, maxval=1.0)
 
+    load_act = lambda path: rundir.act_of(*rundir.read_policy(Path(path)))
     paths = list(dict.fromkeys(part.policy for part in parts))
-    policies = [rundir.load_policy(path) if path else uniform for path in paths]
+    policies = [load_act(path) if path else uniform for path in paths]
     policy_of = jnp.array([paths.index(part.policy) for part in parts])
     eps, std = (jnp.array([getattr(part, x) for part in parts]) for x in ("eps", "std"))
 

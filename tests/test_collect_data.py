@@ -91,7 +91,8 @@ N = 20_000
 def actions_of(monkeypatch, part):
     """Actions of a part whose policy always does (0.25, -2)."""
     constant = lambda obs, key: jnp.tile(jnp.array([0.25, -2.0]), (len(obs), 1))
-    monkeypatch.setattr(rundir, "load_policy", lambda path: constant)
+    monkeypatch.setattr(rundir, "read_policy", lambda path: ())
+    monkeypatch.setattr(rundir, "act_of", lambda: constant)
     act = collect_data.actor_of([Part(1), Part(1, "p"), part], 2)
     return np.asarray(act(jnp.zeros((N, 3)), jax.random.key(0), 2))
 
@@ -274,7 +275,7 @@ def test_returns_are_those_of_each_part(mixture, tmp_path, monkeypatch):
     [
         ([], "give either POLICY and --type, or --mixture"),
         (["--type", "eps1", "--mixture", "mixture.json"], "give either POLICY and --type, or"),
-        (["nowhere/policy_s000.npz"], "not a run directory"),
+        (["nowhere/policy_s000.npz"], "does not exist; there: no policies"),
         (["sac/policy_s007.npz"], "does not exist; there: policy_s000.npz"),
         (["sac/policy_s000.npz", "--env", "pendulum"], "are of gymnax/Pendulum-v1, tiny:balance"),
         (["sac/policy_s000.npz", "--type", "eps1", "--steps", "2"], "are too few"),

@@ -27,7 +27,7 @@ def test_partial_policies(tmp_path):
             saved = {name: file[name] for name in file.files}
         reached = float(rundir.read_run(run_dir).returns[i, 1].mean())
         wanted = {"seed": i, "label": "", "step": 96, "return": reached}
-        assert json.loads(str(saved.pop("__meta__"))) == wanted
+        assert json.loads(str(saved.pop("__meta__"))).items() >= wanted.items()
         assert any("kernel" in name for name in saved)
         for name, x in saved.items():
             whole_name = name.replace("['actor']", ".params['actor']").replace(

@@ -203,6 +203,19 @@ def transitions(n, obs_size=4, action_size=1, seed=0):
     return datasets.Dataset(obs, action, reward, next_obs, next_action, step == 4, step == 9)
 
 
+def write_policy(path, name, **changes):
+    """A policy's file, with numbers in which no bias is 0 and no statistic that of an empty one."""
+    config = config_of(name, **changes)
+    env = module_of(name).make_env(config)
+    algo = module_of(name).build(config, env)
+    policy = algo.policy_of(jax.jit(algo.init)(jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    random = {k: np.float32(x + rng.uniform(-0.5, 0.5, x.shape)) for k, x in arrays(policy).items()}
+    random |= {k: np.abs(x) + 0.1 for k, x in random.items() if k.endswith(".var")}
+    rundir.save_policy(path, random, name, config, rundir.interface_of(env), {"seed": 0})
+    return path
+
+
 def write_clones(run_dir):
     """A run directory as bc.py leaves it, with seeds 3 and 4."""
     config = config_of("bc")

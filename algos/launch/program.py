@@ -41,6 +41,7 @@ class Program(NamedTuple):
     data: tuple  # what an offline algorithm learns from: shared arrays, then own ones [R, ...]
     num_shared: int  # how many of `data` are shared
     stateful: bool  # the environments are not in the state: no resume
+    interface: dict  # what the policies take and give: see rundir.interface_of
 
 
 # --- devices ---
@@ -173,6 +174,7 @@ def make_program(algorithm: ModuleType, config: Any, launch: Launch, rows: Rows)
         data=data,
         num_shared=len(shared_data),
         stateful=env.stateful,
+        interface=rundir.interface_of(env),
     )
 
 

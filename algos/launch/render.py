@@ -38,7 +38,8 @@ def draw(run: rundir.Run) -> list[Path]:
     env = envs.make(run.config["env"], len(rows), stagger=False, reset_mode="cached")
     if env.frame is None or env.render is None:
         raise ValueError(f"{env.name} has no drawing")
-    acts = [rundir.load_policy(run.path / f"policy_s{row:03d}.npz") for row in rows.values()]
+    paths = [run.path / f"policy_s{row:03d}.npz" for row in rows.values()]
+    acts = [rundir.act_of(*rundir.read_policy(path)) for path in paths]
     frames, lengths = jax.device_get(play(env, acts, jax.random.key(0)))
     paths = []
     for i, (rank, row) in enumerate(rows.items()):

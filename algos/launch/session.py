@@ -395,12 +395,14 @@ class Session:
         policies = {k: gather(np.asarray(v)) for k, v in policies.items()}
         for i in rows if self.lead else []:
             row = {k: v[i] for k, v in policies.items()}
-            meta = {"seed": int(self.rows.seeds[i]), "label": self.rows.labels[i]}
-            meta |= {"step": self.step}
-            meta["return"] = rundir.jsonable(self.evals["returns"][-1][i].mean())
-            rundir.save_arrays(self.run_dir / f"{prefix}_s{i:03d}.npz", row, meta)
+            record = {"seed": int(self.rows.seeds[i]), "label": self.rows.labels[i]}
+            record |= {"step": self.step}
+            record["return"] = rundir.jsonable(self.evals["returns"][-1][i].mean())
+            path = self.run_dir / f"{prefix}_s{i:03d}.npz"
+            interface = self.program.interface
+            rundir.save_policy(path, row, self.name, self.config, interface, record)
             if prefix == "partial":
-                self.log.say(f"seed {self.rows.seeds[i]} reached the return: {prefix}_s{i:03d}.npz")
+                self.log.say(f"seed {self.rows.seeds[i]} reached the return: {path.name}")
 
     def finish(self, state: Any) -> bool:
         """Play the last episodes, export policies, draw the curve; False if interrupted.
