@@ -188,7 +188,7 @@ def test_the_name_says_the_format(name, start, tmp_path):
     assert b"/Type3" not in content  # fonts that journals refuse
 
 
-def test_nothing_overlaps_or_is_cut_off_in_a_column(tmp_path, monkeypatch):
+def test_nothing_overlaps_or_is_cut_off_in_a_column(tmp_path, monkeypatch, drawn):
     """Panels with their labels, title and legend of five tasks and of long names."""
     problems, real = [], Figure.savefig
 
@@ -211,6 +211,8 @@ def test_nothing_overlaps_or_is_cut_off_in_a_column(tmp_path, monkeypatch):
     argv = [*map(str, runs), "--width", "3.25", "--labels", *labels, "--normalise", str(ranges)]
     compare.main([*argv, "--out", str(tmp_path / "x.png"), "--title", "Five tasks"])
     assert problems == []
+    labels = [axis.get_xlabel() for axis in drawn[0]]
+    assert labels == ["", "", "", "environment steps", "environment steps"]  # nothing below
 
 
 # --- scores ---

@@ -230,7 +230,8 @@ def looks(entries: list[Entry]) -> dict[str, tuple[str, str]]:
         if algo in COLORS and algo not in own:
             own[algo] = label
     found = {label: (COLORS[algo], "-") for algo, label in own.items()}
-    pairs = [(color, style) for style in ("-", "--", ":", "-.") for color in COLORS.values()]
+    colors = sorted(COLORS.values(), key=lambda color: (color, "-") in found.values())
+    pairs = [(color, style) for style in ("-", "--", ":", "-.") for color in colors]
     spare = itertools.cycle(pair for pair in pairs if pair not in found.values())
     return {label: found[label] if label in found else next(spare) for label in algos}
 

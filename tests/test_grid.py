@@ -1,0 +1,201 @@
+"""Grids of runs: what is run, in which order, what is refused, and what is there at the end."""
+
+import dataclasses
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import launching
+import pytest
+from test_experiments import write_run
+
+from algos.launch import cli, report, rundir
+from experiments import grid
+from experiments.reproduce import runner
+
+PPO, BPO = "ppo/gymnax/CartPole-v1", "bpo/gymnax/CartPole-v1"
+
+
+def launch_of(argv):
+    """(algorithm, its configuration, flags of the launch) of a command line."""
+    algo = Path(argv[1]).stem
+    module = importlib.import_module(f"algos.{algo}")
+    return algo, *cli.parse(algo, module.Config, module.PRESETS, argv[2:])
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Command lines of the launches, which end at once and leave what a launch would leave."""
+    ran = []
+
+    def run(argv):
+        ran.append(argv)
+        algo, config, launch = launch_of(argv)
+        path = Path(launch.run_dir)
+        if launch.resume:
+            (path / "done.json").write_text('{"seconds": {"train": 2.0, "compile": 30.0}}')
+            return
+        write_run(path, config.env, seeds=range(launch.seed, launch.seed + launch.num_seeds))
+        saved = rundir.read_description(path) | {"algo": algo, "config": dataclasses.asdict(config)}
+        rundir.write_json(path / "config.json", saved | {"launch": dataclasses.asdict(launch)})
+
+    monkeypatch.setattr(runner, "run", run)
+    monkeypatch.setattr(grid, "check_apart", lambda todo: None)
+    return ran
+
+
+def run_grid(folder, *flags, algos=("ppo", "bpo"), tasks=("cartpole",), num_seeds=2):
+    argv = ["--algos", *algos, "--envs", *tasks, "--num-seeds", str(num_seeds)]
+    grid.main([*argv, "--out", str(folder), *flags])
+
+
+def test_every_algorithm_runs_on_every_task(tmp_path, ran):
+    run_grid(tmp_path, "--gamma", "0.9", tasks=("cartpole", "pendulum", "gymnax/CartPole-v1"))
+    found = [launch_of(argv) for argv in ran]
+    assert [(algo, config.env, config.gamma) for algo, config, _ in found] == [
+        ("ppo", "gymnax/CartPole-v1", 0.9),
+        ("ppo", "gymnax/Pendulum-v1", 0.9),
+        ("bpo", "gymnax/CartPole-v1", 0.9),
+        ("bpo", "gymnax/Pendulum-v1", 0.9),
+    ]
+    assert {launch.num_seeds for *_, launch in found} == {2}
+    assert found[0][2].run_dir == str(tmp_path / PPO)
+
+
+def test_complete_launches_are_skipped_and_stopped_ones_resumed(tmp_path, ran):
+    run_grid(tmp_path)
+    run_grid(tmp_path)
+    assert len(ran) == 2
+    (tmp_path / BPO / "done.json").unlink()
+    run_grid(tmp_path)
+    assert ran[2][2:] == ["--resume", str(tmp_path / BPO)]
+    assert len(ran) == 3
+
+
+def test_seeds_are_added(tmp_path, ran, capsys):
+    run_grid(tmp_path)
+    run_grid(tmp_path, "--seed", "2", num_seeds=3, algos=("ppo",))
+    assert launch_of(ran[2])[2].run_dir == str(tmp_path / f"{PPO}_s2")
+    table = (tmp_path / "table.md").read_text()
+    assert "| ppo | gymnax/CartPole-v1 | 5/5 |" in table
+    run_grid(tmp_path)  # the first seeds again: nothing to do
+    assert len(ran) == 3
+
+
+def test_figure_and_table_are_of_all_runs(tmp_path, ran, capsys, monkeypatch):
+    drawn, real = [], report.plot_curves
+
+    def plot(entries, path):
+        drawn.extend((entry.label, entry.task) for entry in entries)
+        real(entries, path)
+
+    monkeypatch.setattr(report, "plot_curves", plot)
+    run_grid(tmp_path, tasks=("cartpole", "pendulum"))
+    tasks = "gymnax/CartPole-v1", "gymnax/Pendulum-v1"
+    assert drawn == [(algo, task) for algo in ("ppo", "bpo") for task in tasks]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    table = (tmp_path / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    assert table.count("\n") == 2 + 4
+    numbers = json.loads((tmp_path / "table.json").read_text())
+    assert [row["per_seed"] for row in numbers] == [[2.0, 12.0]] * 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "options", "message"),
+    [
+        ([], {"algos": ("ppo", "bop")}, "--algos bop: did you mean bpo"),
+        ([], {"tasks": ("cartpool",)}, "unknown environment 'cartpool'; did you mean cartpole"),
+        (["--env", "pendulum"], {}, "--env differs between the launches: give --envs"),
+        (["--run_dir=x"], {}, "--run-dir differs between the launches: give --out"),
+        (["--gama", "0.9"], {}, "unknown argument '--gama': did you mean --gamma"),
+        (["--gamma", "0.5"], {}, "now 0.5): move it away"),
+        ([], {"num_seeds": 3}, "has 2 seeds, not 3: give --num-seeds 2; --seed 2 adds others"),
+        (["--seed", "1"], {}, "has seed 1 already: give other seeds"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_runs(flags, options, message, tmp_path, ran, capsys):
+    run_grid(tmp_path, algos=("ppo",))
+    with pytest.raises(SystemExit) as error:
+        run_grid(tmp_path, *flags, **options)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert len(ran) == 1
+
+
+@pytest.mark.parametrize(
+    ("algo", "argv", "message"),
+    [
+        ("sac", ["--env", "cartpole"], "sac on TASK: gymnax/CartPole-v1 has discrete actions"),
+        ("ppo", ["--gamma", "2"], "ppo on TASK: gamma=2.0"),
+        ("ppo", ["--sweep", "hidden=1,2"], "ppo on TASK: cannot sweep over 'hidden'"),
+        (
+            "bc",
+            ["--env", "pendulum", "--dataset", "no.npz"],
+            "bc on TASK: dataset .no.npz. does not exist",
+        ),
+    ],
+)
+def test_launches_are_checked_as_they_would_check_themselves(algo, argv, message):
+    with pytest.raises(ValueError, match=message):
+        grid.check(runner.Job("TASK", algo, algo), argv)
+
+
+def test_ctrl_c_stops_the_launch_and_says_how_to_go_on(tmp_path):
+    """It goes to all processes of a terminal; the launch may take its time to save."""
+    launch = """
+import pathlib, signal, sys, time
+def save(*_):
+    time.sleep(0.5)
+    pathlib.Path(sys.argv[1], "saved").touch()
+    raise SystemExit(130)
+signal.signal(signal.SIGINT, save)
+pathlib.Path(sys.argv[1], "started").touch()
+time.sleep(60)
+"""
+    program = f"""
+import sys
+from experiments.reproduce import runner
+runner.run([sys.executable, "-c", {launch!r}, {str(tmp_path)!r}])
+print("ran on")
+"""
+    child = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=runner.ROOT,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (tmp_path / "started").exists():
+        assert child.poll() is None
+        time.sleep(0.05)
+    os.killpg(child.pid, signal.SIGINT)
+    out, err = child.communicate()
+    assert child.returncode == 130
+    assert (tmp_path / "saved").exists()
+    assert err == "stopped: the same command goes on\n"
+    assert "ran on" not in out
+
+
+def test_a_grid_end_to_end(tmp_path):
+    """The smallest launch, in processes of their own."""
+    flags = [*launching.FLAGS]
+    env = flags.index("--env")
+    del flags[env : env + 2]
+    argv = ["--algos", "ppo", "--envs", "cartpole", "--out", str(tmp_path), *flags]
+    done = subprocess.run(
+        [sys.executable, str(runner.ROOT / "experiments" / "grid.py"), *argv],
+        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("runs: 1, complete: 0\n$ python ")
+    assert done.stdout.endswith(f"\ncurves: {tmp_path / 'curves.png'}\n")
+    assert launching.strict_json(tmp_path / "table.json")[0]["n"] == 2
