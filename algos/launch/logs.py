@@ -290,7 +290,8 @@ def start_wandb(log: Log, run_dir: Path, name: str, config: Any, launch: Any, ro
     """One W&B run for the launch, and one per row under --wandb-seeds."""
     import wandb
 
-    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
+    mode: Any = os.environ.get("WANDB_MODE")
+    mode = mode or ("online" if wandb.login(prompt=False) else "offline")
     if mode == "offline":
         log.say(f"W&B is offline: `wandb sync {run_dir}/wandb/offline-run-*` uploads its runs", 0)
     device = jax.devices()[0].device_kind

@@ -445,6 +445,7 @@ class Session:
         self.log.say(f"seconds: {times}\ncurve: {curve}")
         if self.launch.render:
             render.render_run(self.run_dir)
+        self.log.attach(self.run_dir)
         return True
 
     def on_signal(self, number, frame) -> None:
