@@ -4,7 +4,7 @@ Models are the XML files of the installed gymnasium; its environments are not us
 Gymnasium's environments are options of the name: gym/Hopper-v5?ctrl_cost_weight=0.01. A task is a
 rule (see envs/engines.py) and a distribution of start states. On C the numbers are Gymnasium's. On
 MJX, Humanoid and HumanoidStandup run with Newton's solver for want of PGS, and friction of capsules
-on the floor points in other directions, which Ant feels most.
+that stand on the floor points in other directions, which Ant feels most.
 
 Units are MuJoCo's: m, rad, s, N, Nm. Actions in [-1, 1] are scaled to the range of the actuators.
 """

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import contacts
 import gymnasium
 import jax
 import jax.numpy as jnp
@@ -262,9 +263,12 @@ def test_a_model_that_mujoco_refuses(tmp_path, monkeypatch):
 
 # --- mjx ---
 
-# Friction is a pyramid. Where a capsule touches a plane, MuJoCo turns the pyramid with the capsule,
-# and MJX does not: in three dimensions the forces differ, in float64 too.
-OTHER_FRICTION = {"Ant-v5", "Humanoid-v5", "HumanoidStandup-v5"}
+# In three dimensions the friction of a capsule that stands on the floor differs: see contacts.py.
+# Of 320 steps of Ant, 63 % have such a contact, or nearly, with errors up to 1. The others have an
+# error of 5e-5 at the 90th percentile, 8e-4 at the 99th, and 4e-2 where such a contact was missed:
+# in a copy of MJX that turns the pyramid as C does, the largest is 9e-4, in float32 and in float64.
+# The humanoids have Newton's solver in place of PGS besides.
+OTHER_CONTACTS = {"Ant-v5", "Humanoid-v5", "HumanoidStandup-v5"}
 
 
 @pytest.mark.parametrize(
@@ -280,7 +284,8 @@ def test_mjx_agrees_with_c(task):
     """One step from the same state, float32 against float64, for states of a random rollout.
 
     Error: |difference| / (1 + |value|), of the largest entry of a step. Below 1e-4 in 99 % of 320
-    steps, and below 1e-3 in all; in OTHER_FRICTION only where no capsule touches the floor.
+    steps, and below 1e-3 in all. In OTHER_CONTACTS only positions and velocities, in steps where
+    the contacts are the same.
     """
     theirs = gymnasium.make(task).unwrapped
     c, other = (envs._load(f"gym/{task}?engine={engine}") for engine in ("c", "mjx"))
@@ -299,15 +304,17 @@ def test_mjx_agrees_with_c(task):
 
     before, expected = jax.tree.map(np.asarray, rollout(keys, actions))
     data, size = mujoco.MjData(theirs.model), mujoco.mj_stateSize(theirs.model, STATE)
-    states = []
-    for row in before.view(np.float64).reshape(num_steps * num_envs, -1):
+    states, other_contacts = [], np.zeros(num_steps * num_envs, bool)
+    flat = actions.reshape(-1, c.action_size)
+    for i, row in enumerate(before.view(np.float64).reshape(num_steps * num_envs, -1)):
         mujoco.mj_setState(theirs.model, data, row[:size], STATE)
         fields = {field: np.array(getattr(data, field)) for field in mjx.INTEGRATION_STATE}
         states.append((fields, row[size:]))
+        data.ctrl[:] = theirs.action_space.high * flat[i]
+        other_contacts[i] = contacts.differ(theirs.model, data, theirs.frame_skip)
     template = jax.eval_shape(other.reset, jax.random.key(0))[1]
     states = jax.tree.map(lambda *x: np.stack(x), *states)
     states = jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), states, template)
-    flat = actions.reshape(-1, c.action_size)
     obs, _, reward, terminated, info = jax.jit(jax.vmap(other.step, (None, 0, 0)))(
         None, states, flat
     )
@@ -315,10 +322,13 @@ def test_mjx_agrees_with_c(task):
     error = lambda ours, c: np.abs(ours - c) / (1 + np.abs(c))
     errors, reward_errors = error(obs, expected[0]).max(-1), error(reward, expected[1])
     assert not info["env_nan"].any()
-    if task in OTHER_FRICTION:
-        motion = theirs.model.nq + theirs.model.nv - 2
-        assert np.quantile(error(obs, expected[0])[:, :motion].max(-1), 0.5) < 1e-3
-        assert np.quantile(reward_errors, 0.5) < 1e-3
+    if task in OTHER_CONTACTS:
+        same, motion = ~other_contacts, theirs.model.nq + theirs.model.nv - 2
+        assert same.mean() > 0.3
+        errors = error(obs, expected[0])[same, :motion].max(-1)
+        assert np.quantile(errors, 0.9) < 1e-4
+        assert np.quantile(errors, 0.99) < 2e-3
+        assert np.quantile(reward_errors[same], 0.99) < 1e-3
         return
     assert np.quantile(errors, 0.99) < 1e-4
     assert errors.max() < 1e-3

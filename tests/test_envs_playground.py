@@ -5,6 +5,7 @@ import importlib
 import subprocess
 import sys
 
+import contacts
 import jax
 import jax.numpy as jnp
 import mujoco
@@ -26,9 +27,6 @@ from envs.mjx import INTEGRATION_STATE, pack
 pytestmark = pytest.mark.xdist_group("playground")  # one worker, which compiles each task once
 
 NUM_ENVS, NUM_STEPS = 4, 30
-# HopperHop, HopperStand and HumanoidRun: median 3e-7 to 8e-6 in 120 steps, but above 0.1 in a tenth
-# of them, for a reason not found yet. The other humanoids have the same model.
-DIFFERENT = {"HopperHop", "HopperStand", "HumanoidRun", "HumanoidStand", "HumanoidWalk"}
 SLOW = pytest.mark.slow
 DMC = [t for t in envs.TASKS["playground"] if not t.startswith(tuple(playground.MENAGERIE))]
 JOYSTICK = [t for t in envs.TASKS["playground"] if t not in DMC]
@@ -61,17 +59,24 @@ def run_source(task):
     return source, keys, actions, jax.jit(jax.vmap(play))(keys, actions)
 
 
-def rows_of(model, packed):
-    """States of engine c [NUM_ENVS, NUM_STEPS, ...] with these integration states."""
-    data, spec = mujoco.MjData(model), mujoco.mjtState.mjSTATE_INTEGRATION
+def rows_of(source, packed, actions):
+    """States of engine c [NUM_ENVS, NUM_STEPS, ...] with these integration states.
+
+    And whether MJX has other contacts than C in a step from there, see contacts.py.
+    """
+    model, spec = source.mj_model, mujoco.mjtState.mjSTATE_INTEGRATION
+    data = mujoco.MjData(model)
     rows = np.empty((NUM_ENVS, NUM_STEPS, mujoco.mj_stateSize(model, spec)))
+    other_contacts = np.zeros((NUM_ENVS, NUM_STEPS), bool)
     packed = {field: np.asarray(packed[field]) for field in INTEGRATION_STATE}
     for n, t in np.ndindex(NUM_ENVS, NUM_STEPS):
         for field, values in packed.items():
             if np.size(getattr(data, field)):
                 setattr(data, field, values[n, t])
         mujoco.mj_getState(model, data, rows[n, t], spec)
-    return jnp.asarray(rows.view(np.uint32))
+        data.ctrl[:] = actions[n, t]
+        other_contacts[n, t] = contacts.differ(model, data, source.n_substeps)
+    return jnp.asarray(rows.view(np.uint32)), other_contacts
 
 
 @pytest.mark.parametrize("engine", ["c", "mjx"])
@@ -87,6 +92,12 @@ def test_parity_with_playground(task, engine):
 
     Ours is mapped over seeds and environments, as algorithms do. Error: |difference| / (1 +
     |value|), of the largest entry of a step.
+
+    On c, steps with contacts that MJX sees otherwise do not count: a third in the hopper and half
+    in the humanoid, with errors up to 5.8. In all others the error is at most 1e-4 there, and 4e-5
+    in other tasks but for the walker: its solver stops after two iterations, where the engines
+    still differ by up to 7e-3. With 100 iterations and without limits of contacts, MJX in float64
+    gives C's velocities of the walker to 1e-13.
     """
     raw = playground.make(task, engine)
     source, keys, actions, rollout = run_source(task)
@@ -94,8 +105,9 @@ def test_parity_with_playground(task, engine):
     start, state = jax.jit(jax.vmap(raw.reset))(keys)
     np.testing.assert_allclose(start, source_start, rtol=1e-4, atol=1e-4)
     simulation = (packed, jnp.zeros((NUM_ENVS, NUM_STEPS, 0)))
+    other_contacts = np.zeros((NUM_ENVS, NUM_STEPS), bool)
     if engine == "c":
-        simulation = rows_of(source.mj_model, packed)
+        simulation, other_contacts = rows_of(source, packed, actions)
     fields = {field: packed[field] for field in state.data.fields}
     before = playground.PlaygroundState(playground.Data(simulation, fields), obs, info)
     out = jax.jit(jax.vmap(jax.vmap(raw.step)))(step_keys, before, actions)
@@ -103,9 +115,11 @@ def test_parity_with_playground(task, engine):
     error = lambda ours, theirs: np.abs(ours - theirs) / (1 + np.abs(theirs))
     errors = error(obs, expected[0]).max(-1)
     reward_errors = error(reward, expected[1])
-    quantile = 0.5 if engine == "c" and task in DIFFERENT else 0.9
-    assert np.quantile(errors, quantile) < 1e-4
-    assert np.quantile(reward_errors, quantile) < 1e-4
+    same = ~other_contacts
+    assert same.mean() > 0.4
+    assert np.quantile(errors[same], 0.9) < 1e-4
+    assert errors[same].max() < (2e-2 if task.startswith("Walker") else 2e-4)
+    assert reward_errors[same].max() < 1e-4
     np.testing.assert_array_equal(terminated, expected[2])
     assert not info["env_nan"].any()
     assert raw.max_steps == source._config.episode_length
