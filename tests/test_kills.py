@@ -38,16 +38,17 @@ class Ended(NamedTuple):
     seconds: float  # until its end
 
 
-def play(argv, cache, seconds=LIMIT, share=None):
+def play(argv, cache, seconds=2 * LIMIT, share=None):
     """Start the program, and kill it some seconds later.
 
     With `share`, so long after it has compiled as this share of the time until then: machines that
     are busy take longer for everything.
     """
-    variables = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    variables = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONFAULTHANDLER": "1"}
     process = start(*argv, JAX_COMPILATION_CACHE_DIR=str(cache), **variables)
     begun, compiled, said = time.monotonic(), 0.0, []
-    hang, kill = (threading.Timer(x, process.kill) for x in (LIMIT, seconds))
+    hang = threading.Timer(LIMIT, process.send_signal, [signal.SIGABRT])  # it says where it hangs
+    kill = threading.Timer(seconds, process.kill)
     hang.start()
     if share is None:
         kill.start()
@@ -61,9 +62,7 @@ def play(argv, cache, seconds=LIMIT, share=None):
     status, seconds = process.wait(), time.monotonic() - begun
     for timer in (hang, kill):
         timer.cancel()
-    ended = Ended(status, "".join(said), compiled, seconds)
-    assert seconds < LIMIT, f"it hangs: {ended}"
-    return ended
+    return Ended(status, "".join(said), compiled, seconds)
 
 
 def assert_same_run(mine, other):
@@ -104,7 +103,7 @@ def stage(run_dir):
 
 
 def test_a_run_that_is_killed_at_any_moment_and_resumed_is_the_same_run(tmp_path):
-    """Half of the kills come before training begins."""
+    """Half of the kills come before training begins; one start in nine must end by itself."""
     rng, cache = random.Random(KILLS), tmp_path / "cache"
     command = lambda run_dir: [*FLAGS, "--run-dir", str(run_dir)]
     first, whole, run_dir = (tmp_path / name for name in ("first", "whole", "killed"))
@@ -114,7 +113,8 @@ def test_a_run_that_is_killed_at_any_moment_and_resumed_is_the_same_run(tmp_path
     assert_same_run(first, whole)
     assert list(whole.glob("partial_*.npz"))
 
-    training = ended.seconds / ended.compiled - 1.0
+    compiled = ended.compiled
+    training = ended.seconds / compiled - 1.0
     stages, clock = Counter(), time.monotonic()
     while stages.total() < KILLS:
         shutil.rmtree(run_dir, ignore_errors=True)
@@ -122,10 +122,11 @@ def test_a_run_that_is_killed_at_any_moment_and_resumed_is_the_same_run(tmp_path
             found = (run_dir / "config.json").exists()
             argv = ["--resume", str(run_dir)] if found else command(run_dir)
             saved = rundir.checkpoints(run_dir)[-1:]
-            moments = [{"seconds": rng.uniform(0.0, ended.compiled)}]
-            moments += [{"share": rng.uniform(0.0, 1.25 * training)}]
-            moment = rng.choice(moments) if stages.total() < KILLS else {}
-            status, said, *_ = play(argv, cache, **moment)
+            early, late = rng.uniform(0.0, compiled), rng.uniform(0.0, 1.25 * training)
+            moments = [{"seconds": early}, {"share": late}, {}]
+            (moment,) = rng.choices(moments, [4, 4, 1]) if stages.total() < KILLS else [{}]
+            status, said, *times = play(argv, cache, **moment)
+            compiled = times[0] or compiled
             assert status in (0, -signal.SIGKILL), said
             assert "warning" not in said
             assert "| start" not in said or not saved, "it began again from the start"
