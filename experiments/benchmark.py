@@ -86,25 +86,30 @@ class Case:
     @functools.cached_property
     def random_play(self):
         """Keys [R], number of updates -> sums [R] of what random actions gave; compiled."""
-        env, size, num_steps = self.env, self.config.num_envs, self.config.num_steps
+        env, config = self.env, self.config
+        shape = config.num_steps, config.num_envs
 
         def steps(key, num_updates):
             key, key_reset = jax.random.split(key)
             _, state = env.reset(key_reset)
 
-            def step(_, carry):
-                key, state, total = carry
-                key, key_act, key_step = jax.random.split(key, 3)
-                if env.discrete:
-                    action = jax.random.randint(key_act, (size,), 0, env.action_size)
-                else:
-                    shape = size, env.action_size
-                    action = jax.random.uniform(key_act, shape, minval=-1.0, maxval=1.0)
-                obs, state, reward, *_ = env.step(key_step, state, action)
-                return key, state, total + reward.sum() + obs.sum()  # or nothing would be computed
+            def step(carry, x):
+                (state, total), (key, action) = carry, x
+                obs, state, reward, *_ = env.step(key, state, action)
+                # something has to be made of all results, or they are not computed
+                return (state, total + reward.sum() + obs.sum()), None
 
-            carry = key, state, jnp.zeros(())
-            return jax.lax.fori_loop(0, num_updates * num_steps, step, carry)[-1]
+            def rollout(i, carry):
+                # keys and actions of a rollout are drawn at once
+                key_act, key_step = jax.random.split(jax.random.fold_in(key, i))
+                if env.discrete:
+                    actions = jax.random.randint(key_act, shape, 0, env.action_size)
+                else:
+                    actions = jax.random.uniform(key_act, (*shape, env.action_size), minval=-1.0)
+                keys = jax.random.split(key_step, config.num_steps)
+                return jax.lax.scan(step, carry, (keys, actions))[0]
+
+            return jax.lax.fori_loop(0, num_updates, rollout, (state, jnp.zeros(())))[1]
 
         devices = programs.row_devices(len(self.rows.seeds))
         mesh, row = jax.sharding.Mesh(devices, "row"), jax.sharding.PartitionSpec("row")
@@ -213,7 +218,7 @@ def serve(work: str, env: str, num_seeds: int, num_updates: int, changes: dict[s
     """The side of this project for `peers`: PPO trains, or plays, for every line of stdin."""
     changes = {k: tuple(x) if isinstance(x, list) else x for k, x in changes.items()}
     case = Case("ppo", env, [], num_seeds, **changes)
-    print(json.dumps({"seconds": case.seconds} | logs.surroundings()), flush=True)
+    print(json.dumps({"seconds": case.seconds, "versions": logs.versions()}), flush=True)
     for _ in sys.stdin:
         seconds = seconds_of(getattr(case, work), num_updates)
         print(json.dumps({"seconds": seconds, "steps": num_updates * case.steps}), flush=True)

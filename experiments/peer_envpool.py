@@ -31,11 +31,13 @@ def main():
     }
     print(json.dumps({"versions": versions}), flush=True)
     for _ in sys.stdin:
-        start = time.perf_counter()
+        resets, start = 0, time.perf_counter()
         for action in actions:
-            env.step(action)
+            _, _, terminated, truncated, _ = env.step(action)
+            resets += int(np.count_nonzero(terminated | truncated))
         seconds = time.perf_counter() - start
-        print(json.dumps({"seconds": seconds, "steps": num_envs * num_steps}), flush=True)
+        # the step after an end only resets
+        print(json.dumps({"seconds": seconds, "steps": num_envs * num_steps - resets}), flush=True)
 
 
 if __name__ == "__main__":

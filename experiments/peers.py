@@ -80,7 +80,7 @@ def envpool(seeds: list[int]) -> Iterator[Contest]:
         yield Contest(
             f"environment, {env}",
             1,
-            _ours("play", f"gym/{env}", 1, 4, {"num_envs": 64, "num_steps": 32}),
+            _ours("play", f"gym/{env}", 1, 1, {"num_envs": 64, "num_steps": 128}),
             {"env": env, "num_envs": 64, "num_steps": 128, "threads": os.cpu_count()},
         )
 
