@@ -42,7 +42,7 @@ if __name__ == "__main__":  # import from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import envs
-from algos.launch import datasets, evaluation, logs, program, rundir
+from algos.launch import datasets, evaluation, logs, policies, program
 from algos.launch.datasets import Dataset
 
 MAX_ACTION = 0.999  # noisy actions are clipped to this
@@ -106,7 +106,7 @@ def counts_of(n: int, parts: list[Part]) -> list[int]:
 
 def task_of(parts: list[Part], env: str) -> str:
     """The environment that all policies were trained in, or `env` if there are none."""
-    abouts = [rundir.describe_policy(Path(part.policy)) for part in parts if part.policy]
+    abouts = [policies.describe_policy(Path(part.policy)) for part in parts if part.policy]
     found = {envs.canonical(about["config"]["env"]) for about in abouts}
     found |= {envs.canonical(env)} if env else set()
     if len(found) != 1:
@@ -130,7 +130,7 @@ def actor_of(parts: list[Part], action_size: int) -> Callable:
     def uniform(obs, key):
         return jax.random.uniform(key, (len(obs), action_size), minval=-1.0, maxval=1.0)
 
-    load_act = lambda path: rundir.act_of(*rundir.read_policy(Path(path)))
+    load_act = lambda path: policies.act_of(*policies.read_policy(Path(path)))
     paths = list(dict.fromkeys(part.policy for part in parts))
     policies = [load_act(path) if path else uniform for path in paths]
     policy_of = jnp.array([paths.index(part.policy) for part in parts])

@@ -18,7 +18,7 @@ if __name__ == "__main__":  # import from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import envs
-from algos.launch import evaluation, logs, report, rundir
+from algos.launch import evaluation, logs, policies, report, rundir
 
 
 def evaluate_run(run: rundir.Run, episodes: int, seed: int) -> rundir.Run:
@@ -31,12 +31,12 @@ def evaluate_run(run: rundir.Run, episodes: int, seed: int) -> rundir.Run:
         raise ValueError(f"{run.path}: no seed is alive")
     paths = [run.path / f"policy_s{row:03d}.npz" for row in alive]
     # One Algo serves all rows: what may be swept changes training, never how to act.
-    _, algo, template = rundir.read_policy(paths[0])
-    policies, metas = zip(*(rundir.load_tree(path, template) for path in paths), strict=True)
+    _, algo, template = policies.read_policy(paths[0])
+    trees, metas = zip(*(rundir.load_tree(path, template) for path in paths), strict=True)
     env = envs.make(run.config["env"], episodes, stagger=False, reset_mode="cached")
     keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.asarray(alive))
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *policies)
-    play = jax.jit(lambda policies, keys: evaluation.evaluate(algo.act, policies, env, keys))
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *trees)
+    play = jax.jit(lambda stacked, keys: evaluation.evaluate(algo.act, stacked, env, keys))
     final = np.full((len(run.seeds), episodes), np.nan)
     final[alive] = play(stacked, keys)[0]
     return run._replace(final=final, steps=np.array([metas[0]["step"]]))

@@ -17,7 +17,7 @@ import jax
 if __name__ == "__main__":  # import from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from algos.launch import rundir
+from algos.launch import policies, rundir
 
 
 def to_onnx(path: Path) -> Any:
@@ -27,12 +27,12 @@ def to_onnx(path: Path) -> Any:
         import onnx
     except ImportError as error:
         raise ImportError(f'{error}: pip install -e ".[onnx]"') from None
-    about = rundir.describe_policy(path)
-    env, algo, policy = rundir.read_policy(path)
-    obs = rundir.interface_of(env)["obs"]
+    about = policies.describe_policy(path)
+    env, algo, policy = policies.read_policy(path)
+    obs = policies.interface_of(env)["obs"]
     try:
         model = jax2onnx.to_onnx(
-            rundir.act_of(env, algo, policy),
+            policies.act_of(env, algo, policy),
             [jax.ShapeDtypeStruct(("N", obs["size"]), obs["dtype"])],
             model_name=about["algo"],
             input_names=["obs"],

@@ -12,7 +12,6 @@ numbers. compare.py draws the same run directories in other ways.
 """
 
 import argparse
-import importlib
 import shlex
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -23,8 +22,7 @@ if __name__ == "__main__":  # import from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import envs
-from algos import common
-from algos.launch import cli, program, report, rows, rundir
+from algos.launch import cli, program, report, rundir, session
 from experiments.reproduce import runner
 from experiments.reproduce.runner import Job
 
@@ -63,12 +61,7 @@ def check_present(job: Job, run_dir: Path, seed: int, num_seeds: int) -> None:
 def check(job: Job, argv: list[str]) -> None:
     """Whatever a launch checks before it compiles; ValueError in one line."""
     try:
-        algorithm = importlib.import_module(f"algos.{job.algo}")
-        config, launch = cli.parse(job.algo, algorithm.Config, algorithm.PRESETS, argv)
-        trained = rows.make_rows(launch, config, algorithm.TRACEABLE)
-        common.check(config)
-        program.setup_jax(len(trained.seeds))
-        program.make_program(algorithm, config, launch, trained)
+        program.make_program(*session.prepare(job.algo, argv))
     except (ValueError, OSError, ImportError) as error:
         raise ValueError(f"{job.algo} on {job.task}: {error}") from None
 

@@ -30,7 +30,7 @@ if __name__ == "__main__":  # import from this checkout
 
 import envs
 from algos import bpo, common
-from algos.launch import report, rundir
+from algos.launch import policies, report, rundir
 
 # --- exact ---
 
@@ -219,7 +219,7 @@ def sampled_rows(run_dir: str, row: int, starts: int, repeats: int, num_steps: i
     if run.algo != "bpo" or not rundir.checkpoints(run.path):
         raise ValueError(f"{run_dir} is not a finished run of bpo")
     config = rundir.from_json(bpo.Config, run.config)
-    _, algo = rundir.load_algo("bpo", run.config)
+    _, algo = policies.load_algo("bpo", run.config)
     if config.noise_interval > 1 or config.clip_traj or any(run.labels):
         raise ValueError(
             f"{run_dir} holds noise, clips trajectories or sweeps a field: train again"

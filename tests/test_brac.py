@@ -14,7 +14,7 @@ from scipy import stats
 
 import envs
 from algos import brac, common
-from algos.launch import cli, datasets, rundir
+from algos.launch import cli, datasets, policies, rundir
 from algos.launch.program import row_bytes
 from algos.launch.rows import make_rows
 
@@ -407,8 +407,10 @@ def test_clones_of_a_sweep_or_of_dead_seeds_are_refused(clones):
 
 
 def test_the_clone_of_a_seed_is_read_once(clones, monkeypatch):
-    read, read_policy = [], rundir.read_policy
-    monkeypatch.setattr(rundir, "read_policy", lambda path: read.append(path) or read_policy(path))
+    read, read_policy = [], policies.read_policy
+    monkeypatch.setattr(
+        policies, "read_policy", lambda path: read.append(path) or read_policy(path)
+    )
     env = envs.make("tiny:balance", 1)
     datasets.load_clones(str(clones), env, (8,), np.array([3, 4, 3, 4]))
     assert [path.name for path in read] == ["policy_s000.npz", "policy_s001.npz"]

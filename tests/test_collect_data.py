@@ -12,7 +12,7 @@ import tiny
 from scipy import stats
 
 import envs
-from algos.launch import datasets, rundir
+from algos.launch import datasets, policies, rundir
 from experiments import collect_data
 from experiments.collect_data import Part
 
@@ -91,8 +91,8 @@ N = 20_000
 def actions_of(monkeypatch, part):
     """Actions of a part whose policy always does (0.25, -2)."""
     constant = lambda obs, key: jnp.tile(jnp.array([0.25, -2.0]), (len(obs), 1))
-    monkeypatch.setattr(rundir, "read_policy", lambda path: ())
-    monkeypatch.setattr(rundir, "act_of", lambda: constant)
+    monkeypatch.setattr(policies, "read_policy", lambda path: ())
+    monkeypatch.setattr(policies, "act_of", lambda: constant)
     act = collect_data.actor_of([Part(1), Part(1, "p"), part], 2)
     return np.asarray(act(jnp.zeros((N, 3)), jax.random.key(0), 2))
 

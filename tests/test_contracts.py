@@ -37,7 +37,7 @@ from tiny import (
 
 import envs
 from algos import common, launch
-from algos.launch import evaluation, rundir
+from algos.launch import evaluation, policies, rundir
 from algos.launch.program import Program
 from algos.launch.rows import Rows, evaluation_keys
 from envs import gymnax
@@ -448,7 +448,7 @@ def test_command_line_end_to_end(lab, trained, tmp_path, signals):
     bounded = lambda action: action if env.discrete else jnp.clip(action, -1.0, 1.0)
     obs = jax.random.normal(jax.random.key(1), (5, 4))
     for i in range(2):
-        act = rundir.load_policy(run_dir / f"policy_s00{i}.npz")
+        act = policies.load_policy(run_dir / f"policy_s00{i}.npz")
         policy = row(lab.program.policies(trained[0]), i)
         same = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
         same(act(obs), bounded(algo.act(policy, obs, jax.random.key(0), True)))

@@ -14,7 +14,7 @@ from scipy import stats
 
 import envs
 from algos import launch
-from algos.launch.rundir import load_policy
+from algos.launch.policies import load_policy
 from envs import gym, mjx, wrappers
 
 pytestmark = pytest.mark.xdist_group("gym")

@@ -94,10 +94,10 @@ def test_parity_with_playground(task, engine):
     |value|), of the largest entry of a step.
 
     On c, steps with contacts that MJX sees otherwise do not count: a third in the hopper and half
-    in the humanoid, with errors up to 5.8. In all others the error is at most 1e-4 there, and 4e-5
-    in other tasks but for the walker: its solver stops after two iterations, where the engines
-    still differ by up to 7e-3. With 100 iterations and without limits of contacts, MJX in float64
-    gives C's velocities of the walker to 1e-13.
+    in the humanoid, with errors up to 5.8. In all other steps of these two the error is at most
+    1e-4. In the walker it is at most 7e-3: its solver stops after two iterations, before the
+    engines agree. In all other tasks it is at most 4e-5. With 100 iterations and without limits of
+    contacts, MJX in float64 gives C's velocities of the walker to 1e-13.
     """
     raw = playground.make(task, engine)
     source, keys, actions, rollout = run_source(task)

@@ -13,7 +13,7 @@ import tiny
 from PIL import Image
 
 import envs
-from algos.launch import render, report, rundir
+from algos.launch import policies, render, report, rundir
 from experiments import benchmark, evaluate, peers
 
 EVALS = 3
@@ -143,7 +143,7 @@ def test_policies_are_evaluated_again(tmp_path, capsys):
     reset, step = jax.jit(env.reset), jax.jit(env.step)
     expected = []
     for i in (0, 2, 3):
-        act, key = rundir.load_policy(run / f"policy_s{i:03d}.npz"), jax.random.key(7)
+        act, key = policies.load_policy(run / f"policy_s{i:03d}.npz"), jax.random.key(7)
         key = jax.random.fold_in(key, i)
         (obs, state), length = reset(jax.random.split(key)[0]), np.zeros(5)
         alive = np.ones(5, bool)
@@ -306,3 +306,15 @@ def test_a_side_that_ends_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "HERE", tmp_path)
     with pytest.raises(RuntimeError, match="ended or took too long"):
         peers.hold("sbx", sys.executable, next(peers.sbx([1])), 1, 60.0)
+
+
+@pytest.mark.parametrize("peer", peers.PEERS)
+def test_both_sides_of_a_contest_have_the_same_sizes(peer):
+    for contest in peers.PEERS[peer]([1, 8]):
+        changes = contest.ours["changes"]
+        assert changes["num_envs"] > 1
+        shared = changes.keys() & contest.theirs
+        assert shared == changes.keys()
+        assert {name: contest.theirs[name] for name in shared} == changes
+        seeds = contest.theirs.get("num_seeds", contest.num_seeds)
+        assert contest.ours["num_seeds"] == contest.num_seeds == seeds

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
-from algos.launch import rundir
+from algos.launch import policies
 from experiments import export
 
 
@@ -33,8 +33,8 @@ def exported(path):
 )
 def test_onnxruntime_acts_alike(name, env, tmp_path):
     path = tiny.write_policy(tmp_path / "policy.npz", name, env=env)
-    session, act = exported(path), rundir.load_policy(path)
-    about = rundir.describe_policy(path)
+    session, act = exported(path), policies.load_policy(path)
+    about = policies.describe_policy(path)
     obs = np.random.default_rng(1).normal(size=(100, about["obs"]["size"]))
     obs = (obs > 0) if about["obs"]["dtype"] == "bool" else np.float32(2.0 * obs)
     for count in (1, 100):

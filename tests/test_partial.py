@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from launching import FLAGS, checkpoint, run, session_of
 
-from algos.launch import rundir
+from algos.launch import policies, rundir
 
 pytestmark = [pytest.mark.usefixtures("signals"), pytest.mark.xdist_group("ppo")]
 
@@ -34,7 +34,7 @@ def test_partial_policies(tmp_path):
                 "['obs_stats']", ".obs_stats"
             )
             np.testing.assert_array_equal(x, params[whole_name][i])
-        assert rundir.load_policy(run_dir / f"partial_s00{i}.npz")(np.zeros(4)).shape == ()
+        assert policies.load_policy(run_dir / f"partial_s00{i}.npz")(np.zeros(4)).shape == ()
 
 
 def test_a_partial_policy_needs_two_evaluations_in_a_row():

@@ -15,7 +15,7 @@ import pytest
 import tiny
 
 import envs
-from algos.launch import report, rundir
+from algos.launch import policies, report, rundir
 from envs import wrappers
 
 pytestmark = [pytest.mark.usefixtures("signals"), pytest.mark.xdist_group("ppo")]
@@ -25,9 +25,9 @@ PAGE = Path(__file__).parents[1] / "docs" / "policies.md"
 
 def test_a_policy_that_is_not_there(whole):
     with pytest.raises(ValueError, match=r"policy_s007.npz does not exist; there: policy_s000.npz"):
-        rundir.load_policy(whole[0] / "policy_s007.npz")
+        policies.load_policy(whole[0] / "policy_s007.npz")
     with pytest.raises(ValueError, match=r"is a folder, name a policy; there: policy_s000.npz"):
-        rundir.load_policy(whole[0])
+        policies.load_policy(whole[0])
     with pytest.raises(ValueError, match="not a run directory"):
         rundir.read_run(whole[0] / "plots")
 
@@ -45,7 +45,7 @@ def test_curves_and_groups(whole):
 
 
 def test_a_policy_takes_numbers_of_any_kind(whole):
-    act = rundir.load_policy(whole[0] / "policy_s000.npz")
+    act = policies.load_policy(whole[0] / "policy_s000.npz")
     rows = [[0.0, 1.0, 0.0, -1.0], [0.0, -3.0, 0.0, 2.0], [1.0, 0.0, 0.0, 0.0]]
     expected = act(np.float32(rows))
     assert type(expected) is np.ndarray
@@ -76,7 +76,7 @@ def test_a_policy_takes_numbers_of_any_kind(whole):
     ],
 )
 def test_a_policy_says_what_is_wrong_with_an_observation(whole, obs, message):
-    act = rundir.load_policy(whole[0] / "policy_s000.npz")
+    act = policies.load_policy(whole[0] / "policy_s000.npz")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # numpy's, of numbers that are too large
         with pytest.raises(ValueError, match=message) as error:
@@ -88,16 +88,16 @@ def test_a_policy_says_what_is_wrong_with_an_observation(whole, obs, message):
 def test_observations_have_the_type_that_the_task_gives():
     """P3O divides bytes by 255: numbers from 0 to 255 of another type are to be bytes, too."""
     wanted = {"size": 3, "dtype": "uint8"}
-    cast = rundir.check_obs([0.0, 3.0, 255.0], wanted)
+    cast = policies.check_obs([0.0, 3.0, 255.0], wanted)
     assert (cast.dtype, cast.tolist()) == (np.uint8, [0, 3, 255])
     for bad in (256, -1, 0.5, np.nan):
         with pytest.raises(ValueError, match=rf"obs\[1\] is {bad}: a finite uint8 is wanted"):
-            rundir.check_obs([0, bad, 0], wanted)
+            policies.check_obs([0, bad, 0], wanted)
 
 
 def test_continuous_actions_are_clipped():
     algo = SimpleNamespace(act=lambda policy, obs, key, greedy: policy * obs)
-    act = rundir.act_of(wrappers.wrap(tiny.counter(), 1, stagger=False), algo, 3.0)
+    act = policies.act_of(wrappers.wrap(tiny.counter(), 1, stagger=False), algo, 3.0)
     np.testing.assert_array_equal(act(jnp.array([0.25, -1.0])), [0.75, -1.0])
 
 
@@ -114,7 +114,7 @@ def test_a_policy_needs_its_file_alone(name, tmp_path, monkeypatch):
     template = algo.policy_of(jax.eval_shape(algo.init, jax.random.key(0)))
     policy, _ = rundir.load_tree(path, template)
     monkeypatch.setattr(envs, "make", None)
-    act = rundir.load_policy(path)
+    act = policies.load_policy(path)
     obs, key = jax.random.normal(jax.random.key(1), (5, env.obs_size)), jax.random.key(0)
     expected = algo.act(policy, obs, key, True)
     expected = expected if env.discrete else jnp.clip(expected, -1.0, 1.0)
@@ -122,7 +122,7 @@ def test_a_policy_needs_its_file_alone(name, tmp_path, monkeypatch):
 
 
 def test_a_file_describes_its_policy(whole):
-    about = rundir.describe_policy(whole[0] / "policy_s001.npz")
+    about = policies.describe_policy(whole[0] / "policy_s001.npz")
     assert (about["format"], about["algo"], about["seed"], about["step"]) == (1, "ppo", 1, 192)
     assert rundir.from_json(tiny.module_of("ppo").Config, about["config"]) == tiny.config_of("ppo")
     assert about["obs"] == {"size": 4, "shape": [4], "dtype": "float32"}
@@ -131,7 +131,7 @@ def test_a_file_describes_its_policy(whole):
 
 @pytest.mark.parametrize("task", ["gym/Humanoid-v5", "gym/Pusher-v5", "gymnax/Pendulum-v1"])
 def test_a_file_has_the_range_of_gymnasiums_actions(task):
-    action = rundir.interface_of(envs.make(task, 1))["action"]
+    action = policies.interface_of(envs.make(task, 1))["action"]
     space = gymnasium.make(task.partition("/")[2]).action_space
     assert (action["low"], action["high"]) == (-1.0, 1.0)
     np.testing.assert_array_equal(np.float32(action["task_low"]), space.low)
@@ -145,21 +145,21 @@ def test_a_stand_in_has_the_shapes_of_the_task():
         for raw in (plain._replace(privileged_size=1), plain)
     )
     for env in (pictures, hidden, plain):
-        interface = rundir.interface_of(env)
-        other = rundir.stand_in(tiny.config_of("ppo"), json.loads(json.dumps(interface)))
-        assert rundir.interface_of(other) == interface
+        interface = policies.interface_of(env)
+        other = policies.stand_in(tiny.config_of("ppo"), json.loads(json.dumps(interface)))
+        assert policies.interface_of(other) == interface
         assert other.obs_size == env.obs_size
         shapes = lambda env: jax.eval_shape(env.reset, jax.random.key(0))[0]
         assert shapes(other) == shapes(env)
-    assert rundir.interface_of(pictures)["obs"]["dtype"] == "bool"
-    assert rundir.interface_of(hidden)["obs"] == {
+    assert policies.interface_of(pictures)["obs"]["dtype"] == "bool"
+    assert policies.interface_of(hidden)["obs"] == {
         "size": 1,
         "shape": [1],
         "dtype": "float32",
         "privileged_size": 1,
     }
     unscaled = {"low": -1.0, "high": 1.0, "task_low": [-1.0, -1.0], "task_high": [1.0, 1.0]}
-    assert rundir.interface_of(plain)["action"] == {"size": 2, "discrete": False} | unscaled
+    assert policies.interface_of(plain)["action"] == {"size": 2, "discrete": False} | unscaled
 
 
 def rewrite(path, change):
@@ -171,22 +171,22 @@ def rewrite(path, change):
 def test_a_policy_of_an_older_version_can_be_loaded(copy):
     """Its configuration is in config.json alone, which may have fields that are gone."""
     path, rows = copy / "policy_s000.npz", np.random.default_rng(0).normal(size=(50, 4))
-    expected = rundir.load_policy(path)(rows)
+    expected = policies.load_policy(path)(rows)
     rewrite(path, lambda meta: {name: meta[name] for name in ("seed", "label", "step", "return")})
     saved = json.loads((copy / "config.json").read_text())
     saved["config"]["clip_epsilon"] = 0.2
     (copy / "config.json").write_text(json.dumps(saved))
-    np.testing.assert_array_equal(rundir.load_policy(path)(rows), expected)
+    np.testing.assert_array_equal(policies.load_policy(path)(rows), expected)
     (copy / "config.json").unlink()
     with pytest.raises(ValueError, match="not a run directory"):
-        rundir.load_policy(path)
+        policies.load_policy(path)
 
 
 def test_a_policy_of_a_newer_version_is_refused(copy):
     path = copy / "policy_s000.npz"
     rewrite(path, lambda meta: meta | {"format": 2})
     with pytest.raises(ValueError, match=r"has format 2, and this PurePO reads 1: update it"):
-        rundir.load_policy(path)
+        policies.load_policy(path)
 
 
 @pytest.mark.parametrize(
@@ -206,9 +206,9 @@ def test_the_docs_play_a_policy_with_numpy_alone(name, changes, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(code, names)
-    size = rundir.describe_policy(path)["obs"]["size"]
+    size = policies.describe_policy(path)["obs"]["size"]
     obs = np.random.default_rng(1).normal(size=(50, size))
-    expected = rundir.load_policy(path)(obs)
+    expected = policies.load_policy(path)(obs)
     assert len(np.unique(expected)) > 1
     np.testing.assert_allclose(names["act"](obs), expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(names["act"](obs[0]), expected[0], rtol=1e-5, atol=1e-6)

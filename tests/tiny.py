@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from algos import bnpo, common
-from algos.launch import datasets, program, rundir
+from algos.launch import datasets, policies, program, rundir
 from algos.launch.cli import Launch
 from algos.launch.rows import Rows, inputs
 from envs import gymnax
@@ -212,7 +212,7 @@ def write_policy(path, name, **changes):
     rng = np.random.default_rng(0)
     random = {k: np.float32(x + rng.uniform(-0.5, 0.5, x.shape)) for k, x in arrays(policy).items()}
     random |= {k: np.abs(x) + 0.1 for k, x in random.items() if k.endswith(".var")}
-    rundir.save_policy(path, random, name, config, rundir.interface_of(env), {"seed": 0})
+    policies.save_policy(path, random, name, config, policies.interface_of(env), {"seed": 0})
     return path
 
 

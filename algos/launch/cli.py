@@ -256,7 +256,8 @@ def task_preset(env: str, presets: Iterable[str]) -> str | None:
 
 def preset_of(env: str, presets: dict[str, dict]) -> dict[str, Any]:
     """The values that a task changes; {} if it has no preset."""
-    return presets.get(task_preset(env, presets) or "", {})
+    name = task_preset(env, presets)
+    return presets[name] if name else {}
 
 
 def nearest(word: str, known: Any) -> str:

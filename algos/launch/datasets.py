@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 import envs
-from algos.launch import rundir
+from algos.launch import policies, rundir
 
 
 class Dataset(NamedTuple):
@@ -280,7 +280,7 @@ def load_clones(run_dir: str, env: envs.Env, hidden: tuple[int, ...], seeds: Ite
     trees = {}
     for seed in sorted({int(seed) for seed in seeds}):  # rows of a sweep share their seed's
         path = folder / f"policy_s{row_of[seed]:03d}.npz"
-        trees[seed] = rundir.read_policy(path)[-1]["actor"]
+        trees[seed] = policies.read_policy(path)[-1]["actor"]
         if not all(np.isfinite(x).all() for x in jax.tree.leaves(trees[seed])):
             raise ValueError(f"{path} is of a dead seed, it is not finite: leave seed {seed} out")
     return jax.tree.map(lambda *x: np.stack(x), *(trees[int(seed)] for seed in seeds))

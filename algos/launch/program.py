@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import envs
 from algos import common
-from algos.launch import evaluation, rundir
+from algos.launch import evaluation, policies, rundir
 from algos.launch.cli import Launch
 from algos.launch.rows import Rows, inputs
 
@@ -41,7 +41,7 @@ class Program(NamedTuple):
     data: tuple  # what an offline algorithm learns from: shared arrays, then own ones [R, ...]
     num_shared: int  # how many of `data` are shared
     stateful: bool  # the environments are not in the state: no resume
-    interface: dict  # what the policies take and give: see rundir.interface_of
+    interface: dict  # what the policies take and give: see policies.interface_of
 
 
 # --- devices ---
@@ -174,7 +174,7 @@ def make_program(algorithm: ModuleType, config: Any, launch: Launch, rows: Rows)
         data=data,
         num_shared=len(shared_data),
         stateful=env.stateful,
-        interface=rundir.interface_of(env),
+        interface=policies.interface_of(env),
     )
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import envs
-from algos.launch import rundir
+from algos.launch import policies, rundir
 from envs import wrappers
 
 
@@ -39,7 +39,7 @@ def draw(run: rundir.Run) -> list[Path]:
     if env.frame is None or env.render is None:
         raise ValueError(f"{env.name} has no drawing")
     paths = [run.path / f"policy_s{row:03d}.npz" for row in rows.values()]
-    acts = [rundir.act_of(*rundir.read_policy(path)) for path in paths]
+    acts = [policies.act_of(*policies.read_policy(path)) for path in paths]
     frames, lengths = jax.device_get(play(env, acts, jax.random.key(0)))
     paths = []
     for i, (rank, row) in enumerate(rows.items()):

@@ -7,13 +7,10 @@
 Everything is JSON or numpy arrays without pickles. `session.py` writes it, experiments read it.
 """
 
-import dataclasses
 import hashlib
-import importlib
 import json
 import math
 import os
-import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,9 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
-
-import envs
-from envs import wrappers
 
 # The generator of all keys. A seed gives the same run under any JAX_DEFAULT_PRNG_IMPL.
 PRNG = "threefry2x32"
@@ -293,20 +287,6 @@ def further_of(evals: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {x.removesuffix(FURTHER): evals[x] for x in evals if x.endswith(FURTHER)}
 
 
-def load_algo(
-    name: str, values: dict[str, Any], interface: dict[str, Any] | None = None
-) -> tuple[envs.Env, Any]:
-    """The environments and the Algo of `algos/<name>.py` for the config.json values of a run.
-
-    With the `interface` of a policy they are a `stand_in`, and the task is not loaded.
-    """
-    module = importlib.import_module(f"algos.{name}")
-    # Fields of an older version that are gone do not matter: a policy's shapes are checked.
-    config = from_json(module.Config, values, extra="ignore")
-    env = stand_in(config, interface) if interface else module.make_env(config)
-    return env, module.build(config, env)
-
-
 def from_json(
     config_type: type, values: dict[str, Any], extra: Literal["forbid", "ignore"] = "forbid"
 ) -> Any:
@@ -328,134 +308,7 @@ def from_json(
     raise ValueError(f"config.json: {name}={problem['input']!r}: {problem['msg']}")
 
 
-# --- exported policies ---
-
-FORMAT = 1  # of the metadata in a policy's file; files of older versions have none
-
-
-def interface_of(env: envs.Env) -> dict[str, Any]:
-    """What a policy takes and gives, for the metadata of its file."""
-    size = env.obs_size - env.privileged_size
-    dtype = jax.eval_shape(env.reset, jax.random.key(0))[0].dtype
-    obs = {"size": size, "shape": [*env.obs_shape], "dtype": str(dtype)}
-    action: dict[str, Any] = {"size": env.action_size, "discrete": env.discrete}
-    if env.privileged_size:
-        obs |= {"shape": [size], "privileged_size": env.privileged_size}
-    if not env.discrete:
-        unscaled = np.broadcast_to([[-1.0], [1.0]], (2, env.action_size))
-        task = unscaled if env.action_range is None else env.action_range
-        task_low, task_high = np.asarray(task, np.float64).tolist()
-        action |= {"low": -1.0, "high": 1.0, "task_low": task_low, "task_high": task_high}
-    return {"obs": obs, "action": action}
-
-
-def save_policy(
-    path: Path, arrays: dict[str, Any], algo: str, config: Any, interface: dict, record: dict
-) -> None:
-    """Write a flattened policy, and all that is needed to play it, to one file.
-
-    `record` says where it comes from: seed, step, return.
-    """
-    meta = {"format": FORMAT, "algo": algo, "config": dataclasses.asdict(config)}
-    save_arrays(path, arrays, meta | interface | record)
-
-
-def stand_in(config: Any, interface: dict[str, Any]) -> envs.Env:
-    """Environments of these shapes in which nothing happens: building an Algo needs no more."""
-    obs, action = interface["obs"], interface["action"]
-    privileged_size = obs.get("privileged_size", 0)
-    size = obs["size"] + privileged_size
-    still = jnp.zeros(size, obs["dtype"]), ()
-    raw = envs.RawEnv(
-        name=config.env,
-        reset=lambda key: still,
-        step=lambda key, state, action: (*still, jnp.float32(0.0), jnp.bool_(False), {}),
-        obs_size=size,
-        obs_shape=tuple(obs["shape"]),
-        action_size=action["size"],
-        discrete=action["discrete"],
-        max_steps=1,
-        reset_mode="fresh",
-        privileged_size=privileged_size,
-    )
-    # Offline algorithms have no num_envs.
-    return wrappers.wrap(raw, getattr(config, "num_envs", 1), stagger=False, privileged=True)
-
-
-def describe_policy(path: Path) -> dict[str, Any]:
-    """The metadata of an exported policy, with algo and config; ValueError if there is none.
-
-    For a file of an older version, the config.json of its run is read too.
-    """
-    if not path.is_file():
-        folder = path if path.is_dir() else path.parent
-        found = ", ".join(sorted(p.name for p in folder.glob("*_s*.npz"))) or "no policies"
-        problem = "is a folder, name a policy" if path.is_dir() else "does not exist"
-        raise ValueError(f"{path} {problem}; there: {found}")
-    meta = load_arrays(path)[1]
-    if "format" not in meta:
-        return read_description(path.parent) | meta
-    if meta["format"] > FORMAT:
-        raise ValueError(f"{path} has format {meta['format']}, and this PurePO reads 1: update it")
-    return meta
-
-
-def read_policy(path: Path) -> tuple[envs.Env, Any, Any]:
-    """Environments, Algo and parameters of an exported policy; ValueError if there is none."""
-    about = describe_policy(path)
-    env, algo = load_algo(about["algo"], about["config"], about if "format" in about else None)
-    template = jax.eval_shape(lambda key: algo.policy_of(algo.init(key)), jax.random.key(0))
-    return env, algo, load_tree(path, template)[0]
-
-
-def act_of(env: envs.Env, algo: Any, policy: Any) -> Callable:
-    """The policy that `read_policy` read as act(obs, key=None), a function for compiled code."""
-
-    def act(obs, key=None):
-        action = algo.act(policy, obs, jax.random.key(0) if key is None else key, key is None)
-        return action if env.discrete else jnp.clip(action, -1.0, 1.0)
-
-    return act
-
-
-def load_policy(path: Path | str) -> Callable:
-    """Load an exported policy `RUN_DIR/policy_s000.npz` as `act(obs, key=None)`.
-
-    `act` takes observations [obs_size] or [N, obs_size] as the environment gives them, arrays or
-    lists, and returns actions as a numpy array, continuous ones clipped to [-1, 1]; greedy without
-    a key, sampled with one. The observation statistics are inside. It raises ValueError, in one
-    line, for observations that it cannot take.
-    """
-    env, algo, policy = read_policy(Path(path))
-    play = jax.jit(act_of(env, algo, policy))
-    wanted = interface_of(env)["obs"]
-    return lambda obs, key=None: np.array(play(check_obs(obs, wanted), key))
-
-
-def check_obs(obs: Any, wanted: dict[str, Any]) -> np.ndarray:
-    """Observations as the array that `interface_of` describes; ValueError if they do not fit.
-
-    Privileged entries may follow what the policy reads.
-    """
-    size, dtype = wanted["size"], np.dtype(wanted["dtype"])
-    try:
-        given = np.asarray(obs)
-        real = (jnp.floating, jnp.integer, jnp.bool_)
-        numeric = any(jnp.issubdtype(given.dtype, kind) for kind in real)
-    except ValueError:  # rows of different lengths
-        numeric = False
-    if not numeric:
-        raise ValueError(f"obs is {reprlib.repr(obs)}: an array of numbers is wanted")
-    sizes = size, size + wanted.get("privileged_size", 0)
-    if given.ndim not in (1, 2) or given.shape[-1] not in sizes:
-        raise ValueError(f"obs has shape {[*given.shape]}: [{size}] or [N, {size}] is wanted")
-    with np.errstate(all="ignore"):  # what does not fit is named below
-        cast = given.astype(dtype)
-    fits = np.isfinite(cast) if jnp.issubdtype(dtype, jnp.floating) else cast == given
-    if not fits.all():
-        index = tuple(np.argwhere(~fits)[0].tolist())
-        raise ValueError(f"obs{[*index]} is {given[index]}: a finite {dtype} is wanted")
-    return cast
+# --- writing and resuming a run ---
 
 
 def write_evals(run_dir: Path, evals: dict[str, list]) -> None:

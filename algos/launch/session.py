@@ -19,6 +19,7 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 import jax
@@ -27,7 +28,7 @@ import numpy as np
 
 import envs
 from algos import common
-from algos.launch import cli, logs, render, report, rundir
+from algos.launch import cli, logs, policies, render, report, rundir
 from algos.launch.cli import Launch
 from algos.launch.program import (
     Program,
@@ -55,11 +56,7 @@ def main(name: str, argv: list[str] | None = None) -> None:
         held.callback(setattr, warnings, "showwarning", warnings.showwarning)
         logs.print_warnings_once()
         try:
-            algorithm = importlib.import_module(f"algos.{name}")
-            config, launch = cli.parse(name, algorithm.Config, algorithm.PRESETS, argv)
-            rows = make_rows(launch, config, algorithm.TRACEABLE)
-            common.check(config)
-            setup_jax(len(rows.seeds))
+            algorithm, config, launch, rows = prepare(name, argv)
             session = Session(name, config, launch, rows)
             session.check_run_dir()
             session.log.say(session.plan())
@@ -76,6 +73,16 @@ def main(name: str, argv: list[str] | None = None) -> None:
             end(launch, 1, f"error: {error}: once that is mended, --resume {session.run_dir}")
         except KeyboardInterrupt:
             end(launch, 130, f"stopped at once; go on with --resume {session.run_dir}")
+
+
+def prepare(name: str, argv: list[str] | None) -> tuple[ModuleType, Any, Launch, Rows]:
+    """Read and check the command line of `algos/<name>.py`, and set up jax for its rows."""
+    algorithm = importlib.import_module(f"algos.{name}")
+    config, launch = cli.parse(name, algorithm.Config, algorithm.PRESETS, argv)
+    rows = make_rows(launch, config, algorithm.TRACEABLE)
+    common.check(config)
+    setup_jax(len(rows.seeds))
+    return algorithm, config, launch, rows
 
 
 def end(launch: Launch | None, status: int, text: str) -> NoReturn:
@@ -391,16 +398,19 @@ class Session:
         """Write the policies of some rows as PREFIX_sNNN.npz."""
         if not len(rows):
             return
-        policies = rundir.flatten(self.program.policies(state))
-        policies = {k: gather(np.asarray(v)) for k, v in policies.items()}
+        arrays = rundir.flatten(self.program.policies(state))
+        arrays = {k: gather(np.asarray(v)) for k, v in arrays.items()}
         for i in rows if self.lead else []:
-            row = {k: v[i] for k, v in policies.items()}
-            record = {"seed": int(self.rows.seeds[i]), "label": self.rows.labels[i]}
-            record |= {"step": self.step}
-            record["return"] = rundir.jsonable(self.evals["returns"][-1][i].mean())
+            record = {
+                "seed": int(self.rows.seeds[i]),
+                "label": self.rows.labels[i],
+                "step": self.step,
+                "return": rundir.jsonable(self.evals["returns"][-1][i].mean()),
+            }
             path = self.run_dir / f"{prefix}_s{i:03d}.npz"
+            row = {k: v[i] for k, v in arrays.items()}
             interface = self.program.interface
-            rundir.save_policy(path, row, self.name, self.config, interface, record)
+            policies.save_policy(path, row, self.name, self.config, interface, record)
             if prefix == "partial":
                 self.log.say(f"seed {self.rows.seeds[i]} reached the return: {path.name}")
 
