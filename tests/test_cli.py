@@ -11,7 +11,7 @@ import tiny
 from launching import FLAGS, content, parse, run
 
 import envs
-from algos import ppo
+from algos import bpo, ppo, reppo
 from algos.launch import cli, rundir, session
 
 pytestmark = [pytest.mark.usefixtures("signals"), pytest.mark.xdist_group("ppo")]
@@ -43,6 +43,18 @@ def test_a_source_has_a_preset_for_its_tasks_that_have_none():
     assert cli.preset_of("gym/Hopper-v5?engine=mjx", presets) == {"gamma": 0.8}
     assert cli.preset_of("Ant-v5", presets) == {"gamma": 0.9}
     assert cli.preset_of("hopper", presets) == {}
+
+
+@pytest.mark.parametrize("algorithm", [ppo, bpo, reppo])
+def test_published_values_undo_the_preset_of_any_task(algorithm):
+    """Except rewards and support, which REPPO's published sizes leave to the task."""
+    kept = getattr(algorithm, "UNIT", {}).keys()
+    presets = algorithm.PRESETS
+    published = {k: x for k, x in presets.items() if algorithm.PAPER.keys() <= x.keys()}
+    assert published
+    for task in presets.keys() & {*envs.ALIASES, *envs.TASKS}:
+        for name, values in published.items():
+            assert presets[task].keys() - kept <= values.keys(), (task, name)
 
 
 def test_without_a_preset_it_is_said(monkeypatch):
