@@ -132,13 +132,13 @@ def actor_of(parts: list[Part], action_size: int) -> Callable:
 
     load_act = lambda path: policies.act_of(*policies.read_policy(Path(path)))
     paths = list(dict.fromkeys(part.policy for part in parts))
-    policies = [load_act(path) if path else uniform for path in paths]
+    acts = [load_act(path) if path else uniform for path in paths]
     policy_of = jnp.array([paths.index(part.policy) for part in parts])
     eps, std = (jnp.array([getattr(part, x) for part in parts]) for x in ("eps", "std"))
 
     def act(obs, key, part):
         key_policy, key_noise, key_uniform, key_replace = jax.random.split(key, 4)
-        action = jax.lax.switch(policy_of[part], policies, obs, key_policy)
+        action = jax.lax.switch(policy_of[part], acts, obs, key_policy)
         action = jnp.clip(action, -1.0, 1.0) + std[part] * jax.random.normal(
             key_noise, (len(obs), action_size)
         )

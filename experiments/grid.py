@@ -12,6 +12,7 @@ numbers. compare.py draws the same run directories in other ways.
 """
 
 import argparse
+import importlib
 import shlex
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -61,7 +62,10 @@ def check_present(job: Job, run_dir: Path, seed: int, num_seeds: int) -> None:
 def check(job: Job, argv: list[str]) -> None:
     """Whatever a launch checks before it compiles; ValueError in one line."""
     try:
-        program.make_program(*session.prepare(job.algo, argv))
+        algorithm = importlib.import_module(f"algos.{job.algo}")
+        config, launch = cli.parse(job.algo, algorithm.Config, algorithm.PRESETS, argv)
+        trained = session.prepare(algorithm, config, launch)
+        program.make_program(algorithm, config, launch, trained)
     except (ValueError, OSError, ImportError) as error:
         raise ValueError(f"{job.algo} on {job.task}: {error}") from None
 

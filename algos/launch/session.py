@@ -56,7 +56,9 @@ def main(name: str, argv: list[str] | None = None) -> None:
         held.callback(setattr, warnings, "showwarning", warnings.showwarning)
         logs.print_warnings_once()
         try:
-            algorithm, config, launch, rows = prepare(name, argv)
+            algorithm = importlib.import_module(f"algos.{name}")
+            config, launch = cli.parse(name, algorithm.Config, algorithm.PRESETS, argv)
+            rows = prepare(algorithm, config, launch)
             session = Session(name, config, launch, rows)
             session.check_run_dir()
             session.log.say(session.plan())
@@ -75,14 +77,12 @@ def main(name: str, argv: list[str] | None = None) -> None:
             end(launch, 130, f"stopped at once; go on with --resume {session.run_dir}")
 
 
-def prepare(name: str, argv: list[str] | None) -> tuple[ModuleType, Any, Launch, Rows]:
-    """Read and check the command line of `algos/<name>.py`, and set up jax for its rows."""
-    algorithm = importlib.import_module(f"algos.{name}")
-    config, launch = cli.parse(name, algorithm.Config, algorithm.PRESETS, argv)
+def prepare(algorithm: ModuleType, config: Any, launch: Launch) -> Rows:
+    """The rows of a launch that is checked, and jax set up for them; ValueError in one line."""
     rows = make_rows(launch, config, algorithm.TRACEABLE)
     common.check(config)
     setup_jax(len(rows.seeds))
-    return algorithm, config, launch, rows
+    return rows
 
 
 def end(launch: Launch | None, status: int, text: str) -> NoReturn:
