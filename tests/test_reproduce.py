@@ -17,7 +17,7 @@ import envs
 from algos import brac as brac_file
 from algos import common
 from algos.launch import cli, datasets, report, rundir
-from experiments.reproduce import bnpo, brac, p3o, reppo, runner
+from experiments.reproduce import bnpo, brac, p3o, reppo, runner, v5
 from experiments.reproduce.runner import Job, command
 
 MODULES = {
@@ -25,6 +25,7 @@ MODULES = {
     "p3o": p3o,
     "bnpo": bnpo,
     "brac": brac,
+    "v5": v5,
 }
 JOBS = [
     (name, group, job)
@@ -199,6 +200,23 @@ def test_nothing_is_run_again_and_the_table_is_written(tmp_path, capsys, monkeyp
     assert [argv[2:4] for argv in ran] == [["--env", "CheetahRun"]] * 2
     reppo.main(["tasks", "--jobs", "ppo", "--out", str(tmp_path)])
     assert {argv[1].rpartition("/")[2] for argv in ran[2:]} == {"ppo.py"}
+
+
+def test_runs_are_beside_their_own_published_numbers(tmp_path, monkeypatch):
+    """Runs of a task are together in the table, and the group lists them by algorithm."""
+    monkeypatch.setattr(runner, "run", lambda argv: None)
+    for task, algo, offset in (("Hopper", "ppo", 100), ("Hopper", "bpo", 200), ("Ant", "ppo", 300)):
+        name = f"gym/{task}-v5"
+        write_run(tmp_path / "tasks" / name / algo, name, offset=float(offset), algo=algo)
+    v5.main(["tasks", "--out", str(tmp_path)])
+    *_, hopper, ant = (tmp_path / "tasks" / "table.md").read_text().splitlines()
+    assert hopper.startswith("| gym/Hopper-v5 | 117.0 [")
+    assert hopper.endswith("| 117 ± 11 | 2383 ± 272 | 2609 ± 701 | 2410 |")
+    assert ant.endswith("| 317 ± 11 |  | 3258 ± 1079 | 1327 |")
+    write_run(tmp_path / "bpo" / "gym/Ant-v5" / "bpo_zero", "gym/Ant-v5", algo="bpo")
+    v5.main(["bpo", "--out", str(tmp_path)])
+    assert "| gym/Ant-v5 | bpo_zero | 17.0 [" in (tmp_path / "bpo" / "table.md").read_text()
+    assert "| 17 ± 11 | 1690 ± 125 |" in (tmp_path / "bpo" / "table.md").read_text()
 
 
 def test_a_dataset_is_collected_before_what_learns_from_it(tmp_path, monkeypatch):

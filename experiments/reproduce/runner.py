@@ -174,7 +174,7 @@ def write_table(folder: Path, text: str, rows: list[dict[str, Any]]) -> None:
 
 
 class Report(NamedTuple):
-    """The complete runs of a group."""
+    """The complete runs of a group, those of a task one after the other."""
 
     folder: Path
     runs: dict[Job, rundir.Run]
@@ -198,6 +198,8 @@ def summarise(jobs: list[Job], folder: Path) -> Report:
     A sweep has a summary for each value, and the curve of the best one, which names it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    tasks = list(dict.fromkeys(job.task for job in jobs))
+    jobs = sorted(jobs, key=lambda job: tasks.index(job.task))
     runs = complete(placed(jobs, folder))
     rows: list[dict[str, Any]] = []
     for task in dict.fromkeys(job.task for job in runs):
