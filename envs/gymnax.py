@@ -53,7 +53,8 @@ def make(task: str) -> RawEnv:
     drawable = grid or (len(obs_shape) == 1 and not task.endswith("-bsuite"))
 
     def frame(state):
-        return env.get_obs(state)
+        obs = env.get_obs(state)
+        return jnp.append(obs, state.last_u) if task == "Pendulum-v1" else obs
 
     def render(frames, path):
         draw = _draw_grid if grid else lambda obs: _draw_lines(task, obs)
@@ -79,40 +80,52 @@ def make(task: str) -> RawEnv:
     )
 
 
-# --- drawing: an observation of every drawable task holds all that a picture needs ---
+# --- drawing: a frame is an observation, on pendulum with the torque at its end ---
+
+# Width and colour of lines.
+FIXED, MOVING, PIVOT, TORQUE = (3, "#999999"), (9, "#22577a"), (14, "#1b1b1b"), (4, "#d1495b")
 
 
-def _draw_lines(task, obs):
-    """Picture [2, 2] units wide of a classic control task, from its observation vector."""
+def _draw_lines(task, frame):
+    """Picture [2, 2] units wide of a classic control task."""
     if task == "CartPole-v1":
-        x, theta = obs[0] / 2.4, obs[2]
+        x, theta = frame[0] / 2.4, frame[2]
         tip = (x + 0.7 * math.sin(theta), 0.7 * math.cos(theta) - 0.4)
-        lines = [((-1, -0.4), (1, -0.4)), ((x - 0.15, -0.4), (x + 0.15, -0.4)), ((x, -0.4), tip)]
+        rail, cart = [(-1, -0.4), (1, -0.4)], [(x - 0.15, -0.4), (x + 0.15, -0.4)]
+        lines = [(FIXED, rail), (MOVING, cart), (MOVING, [(x, -0.4), tip])]
     elif task == "Pendulum-v1":
-        lines = [
-            ((0, 0), (-0.8 * obs[1], 0.8 * obs[0]))
-        ]  # obs is cos, sin of the angle from upright
+        theta, torque = math.atan2(frame[1], frame[0]), frame[3]  # the angle is from upright
+        at = lambda radius, angle: (-radius * math.sin(angle), radius * math.cos(angle))
+        lines = [(MOVING, [(0, 0), at(0.8, theta)]), (PIVOT, [(0, 0)] * 2)]
+        if abs(torque) > 0.02:  # an arrow; that of the greatest torque is a quarter of a circle
+            end = theta + torque * math.pi / 4
+            tail = end - math.copysign(0.25, torque)
+            arc = [at(0.35, angle) for angle in np.linspace(theta, end, 20)]
+            lines += [(TORQUE, arc), (TORQUE, [at(0.42, tail), arc[-1], at(0.28, tail)])]
     elif task == "Acrobot-v1":
-        first, second = math.atan2(obs[1], obs[0]), math.atan2(obs[3], obs[2])
+        first, second = math.atan2(frame[1], frame[0]), math.atan2(frame[3], frame[2])
         elbow = (0.45 * math.sin(first), -0.45 * math.cos(first))
         end = (
             elbow[0] + 0.45 * math.sin(first + second),
             elbow[1] - 0.45 * math.cos(first + second),
         )
-        lines = [((-1, 0.45), (1, 0.45)), ((0, 0), elbow), (elbow, end)]
+        goal, arm = [(-1, 0.45), (1, 0.45)], [(0, 0), elbow, end]
+        lines = [(FIXED, goal), (MOVING, arm), (PIVOT, [(0, 0)] * 2)]
     else:  # the mountain cars: height is sin(3 x) over positions -1.2 to 0.6
         height = lambda position: 0.5 * math.sin(3 * position)
         to_unit = lambda position: (position + 0.3) / 0.9
         hill = [(to_unit(x), height(x)) for x in np.linspace(-1.2, 0.6, 60)]
-        car = (to_unit(obs[0]), height(obs[0]))
-        lines = [*itertools.pairwise(hill), (car, (car[0], car[1] + 0.12))]
-    image = Image.new("RGB", (300, 300), "white")
+        car = (to_unit(frame[0]), height(frame[0]))
+        lines = [(FIXED, hill), (MOVING, [car, (car[0], car[1] + 0.12)])]
+    size, scale = 300, 3  # drawn larger, for smooth edges
+    image = Image.new("RGB", (scale * size, scale * size), "white")
     draw = ImageDraw.Draw(image)
-    for i, line in enumerate(lines):
-        thick = i > 0 if len(lines) < 10 else i == len(lines) - 1
-        points = [(150 + 140 * x, 150 - 140 * y) for x, y in line]
-        draw.line(points, fill="#22577a" if thick else "#999999", width=9 if thick else 3)
-    return image
+    for (width, colour), line in lines:
+        points = [(scale * (150 + 140 * x), scale * (150 - 140 * y)) for x, y in line]
+        draw.line(points, fill=colour, width=scale * width, joint="curve")
+        for x, y in (points[0], points[-1]):  # round ends
+            draw.circle((x, y), scale * width / 2, fill=colour)
+    return image.resize((size, size), Image.Resampling.LANCZOS)
 
 
 def _draw_grid(obs):

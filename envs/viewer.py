@@ -18,6 +18,7 @@ import numpy as np
 
 FPS = 30  # of what is shown; frames are dropped or kept to play at the task's own speed
 SIZE = (480, 360)
+UNCOLOURED = np.array([0.5, 0.5, 0.5, 1], np.float32)  # colour of a geom that was given none
 PAGE = Path(__file__).with_name("viewer.html")
 
 
@@ -115,8 +116,17 @@ def write_html(model: mujoco.MjModel, frames: dict, path: Path, dt: float) -> Pa
 
 
 def _colour(model, g):
+    """As MuJoCo: of the geom if the model gives it one, else of its material, mean over a texture."""
     material = model.geom_matid[g]
-    return model.mat_rgba[material] if material >= 0 else model.geom_rgba[g]
+    if material < 0 or (model.geom_rgba[g] != UNCOLOURED).any():
+        return model.geom_rgba[g]
+    texture = model.mat_texid[material, mujoco.mjtTextureRole.mjTEXROLE_RGB]
+    if texture < 0:
+        return model.mat_rgba[material]
+    channels, start = model.tex_nchannel[texture], model.tex_adr[texture]
+    size = model.tex_height[texture] * model.tex_width[texture] * channels
+    mean = model.tex_data[start : start + size].reshape(-1, channels).mean(0)[:3] / 255
+    return model.mat_rgba[material] * [*mean, 1]
 
 
 def _geom(model, g):

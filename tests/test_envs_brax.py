@@ -326,6 +326,30 @@ def test_page_is_self_contained_and_holds_the_poses(hopper, tmp_path):
     assert [geom["type"] for geom in scene["geoms"]][:2] == ["plane", "capsule"]
 
 
+def test_colours_are_those_of_mujoco(tmp_path):
+    """Of a geom before its material, of a material with its texture, of neither."""
+    model = mujoco.MjModel.from_xml_string("""
+        <mujoco>
+          <asset>
+            <texture name="flat" type="cube" builtin="flat" width="8" height="8"
+                     rgb1="0.2 0.4 0.6" rgb2="0.2 0.4 0.6"/>
+            <material name="flat" texture="flat" rgba="1 0.5 1 1"/>
+            <material name="plain" rgba="0.4 0.2 0 1"/>
+          </asset>
+          <worldbody>
+            <geom size="1" material="flat" rgba="1 0 0 1"/>
+            <geom size="1" material="flat"/>
+            <geom size="1" material="plain"/>
+            <geom size="1"/>
+          </worldbody>
+        </mujoco>""")
+    page = viewer.write_html(model, {"qpos": np.zeros((1, 0))}, tmp_path / "a.html", dt=0.01)
+    scene = json.loads(re.search(r"const scene = (\{.*\});", page.read_text()).group(1))
+    colours = [geom["rgb"] for geom in scene["geoms"]]
+    expected = [[255, 0, 0], [51, 51, 153], [102, 51, 0], [127, 127, 127]]
+    np.testing.assert_allclose(colours, expected, atol=1)
+
+
 def test_without_gl_the_page_is_written(hopper, tmp_path, monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "disable")
     path = viewer.render(*hopper, tmp_path / "b", dt=0.01, gif=True)

@@ -117,3 +117,21 @@ def test_drawing(task, tmp_path):
     with Image.open(path) as image:
         assert image.n_frames == 2
         assert len(image.convert("RGB").getcolors()) > 1
+
+
+@pytest.mark.parametrize("action", [0.75, -0.75])
+def test_a_picture_of_the_pendulum_has_its_torque(action, tmp_path):
+    """Hanging down, with an arrow to the right for a positive torque, counterclockwise."""
+    env = envs.make("pendulum", 1, stagger=False)
+    _, state = env.reset(jax.random.key(0))
+    _, state, *_ = env.step(jax.random.key(1), state, jnp.array([[action]]))
+    frame = np.array(env.frame(raw_state(jax.tree.map(lambda x: x[0], state))))
+    assert frame[3] == 2 * action
+    frame[:3] = -1, 0, 0
+    path = env.render(frame[None], tmp_path / "episode")
+    pixels = np.asarray(Image.open(path).convert("RGB"), int)
+    red = (pixels[..., 0] > 180) & (pixels[..., 1] < 120)
+    rows, columns = np.nonzero(red)
+    assert len(rows) > 50
+    assert np.sign(columns.mean() - 150) == np.sign(action)
+    assert rows.mean() > 150
