@@ -5,7 +5,6 @@ limit and auto-reset are not.
 """
 
 import colorsys
-import itertools
 import math
 from pathlib import Path
 

@@ -116,7 +116,7 @@ def write_html(model: mujoco.MjModel, frames: dict, path: Path, dt: float) -> Pa
 
 
 def _colour(model, g):
-    """As MuJoCo: of the geom if the model gives it one, else of its material, mean over a texture."""
+    """As MuJoCo: the geom's if the model gives it one, else its material's, textures averaged."""
     material = model.geom_matid[g]
     if material < 0 or (model.geom_rgba[g] != UNCOLOURED).any():
         return model.geom_rgba[g]
