@@ -43,11 +43,16 @@ Documentation: docs/bnpo.md
 
 import itertools
 import math
+import signal
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+if __name__ == "__main__":  # the checkout, not algos/, comes first on the import path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ctrl-C ends the imports at once
 
 import flax.linen as nn
 import jax
@@ -55,9 +60,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
-
-if __name__ == "__main__":  # the checkout, not algos/, comes first on the import path
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import envs
 from algos import common, launch

@@ -35,10 +35,15 @@ Documentation: docs/p3o.md
 """
 
 import math
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+if __name__ == "__main__":  # the checkout, not algos/, comes first on the import path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ctrl-C ends the imports at once
 
 import flax.linen as nn
 import jax
@@ -46,9 +51,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from pydantic import NonNegativeFloat, PositiveInt
-
-if __name__ == "__main__":  # the checkout, not algos/, comes first on the import path
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import envs
 from algos import common, launch

@@ -33,11 +33,16 @@ Documentation: docs/reppo_discrete.md
 """
 
 import math
+import signal
 import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
+
+if __name__ == "__main__":  # the checkout, not algos/, comes first on the import path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ctrl-C ends the imports at once
 
 import flax.linen as nn
 import jax
@@ -45,9 +50,6 @@ import jax.numpy as jnp
 import optax
 from annotated_types import Ge
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
-
-if __name__ == "__main__":  # the checkout, not algos/, comes first on the import path
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import envs
 from algos import common, launch

@@ -37,19 +37,21 @@ Documentation: docs/sac.md
 """
 
 import math
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+if __name__ == "__main__":  # the checkout, not algos/, comes first on the import path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ctrl-C ends the imports at once
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-
-if __name__ == "__main__":  # the checkout, not algos/, comes first on the import path
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import envs
 from algos import common, launch

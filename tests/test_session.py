@@ -240,20 +240,19 @@ def test_second_interrupt_stops_at_once():
 
 
 @pytest.mark.parametrize(
-    ("where", "error", "status", "message"),
+    ("error", "status", "message"),
     [
-        ("make_program", KeyboardInterrupt(), 130, r"stopped before the start\n"),
-        ("trace", KeyboardInterrupt(), 130, r"stopped at once; go on with --resume \S+run\n"),
-        ("trace", OSError(28, "No space left"), 1, r"error: .*No space left: .* --resume \S+run\n"),
+        (KeyboardInterrupt(), 130, r"stopped at once; go on with --resume \S+run\n"),
+        (OSError(28, "No space left"), 1, r"error: .*No space left: .* --resume \S+run\n"),
     ],
 )
-def test_an_early_end_is_one_line(tmp_path, monkeypatch, where, error, status, message):
+def test_an_early_end_is_one_line(tmp_path, monkeypatch, error, status, message):
     run_dir = tmp_path / "run"
 
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(session, where, fail)
+    monkeypatch.setattr(session, "trace", fail)
     ended, said = run(*FLAGS, "--verbose", "0", "--run-dir", str(run_dir))
     assert ended == status
     assert re.fullmatch(message, said), said
@@ -303,6 +302,17 @@ def test_what_cannot_be_resumed_does_not_advise_it(tmp_path, monkeypatch):
     assert status == 130
     assert "stopped and saved; cartpole cannot be resumed" in said
     assert "--resume" not in said
+
+
+def test_interrupt_of_the_imports(tmp_path):
+    process = start(*FLAGS, "--run-dir", str(tmp_path / "run"), PYTHONPROFILEIMPORTTIME="1")
+    for line in process.stderr:
+        if line.endswith("jax._src.config\n"):  # one of many that are still to come
+            break
+    process.send_signal(signal.SIGINT)
+    assert "Traceback" not in process.stderr.read()
+    assert process.wait(60) == -signal.SIGINT
+    assert not (tmp_path / "run").exists()
 
 
 def test_interrupt_from_a_terminal(tmp_path):

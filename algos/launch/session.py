@@ -67,8 +67,6 @@ def main(name: str, argv: list[str] | None = None) -> None:
             session.open(make_program(algorithm, config, launch, local(rows)), held)
         except (ValueError, OSError, ImportError) as error:
             end(launch, 2, f"error: {error}")
-        except KeyboardInterrupt:
-            end(launch, 130, "stopped before the start")
         try:
             session.run()
         except OSError as error:  # such as a full disk
