@@ -1,8 +1,11 @@
 """The command line: defaults, the task's preset, named presets, then flags."""
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
+import io
+import itertools
 import re
 import sys
 import textwrap
@@ -136,15 +139,22 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
         config: Annotated[config_type, tyro.conf.arg(name="")]  # type: ignore[valid-type]
         launch: Annotated[Launch, tyro.conf.arg(name="")]
 
-    arguments, unknown = tyro.cli(
-        Arguments,
-        prog=f"python algos/{name}.py",
-        description=describe(name, presets),
-        default=Arguments(config, launch),
-        args=argv,
-        return_unknown_args=True,
-        registry=NUMBERS,
-    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            arguments, unknown = tyro.cli(
+                Arguments,
+                prog=f"python algos/{name}.py",
+                description=describe(name, presets),
+                default=Arguments(config, launch),
+                args=argv,
+                return_unknown_args=True,
+                registry=NUMBERS,
+            )
+    except SystemExit as end:
+        if end.code:
+            raise ValueError(unboxed(said.getvalue())) from None
+        raise  # after --help
     if unknown:
         fields = [*dataclasses.fields(config), *dataclasses.fields(launch)]
         flags = ["--" + field.name.replace("_", "-") for field in fields]
@@ -160,6 +170,14 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
         check_resumable(launch, arguments.launch)
     common.check(arguments.launch)
     return arguments
+
+
+def unboxed(text: str) -> str:
+    """What is wrong, in one line, from tyro's box: a title, that, a ruler, help."""
+    _, *lines = (line.strip("│ ") for line in text.splitlines())
+    ruler = lambda line: not line.strip("─-")  # one is below the title too where all is ASCII
+    what = itertools.takewhile(lambda x: not ruler(x), itertools.dropwhile(ruler, lines))
+    return " ".join(what).removeprefix("Error parsing ").replace(" .", ".")
 
 
 def dashed(argv: list[str]) -> list[str]:
