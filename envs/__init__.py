@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import functools
 import importlib
+import inspect
 import io
 import sys
 from typing import Any
@@ -286,6 +287,10 @@ def _load_factory(name: str) -> RawEnv:
         raise ValueError(
             f"{name!r}: no such function; the module must be importable (its folder on PYTHONPATH)"
         )
+    try:
+        inspect.signature(function).bind()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: the function must need no arguments ({error})") from None
     try:
         raw = function()
     except ValueError as error:  # such as MuJoCo's, of a model

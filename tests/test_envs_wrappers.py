@@ -319,6 +319,7 @@ def user_module(monkeypatch):
     module = types.ModuleType("user_module")
     module.factory = counter
     module.number = lambda: 3
+    module.of_a_size = lambda size: counter()
     module.broken = lambda: jnp.no_such_function
     monkeypatch.setitem(sys.modules, "user_module", module)
 
@@ -342,6 +343,7 @@ def test_a_users_factory_gets_the_whole_stack(user_module):
         ("..user_module:factory", "no such function"),
         ("user_module:__name__", "no such function"),
         ("user_module:number", "must return envs.RawEnv"),
+        ("user_module:of_a_size", "must need no arguments .*'size'"),
     ],
 )
 def test_a_wrong_factory_is_named(user_module, name, message):

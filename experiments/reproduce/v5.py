@@ -61,8 +61,9 @@ GROUPS: dict[str, list[Job]] = {
         ),
     ],
     "std": [
-        Job(v5(task), "ppo", "ppo", f"--log-std-init 0 -0.5 -1 -2 {STEPS}")
+        Job(v5(task), f"log_std_{x}", "ppo", f"--log-std-init {x} {STEPS}")
         for task in ("HalfCheetah", "Ant")
+        for x in (0, -0.5, -1, -2)
     ],
 }
 
