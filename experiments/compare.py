@@ -26,18 +26,32 @@ import envs
 from algos.launch import report, rundir
 
 
+def read_runs(run_dirs: list[Path]) -> list[rundir.Run]:
+    """The runs in these directories; ValueError if one is none, or is given twice."""
+    places = [path.resolve() for path in run_dirs]
+    for i, path in enumerate(run_dirs):
+        if places[i] in places[:i]:
+            raise ValueError(f"{path} is given twice: name each run once")
+    return [rundir.read_run(path) for path in run_dirs]
+
+
+def check_outputs(out: Path, endings: tuple[str, ...], force: bool, *further: Path) -> None:
+    """ValueError if `out` has another ending, or if it or one of `further` would be replaced."""
+    if out.suffix not in endings:
+        raise ValueError(f"--out {out}: its name is to end in {', '.join(endings)}")
+    for path in (out, *further):
+        if path.exists() and not force:
+            raise ValueError(f"{path} exists: choose another name, or --force to replace it")
+
+
 def outputs_of(args: argparse.Namespace) -> dict[str, Path]:
     """The files that will be written; ValueError for an unknown format, or one that exists."""
-    if args.out.suffix not in report.FORMATS:
-        raise ValueError(f"--out {args.out}: its name is to end in {', '.join(report.FORMATS)}")
     outputs = {"curves": args.out}
     if args.normalise:
         outputs["scores"] = args.out.with_stem(f"{args.out.stem}_scores")
     if args.json:
         outputs["numbers"] = args.json
-    for path in outputs.values():
-        if path.exists() and not args.force:
-            raise ValueError(f"{path} exists: choose another name, or --force to replace it")
+    check_outputs(args.out, report.FORMATS, args.force, *outputs.values())
     return outputs
 
 
@@ -60,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR")
+    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
     parser.add_argument("--out", type=Path, default=Path("comparison.png"), help="png, pdf or svg")
     parser.add_argument("--labels", nargs="+", help="names of the curves, in the legend's order")
     parser.add_argument("--title", default="", help="above the figure; default: a single task")
@@ -76,8 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--width {args.width:g}: 2 to 30 inches are possible")
     try:
         outputs = outputs_of(args)
-        runs = [rundir.read_run(path) for path in dict.fromkeys(map(Path, args.run_dirs))]
-        entries = report.entries(runs)
+        entries = report.entries(read_runs(args.run_dirs))
         if args.labels:
             entries = report.relabel(entries, args.labels)
         rows = [report.summary(*entry) for entry in entries]

@@ -272,6 +272,7 @@ def test_scores_that_cannot_be_compared_are_refused(tmp_path):
         (["--normalise", "{none}"], "none.json is damaged"),
         (["--normalise", "{ranges}"], "cartpole is to have [low, high], two numbers, not [5, 5]"),
         (["{none}"], "is not a run directory"),
+        (["{none}/../run"], "../run is given twice: name each run once"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(flags, message, tmp_path, capsys, monkeypatch):
@@ -293,5 +294,5 @@ def test_bad_input_is_one_line_and_writes_nothing(flags, message, tmp_path, caps
 def test_force_replaces(tmp_path):
     run, out = write_run(tmp_path / "run"), tmp_path / "x.png"
     out.write_text("old")
-    compare.main([str(run), str(run), "--out", str(out), "--force"])
+    compare.main([str(run), "--out", str(out), "--force"])
     assert out.read_bytes().startswith(b"\x89PNG")

@@ -33,8 +33,7 @@ def render_run(run_dir: Path | str) -> list[Path]:
 
 def draw(run: rundir.Run) -> list[Path]:
     """Play the chosen seeds and draw their episodes."""
-    final = run.final.mean(-1)
-    rows = ranked(final)
+    rows = ranked(run.final.mean(-1))
     env = envs.make(run.config["env"], len(rows), stagger=False, reset_mode="cached")
     if env.frame is None or env.render is None:
         raise ValueError(f"{env.name} has no drawing")
@@ -44,11 +43,34 @@ def draw(run: rundir.Run) -> list[Path]:
     paths = []
     for i, (rank, row) in enumerate(rows.items()):
         episode = jax.tree.map(lambda x, i=i: x[: lengths[i], i], frames)
-        path = Path(env.render(episode, run.path / "videos" / f"{rank}_s{row:03d}"))
-        seed = f"seed {run.seeds[row]} {run.labels[row]}".strip()
-        print(f"{rank}: {seed}, final return {final[row]:.1f}, {path}", file=sys.stderr)
+        path = Path(env.render(episode, stem_of(run, rank, row)))
+        print(f"{caption(run, rank, row)}, {path}", file=sys.stderr)
         paths.append(path)
     return paths
+
+
+def stem_of(run: rundir.Run, rank: str, row: int) -> Path:
+    """File of a row's picture, without its ending."""
+    return run.path / "videos" / f"{rank}_s{row:03d}"
+
+
+def caption(run: rundir.Run, rank: str, row: int) -> str:
+    """What a picture shows."""
+    seed = f"seed {run.seeds[row]} {run.labels[row]}".strip()
+    return f"{rank}: {seed}, final return {run.final[row].mean():.1f}"
+
+
+def pictures(run: rundir.Run) -> dict[Path, str]:
+    """The pictures of the run that were drawn, and their captions."""
+    final = run.final.mean(-1)
+    rows = ranked(final) if np.isfinite(final).any() else {}
+    found = {}
+    for rank, row in rows.items():
+        for ending in (".gif", ".html"):
+            path = stem_of(run, rank, row).with_suffix(ending)
+            if path.exists():
+                found[path] = caption(run, rank, row)
+    return found
 
 
 def ranked(final: np.ndarray) -> dict[str, int]:

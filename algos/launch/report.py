@@ -69,6 +69,12 @@ def num_shared(parts: list[tuple[str, ...]]) -> int:
     return sum(1 for _ in itertools.takewhile(lambda x: len({*x}) == 1, zip(*parts, strict=False)))
 
 
+def by_task(entries: list[Entry]) -> dict[str, list[Entry]]:
+    """The entries of each task."""
+    tasks = dict.fromkeys(entry.task for entry in entries)
+    return {task: [entry for entry in entries if entry.task == task] for task in tasks}
+
+
 def relabel(entries: list[Entry], labels: list[str]) -> list[Entry]:
     """The entries with these labels, in the order of the legend."""
     known = dict.fromkeys(entry.label for entry in entries)
@@ -271,41 +277,73 @@ def plot_curves(
     xs: tuple[str, ...] = ("steps",),
     width: float = TEXT_WIDTH,
 ) -> None:
-    """Draw greedy evaluation returns: a panel for each task and each of `xs`, of X_LABELS.
-
-    Line: IQM over seeds; band: 95 % bootstrap interval; thin lines: the seeds, if a panel has no
-    more than MAX_THIN. Nothing is smoothed.
-    """
-    from matplotlib.ticker import EngFormatter
-
-    tasks = [*dict.fromkeys(entry.task for entry in entries)]
+    """Draw greedy evaluation returns: a panel for each task and each of `xs`, of X_LABELS."""
+    tasks = by_task(entries)
     panels = [(task, x) for task in tasks for x in xs]
     x_labels = X_LABELS | ({"steps": unit_of_steps(entries)} if "steps" in xs else {})
     look, name = looks(entries), names(entries)
-    title = title or (tasks[0] if len(tasks) == 1 else "")
+    title = title or ("" if len(tasks) > 1 else next(iter(tasks)))
     columns = len(xs) if len(xs) > 1 else int(width / 1.6)
     legend = "IQM and 95 % interval over seeds"
     with figure(path, len(panels), columns, width, title, legend) as axes:
         columns = axes[0].get_gridspec().ncols
         for i, (axis, (task, x)) in enumerate(zip(axes, panels, strict=True)):
-            present = [entry for entry in entries if entry.task == task]
-            thin = sum(len(entry.rows) for entry in present) <= MAX_THIN
-            for label, run, rows in present:
-                color, style = look[label]
-                if thin:
-                    per_seed = run.returns[rows].mean(-1).T
-                    axis.plot(getattr(run, x), per_seed, color=color, alpha=0.3, linewidth=0.5)
-                middle, lo, hi = curve_of(run.returns[rows])
-                axis.fill_between(getattr(run, x), lo, hi, color=color, alpha=0.2, linewidth=0)
-                axis.plot(getattr(run, x), middle, style, color=color, label=name[label])
+            draw_curves(axis, tasks[task], x, look, name)
             if len(tasks) > 1:
                 axis.set_title(task.split("/", 1)[-1].replace("?", "\n?"))
             if i % columns == 0:
                 axis.set_ylabel("greedy return")
             if i + columns >= len(panels):  # nothing below
                 axis.set_xlabel(x_labels[x])
-            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
             axis.locator_params(axis="x", nbins=int(2 * width / columns))
+
+
+def draw_curves(
+    axis: Any,
+    entries: list[Entry],
+    x: str,
+    look: dict[str, tuple[str, str]],
+    name: dict[str, str],
+) -> None:
+    """Draw the entries of one task against `x`, of X_LABELS, with `looks` and names by label.
+
+    Line: IQM over seeds; band: 95 % bootstrap interval; thin lines: the seeds, if there are no
+    more than MAX_THIN. Nothing is smoothed.
+    """
+    from matplotlib.ticker import EngFormatter
+
+    thin = sum(len(entry.rows) for entry in entries) <= MAX_THIN
+    for label, run, rows in entries:
+        color, style = look[label]
+        along = getattr(run, x)
+        if thin:
+            axis.plot(along, run.returns[rows].mean(-1).T, color=color, alpha=0.3, linewidth=0.5)
+        middle, lo, hi = curve_of(run.returns[rows])
+        axis.fill_between(along, lo, hi, color=color, alpha=0.2, linewidth=0)
+        marker = "o" if len(along) == 1 else ""  # one evaluation makes no line
+        axis.plot(along, middle, style, color=color, label=name[label], marker=marker, markersize=3)
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def draw_metric(axis: Any, lines: list[tuple[tuple[str, str], np.ndarray, np.ndarray]]) -> None:
+    """Draw lines of (colour and style, steps [T], values [T, n]): median and range over seeds."""
+    from matplotlib.ticker import EngFormatter
+
+    for (color, style), steps, values in lines:
+        some = np.isfinite(values).any(1)
+        if some.any():
+            x, y = steps[some], values[some]
+            band = np.nanmin(y, 1), np.nanmax(y, 1)
+            axis.fill_between(x, *band, color=color, alpha=0.2, linewidth=0)
+            marker = "o" if len(x) == 1 else ""
+            axis.plot(x, np.nanmedian(y, 1), style, color=color, marker=marker, markersize=3)
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.locator_params(nbins=4)
+    known = np.concatenate([values[np.isfinite(values)] for _, _, values in lines])
+    if 0 < 100 * known.min() < known.max():
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
 
 
 def plot_scores(
@@ -358,14 +396,15 @@ def figure(
             for axis in axes[:count]
             for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
         }
+        below = 0.0
         for ncols in range(len(lines), 0, -1):  # as many columns as the width allows
             place: dict[str, Any] = {"loc": "outside lower center", "ncols": ncols}
             legend = fig.legend(lines.values(), lines.keys(), title=legend_title, **place)
+            below = legend.get_window_extent().height / fig.dpi
             if legend.get_window_extent().width < fig.bbox.width or ncols == 1:
                 break
             legend.remove()
         fig.suptitle(title)
-        below = legend.get_window_extent().height / fig.dpi
         fig.set_figheight(num_rows * height + below + 0.25 * bool(title))
         path.parent.mkdir(parents=True, exist_ok=True)
         kind = path.suffix[1:]
@@ -398,8 +437,8 @@ def summary(label: str, run: rundir.Run, index: np.ndarray) -> dict[str, Any]:
     }
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """Table of the summaries."""
+def summary_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Head and cells of the table of the summaries."""
     head = ["algorithm", "environment", "n", "final greedy return, IQM [95 %]", "episodes"]
     head += ["steps", "train, s", "compile, s", "device"]
     cells = [
@@ -416,7 +455,12 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    return table(head, cells)
+    return head, cells
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Table of the summaries."""
+    return table(*summary_table(rows))
 
 
 def score_summary(label: str, scores: np.ndarray) -> dict[str, Any]:

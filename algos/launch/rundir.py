@@ -277,6 +277,30 @@ def read_final(path: Path, num_rows: int) -> dict[str, np.ndarray]:
     return final
 
 
+def read_metrics(run_dir: Path, num_rows: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Steps [T] and values [T, R] of each metric in metrics.jsonl; ValueError if it is damaged.
+
+    A number of the whole launch is the same for every row. What is null or not finite is NaN.
+    """
+    path = run_dir / "metrics.jsonl"
+    lines = lines_of(path)
+    found: dict[str, list[tuple[float, np.ndarray]]] = {}
+    for i, line in enumerate(lines):
+        step = step_of(line, path, i, len(lines))
+        for name, value in json.loads(line).items() if step < math.inf else ():
+            try:
+                values = np.broadcast_to(np.array(value, np.float64), num_rows)
+            except (ValueError, TypeError):
+                raise ValueError(
+                    f"{path} is damaged in line {i + 1} ({name} has not {num_rows} numbers)"
+                ) from None
+            found.setdefault(name, []).append((step, np.where(np.isfinite(values), values, np.nan)))
+    return {
+        name: (np.array([step for step, _ in records]), np.array([x for _, x in records]))
+        for name, records in found.items()
+    }
+
+
 def returns_of(policy: str) -> str:
     """Name of the array with the returns of a policy: "" is the main one, others are `further`."""
     return f"{policy}{FURTHER}" if policy else "returns"
@@ -328,7 +352,7 @@ def write_final(run_dir: Path, final: dict[str, np.ndarray]) -> None:
 def rewind(run_dir: Path, step: int, write: bool) -> dict[str, list]:
     """The evaluations up to `step`; if `write`, drop what metrics.jsonl has after it."""
     path = run_dir / "metrics.jsonl"
-    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    lines = lines_of(path)
     kept = "".join(x for i, x in enumerate(lines) if step_of(x, path, i, len(lines)) <= step)
     if write:
         write_atomic(path, lambda file: file.write(kept.encode()))
@@ -345,6 +369,11 @@ def rewind(run_dir: Path, step: int, write: bool) -> dict[str, list]:
         "seconds": [float(run.seconds[i]) for i in keep],
         **{name: [x[:, i] for i in keep] for name, x in per_row.items()},
     }
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of metrics.jsonl with their ends; none without the file."""
+    return path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
 
 
 def step_of(line: str, path: Path, number: int, count: int) -> float:
