@@ -293,10 +293,19 @@ def other_version(run_dir):
     (run_dir / "config.json").write_text(json.dumps(saved))
 
 
+def no_evaluations(run_dir):
+    """Of a run that had come to its end, and whose metrics go on after its checkpoint."""
+    (run_dir / "eval.npz").write_text("")
+    (run_dir / "final.npz").write_text("")
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write('{"global_step": 192}\n')
+
+
 @pytest.mark.parametrize(
     ("harm", "flags", "message"),
     [
         (truncate, [], r"000000003.npz is damaged"),
+        (no_evaluations, [], r"eval.npz is damaged"),
         (corrupt, [], r"000000003.npz is damaged"),
         (foreign, [], r"not a run directory"),
         (unreadable, [], r"not a run directory"),

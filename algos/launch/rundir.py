@@ -225,9 +225,13 @@ def read_run(run_dir: Path | str) -> Run:
     """Read a run directory; ValueError if it is not one."""
     path = Path(run_dir)
     saved = read_description(path)
-    rows = saved["rows"]
-    if not all(isinstance(rows.get(name), list) for name in ("seeds", "labels")):
-        raise ValueError(f"{path / 'config.json'} is damaged or not ours (no seeds or labels)")
+    rows, kinds = saved["rows"], {"seeds": int, "labels": str}
+    lists = all(
+        isinstance(rows.get(name), list) and {type(x) for x in rows[name]} == {kind}
+        for name, kind in kinds.items()
+    )
+    if not lists or len(rows["seeds"]) != len(rows["labels"]):
+        raise ValueError(f"{path / 'config.json'} is damaged or not ours (no seeds and labels)")
     num_rows = len(rows["seeds"])
     evals = read_evals(path / "eval.npz", num_rows)
     further = further_of(evals)
@@ -354,9 +358,15 @@ def rewind(run_dir: Path, step: int, write: bool) -> dict[str, list]:
     path = run_dir / "metrics.jsonl"
     lines = lines_of(path)
     kept = "".join(x for i, x in enumerate(lines) if step_of(x, path, i, len(lines)) <= step)
+    evals = evals_until(run_dir, step)
     if write:
         write_atomic(path, lambda file: file.write(kept.encode()))
-    if not (run_dir / "eval.npz").exists():  # stopped before the first evaluation
+    return evals
+
+
+def evals_until(run_dir: Path, step: int) -> dict[str, list]:
+    """The evaluations up to `step`, as `write_evals` takes them."""
+    if not (run_dir / "eval.npz").exists():  # stopped before the first one
         return {}
     run = read_run(run_dir)
     keep = np.flatnonzero(run.steps <= step)

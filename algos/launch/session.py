@@ -182,10 +182,10 @@ class Session:
                 f"{self.run_dir} is complete ({self.update} updates): "
                 "raise --total-timesteps to train on"
             )
+        self.evals = rundir.rewind(self.run_dir, self.step, write=self.lead)
         if self.lead:  # these describe a shorter run
             done.unlink(missing_ok=True)
             (self.run_dir / "final.npz").unlink(missing_ok=True)
-        self.evals = rundir.rewind(self.run_dir, self.step, write=self.lead)
 
     def devices(self) -> list[jax.Device]:
         """The devices of this host that train."""
