@@ -8,7 +8,7 @@ groups:
              P3O, A2C and SAC on some of them
   bpo        the settings of BPO's authors, with mu and without; other clips and other behaviour
              policies on one task. A step costs 140 passes over it, about 1 ms on 2 CPU cores
-  std        PPO's initial standard deviation: a search
+  std        the search of PPO's initial standard deviation, exp(log_std_init)
 """
 
 import sys
@@ -62,8 +62,8 @@ GROUPS: dict[str, list[Job]] = {
     ],
     "std": [
         Job(v5(task), f"log_std_{x}", "ppo", f"--log-std-init {x} {STEPS}")
-        for task in ("HalfCheetah", "Ant")
-        for x in (0, -0.5, -1, -2)
+        for task in BPO
+        for x in (0, -1, -2)
     ],
 }
 
