@@ -14,6 +14,8 @@ from algos import bnpo
 from algos.launch import rundir
 from experiments import diagnose_bnpo
 
+pytestmark = pytest.mark.xdist_group("test_diagnose_bnpo")  # one worker makes the fixtures
+
 CONFIG = tiny.config_of("bnpo", hidden=(16,))
 NUM_ENVS, NUM_ROWS = 20, 60
 NO_NOISE = jnp.zeros((4, 16)), jnp.zeros((16, 2))

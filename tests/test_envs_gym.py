@@ -274,9 +274,7 @@ OTHER_CONTACTS = {"Ant-v5", "Humanoid-v5", "HumanoidStandup-v5"}
 @pytest.mark.parametrize(
     "task",
     [
-        task
-        if task in ("InvertedPendulum-v5", "Reacher-v5")
-        else pytest.param(task, marks=pytest.mark.slow)
+        task if task == "Reacher-v5" else pytest.param(task, marks=pytest.mark.slow)
         for task in TASKS
     ],
 )

@@ -1,10 +1,13 @@
 """Every algorithm is complete: file, docs page, README row, preset; and the docs say what runs."""
 
+import argparse
 import ast
 import dataclasses
+import importlib
 import itertools
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import jax
@@ -174,19 +177,70 @@ def test_nothing_outside_the_adapters_imports_a_simulator():
         assert not found & {"brax", "mujoco", "gymnax", "mujoco_playground"}, path
 
 
+class ParsedError(Exception):
+    """Ends a program once it has read its arguments; `args[0]` are those it does not know."""
+
+
+def parse_only(program, argv, monkeypatch):
+    """Read the arguments of one of our programs with its own parser; returns those left over."""
+    read = argparse.ArgumentParser.parse_known_args
+
+    def stop(parser, *args, **kwargs):
+        raise ParsedError(read(parser, *args, **kwargs)[1])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
+        patch.setattr(sys, "argv", [program, *argv])
+        with pytest.raises(ParsedError) as parsed:
+            importlib.import_module(program.removesuffix(".py").replace("/", ".")).main()
+    return parsed.value.args[0]
+
+
+def check_launch(name, argv):
+    """ValueError if a launch of `algos/name.py` would refuse these arguments."""
+    module = tiny.module_of(name)
+    config, _ = cli.parse(name, module.Config, module.PRESETS, argv)
+    common.check(config)
+    envs.canonical(config.env)
+
+
+def after(argv, flag):
+    """The values that follow a flag."""
+    start = argv.index(flag) + 1
+    return list(itertools.takewhile(lambda x: not x.startswith("--"), argv[start:]))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_in_the_docs_parse(page):
+def test_commands_in_the_docs_parse(page, monkeypatch):
     for command in commands(page):
         program, argv = words(command)
         assert (ROOT / program).exists(), command
-        name = Path(program).stem
-        if not program.startswith("algos/") or "..." in command:
+        if program.startswith("algos/") and "..." in command:
             continue
-        module = tiny.module_of(name)
+        if "--resume" in argv:  # there is no such run here
+            start = argv.index("--resume")
+            del argv[start : start + 2]
         argv = [x for x in argv if x != "--help"]
-        config, _ = cli.parse(name, module.Config, module.PRESETS, argv)
-        common.check(config)
-        envs.canonical(config.env)
+        if program.startswith("algos/"):
+            check_launch(Path(program).stem, argv)
+            continue
+        left = parse_only(program, argv, monkeypatch)
+        if program != "experiments/grid.py":
+            assert not left, f"{command}: unknown {left}"
+            continue
+        for algo, env in itertools.product(after(argv, "--algos"), after(argv, "--envs")):
+            check_launch(algo, ["--env", env, *left])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_in_the_docs_imports_what_exists(page):
+    """Imports of our packages; some pages use others that an extra installs."""
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                code = ast.unparse(node)
+                if re.match(r"(from|import) (algos|envs|experiments)\b", code):
+                    exec(code, {})
 
 
 def test_the_readme_has_commands():
