@@ -17,6 +17,7 @@ import tiny
 import envs
 from algos import common
 from algos.launch import cli
+from algos.launch.rows import make_rows
 
 ROOT = Path(__file__).parents[1]
 SHARED = {"__init__", "common"}
@@ -199,7 +200,8 @@ def parse_only(program, argv, monkeypatch):
 def check_launch(name, argv):
     """ValueError if a launch of `algos/name.py` would refuse these arguments."""
     module = tiny.module_of(name)
-    config, _ = cli.parse(name, module.Config, module.PRESETS, argv)
+    config, launch = cli.parse(name, module.Config, module.PRESETS, argv)
+    make_rows(launch, config, module.TRACEABLE)
     common.check(config)
     envs.canonical(config.env)
 
