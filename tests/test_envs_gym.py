@@ -274,7 +274,7 @@ OTHER_CONTACTS = {"Ant-v5", "Humanoid-v5", "HumanoidStandup-v5"}
 @pytest.mark.parametrize(
     "task",
     [
-        task if task == "Reacher-v5" else pytest.param(task, marks=pytest.mark.slow)
+        task if task == "InvertedPendulum-v5" else pytest.param(task, marks=pytest.mark.slow)
         for task in TASKS
     ],
 )
