@@ -132,9 +132,9 @@ for _ in range(3):
 
 
 def test_devices_step_at_the_same_time():
-    """On 1, 2 and 8 devices the same bits, and no deadlock."""
+    """On 1 and 8 devices the same bits, and no deadlock."""
     digests = set()
-    for num_devices in (1, 2, 8):
+    for num_devices in (1, 8):
         run = subprocess.run(
             [sys.executable, "-c", PROGRAM, str(num_devices)],
             cwd=Path(__file__).parents[1],
