@@ -477,6 +477,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gym": {
         "total_timesteps": 1_000_000, "num_envs": 16, "num_steps": 128, "num_epochs": 10,
         "num_minibatches": 16, "anneal_lr": True, "normalize_obs": True, "normalize_reward": True,
+        "log_std_init": -1.0,
     },
     **dict.fromkeys(("brax", "playground"), PHYSICS),
     # tasks
