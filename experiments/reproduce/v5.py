@@ -35,6 +35,7 @@ ALGOS = {
 }
 AUTHORS = {"ppo_gsde": "", "bpo_zero": "ppo_bpo_zero"}
 CLIPS = ["zero1.0", "zero1.0_1.5", "zero1.5_traj"]
+STD = {"Hopper": (0, -1), "HalfCheetah": (0, -0.5, -1), "Walker2d": (0,), "Ant": (-1,)}
 STEPS = "--num-evals 10"
 
 
@@ -62,8 +63,8 @@ GROUPS: dict[str, list[Job]] = {
     ],
     "std": [
         Job(v5(task), f"log_std_{x}", "ppo", f"--log-std-init {x} {STEPS}")
-        for task in BPO
-        for x in (0, -1, -2)
+        for task, values in STD.items()
+        for x in values
     ],
 }
 
