@@ -204,7 +204,6 @@ def test_evaluations_fit_the_console(capsys):
     assert lines == [
         "123M/988M | IQM -3.889e+05 [-6.543e+05, -1.235e+05] | 2/3 alive | 1.23M steps/s,"
         " all seeds | 10:00:00 left",
-        "greedy return: IQM over seeds [worst seed, best seed]",
         "0/988M | start",
         "  gamma=0.9 | IQM -3.889e+05 [-6.543e+05, -1.235e+05] | 2/3 alive",
         "  gamma=0.99 | IQM -3.889e+05 [-6.543e+05, -1.235e+05] | 2/3 alive",

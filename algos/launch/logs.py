@@ -128,6 +128,7 @@ class Log:
     @contextlib.contextmanager
     def progress(self, total: int, done: int):
         """Progress bar over steps, with speed and time left; terminals only."""
+        self.say("greedy return: IQM over seeds [worst seed, best seed]")
         hidden = self.verbose < 1 or not self.console.isatty()
         self.bar = tqdm.tqdm(
             total=total,
@@ -155,8 +156,6 @@ class Log:
         left: float | None,
     ) -> None:
         """The mean returns [n] of the seeds, NaN where dead, by swept value; one line a value."""
-        if not step:
-            self.say("greedy return: IQM over seeds [worst seed, best seed]")
         pace = f"{short(speed)} steps/s, all seeds | {clock(left)} left" if step else "start"
         texts = {label: spread(x) for label, x in returns.items()}
         if len(texts) == 1:

@@ -194,12 +194,12 @@ class Session:
     def plan(self) -> str:
         """What will run, and where."""
         config, devices = self.config, self.devices()
-        noun = "rows" if self.launch.sweep else "seeds"
+        rows = f"{len(self.rows.seeds)} {'rows' if self.launch.sweep else 'seeds'}"
+        where = f"{len(devices)} x {devices[0].device_kind}"
         return (
-            f"{self.name} on {envs.canonical(config.env)}: {len(self.rows.seeds)} {noun} x "
-            f"{config.num_updates * config.steps_per_update:,} steps "
-            f"({config.num_updates:,} updates of {config.steps_per_update:,}) "
-            f"on {len(devices)} x {devices[0].device_kind}\n"
+            f"{self.name} on {envs.canonical(config.env)}, {where}\n"
+            f"{rows} x {config.num_updates * config.steps_per_update:,} steps "
+            f"({config.num_updates:,} updates of {config.steps_per_update:,})\n"
             f"run directory: {self.run_dir}"
         )
 
