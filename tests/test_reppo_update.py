@@ -2,10 +2,7 @@
 
 import dataclasses
 import math
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +12,7 @@ import pytest
 import tiny
 
 import envs
-from algos import reppo
+from algos import launch, reppo
 from envs.wrappers import RawEnv, raw_state
 
 # In one worker, so that updates are compiled once.
@@ -346,14 +343,13 @@ def test_a_support_that_is_too_small_is_a_warning():
     assert len(caught) == 1
 
 
-def test_the_warning_is_one_line_before_anything_compiles(tmp_path):
+def test_the_warning_is_one_line_before_anything_compiles(tmp_path, capsys):
     (tmp_path / "file").touch()  # no directory can be under it: the launch ends before it traces
-    command = [sys.executable, "algos/reppo.py", "--env", "pendulum", "--vmin", "-9"]
-    command += ["--run-dir", str(tmp_path / "file" / "run")]
-    root = Path(reppo.__file__).parents[1]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    lines = done.stderr.splitlines()
-    assert done.returncode == 2
+    argv = ["--env", "pendulum", "--vmin", "-9", "--run-dir", str(tmp_path / "file" / "run")]
+    with pytest.raises(SystemExit) as end:
+        launch.main("reppo", argv)
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2
     assert lines[0].startswith("warning: values can be -162.8 to 0 by reward_range")
     assert not any("values can be" in line for line in lines[1:])
     assert lines[-1].startswith("error: ")
