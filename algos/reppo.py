@@ -80,7 +80,7 @@ class Config:
     # objective
     gamma: UnitFloat = 0.99  # discount
     td_lambda: UnitFloat = 0.95  # lambda of TD(lambda)
-    # loss of a state: L(s) below the bound, else beta KL(s) (clipped); both (full); L(s) (value)
+    # loss of a state. clipped: L(s) below the bound, else beta KL(s); full: their sum; value: L(s)
     kl_mode: Literal["clipped", "full", "value"] = "clipped"
     kl_bound: NonNegativeFloat = 0.1  # bound on the KL of a state and on its mean, in nats
     kl_estimator: Literal["sampled", "exact"] = "sampled"  # mean over samples, or closed form
@@ -99,7 +99,7 @@ class Config:
     # observations and rewards
     normalize_obs: bool = True  # standardise observations by running statistics
     reward_scale: PositiveFloat = 1.0  # factor on rewards; logged returns are not scaled
-    reward_range: tuple[float, float] = (0.0, 0.0)  # smallest and largest, to check vmin and vmax
+    reward_range: tuple[float, float] = (0.0, 0.0)  # bounds of rewards, only to check vmin and vmax
 
     # networks
     hidden: tuple[PositiveInt, ...] = (512, 512)  # hidden layers of the actor
@@ -140,7 +140,7 @@ class Config:
 
 # --- networks ---
 
-MAX_ACTION = 0.999  # actions are clipped to this before the environment and the critic see them
+MAX_ACTION = 0.999  # bound of the rollout's actions; those drawn in targets and losses have none
 MAX_SAMPLE = math.atanh(1.0 - 1e-4)  # the published estimate of the KL clips its samples to this
 
 
@@ -249,8 +249,8 @@ def soft_td_lambda(reward, bonus, next_value, terminated, truncated, gamma, lam)
     """Soft TD(lambda) targets [T, N]; arrays [T, N].
 
     `bonus` is the discounted entropy bonus of the next state, and `next_value` its value. A
-    terminated step gets neither. A truncated step and the last step bootstrap from `next_value`
-    alone; the other steps mix it with the next target.
+    terminated step gets neither. A truncated step bootstraps from `next_value` alone, and so does
+    the last step, where the scan starts from it; the other steps mix it with the next target.
     """
     soft_reward = reward + jnp.where(terminated, 0.0, bonus)
 
@@ -318,8 +318,8 @@ def policy_loss(sac_loss, kl, kl_coef, kl_bound, mode):
 def dual_loss(temperature, kl_coef, surplus, slack):
     """Loss of the multipliers: each one falls while its constraint holds, and rises otherwise.
 
-    `surplus` is the mean entropy above its target, `slack` the mean KL below its bound. The policy
-    gets no gradient.
+    The temperature (alpha) follows `surplus`, the mean entropy minus its target; kl_coef (beta)
+    follows `slack`, the KL bound minus the mean KL. The policy gets no gradient.
     """
     surplus, slack = jax.lax.stop_gradient((surplus, slack))
     return temperature * surplus + kl_coef * slack
@@ -530,7 +530,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         keys = jax.random.split(key_epochs, config.num_epochs)
         state, aux = jax.lax.scan(lambda state, key: epoch(state, batch, key), state, keys)
 
-        # Means are over the steps not skipped. Without any they are NaN, and the seed has failed.
+        # Means over the steps not skipped. If all are skipped, they are NaN: the seed has failed.
         skipped = aux.pop("health/skipped_steps")
         metrics = {name: x.mean(where=~skipped) for name, x in aux.items()}
         metrics |= common.run_metrics(info, (state.params, metrics["losses/qf_loss"]))
@@ -621,7 +621,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         **CPU_DMC, "num_envs": 512, "num_steps": 16, "num_minibatches": 32, "critic_loss": "mse",
         "kl_bound": 0.1, "target_entropy_mult": 0.5,
     },
-    # Brax's tasks: the authors' rewards and supports, published without results
+    # Brax's tasks: the authors' reward scale and supports, published without results
     **dict.fromkeys(("ant", "halfcheetah", "hopper", "walker2d"), BRAX),
     "humanoid": {**BRAX, "vmax": 200.0},
     # the authors' sizes; those of DeepMind Control and of the humanoid robots have a support too

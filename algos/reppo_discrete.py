@@ -23,8 +23,8 @@ Differences from reppo.py, which is the published algorithm:
 1. Values, entropies and the KL are exact. Only the actions of the rollout are samples.
 2. The critic takes the observation alone and has a histogram for each action. Only the histogram of
    the action taken is trained. The action is an input of the auxiliary prediction instead.
-3. The target of the mean entropy is `target_entropy_mult` log(number of actions).
-4. There is one variant of each part, and there are no privileged observations.
+3. The target of the mean entropy is `target_entropy_mult` times log(number of actions).
+4. The loss, the critic and the layers have no variants. There are no privileged observations.
 
     python algos/reppo_discrete.py --env cartpole --num-seeds 16
     python algos/reppo_discrete.py --env breakout --num-seeds 4
@@ -92,7 +92,7 @@ class Config:
     # observations and rewards
     normalize_obs: bool = True  # standardise observations by running statistics
     reward_scale: PositiveFloat = 1.0  # factor on rewards; logged returns are not scaled
-    reward_range: tuple[float, float] = (0.0, 0.0)  # smallest and largest, to check vmin and vmax
+    reward_range: tuple[float, float] = (0.0, 0.0)  # bounds of rewards, only to check vmin and vmax
 
     # networks
     hidden: tuple[PositiveInt, ...] = (128, 128)  # hidden layers of the actor
@@ -133,7 +133,7 @@ class Config:
 
 
 class Prediction(NamedTuple):
-    """What the critic returns; `predicted` is None if it gets no actions."""
+    """What the critic returns; `predicted` is None if the critic gets no action."""
 
     value: jax.Array  # [..., A], Q
     logits: jax.Array  # [..., A, num_bins] of the histograms
@@ -234,8 +234,8 @@ def soft_td_lambda(reward, bonus, next_value, terminated, truncated, gamma, lam)
     """Soft TD(lambda) targets [T, N]; arrays [T, N].
 
     `bonus` is the discounted entropy bonus of the next state, and `next_value` its value. A
-    terminated step gets neither. A truncated step and the last step bootstrap from `next_value`
-    alone; the other steps mix it with the next target.
+    terminated step gets neither. A truncated step bootstraps from `next_value` alone, and so does
+    the last step, where the scan starts from it; the other steps mix it with the next target.
     """
     soft_reward = reward + jnp.where(terminated, 0.0, bonus)
 
@@ -290,8 +290,8 @@ def policy_loss(sac_loss, kl, kl_coef, kl_bound):
 def dual_loss(temperature, kl_coef, surplus, slack):
     """Loss of the multipliers: each one falls while its constraint holds, and rises otherwise.
 
-    `surplus` is the mean entropy above its target, `slack` the mean KL below its bound. The policy
-    gets no gradient.
+    The temperature (alpha) follows `surplus`, the mean entropy minus its target; kl_coef (beta)
+    follows `slack`, the KL bound minus the mean KL. The policy gets no gradient.
     """
     surplus, slack = jax.lax.stop_gradient((surplus, slack))
     return temperature * surplus + kl_coef * slack
@@ -487,7 +487,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         keys = jax.random.split(key_epochs, config.num_epochs)
         state, aux = jax.lax.scan(lambda state, key: epoch(state, batch, key), state, keys)
 
-        # Means are over the steps not skipped. Without any they are NaN, and the seed has failed.
+        # Means over the steps not skipped. If all are skipped, they are NaN: the seed has failed.
         skipped = aux.pop("health/skipped_steps")
         metrics = {name: x.mean(where=~skipped) for name, x in aux.items()}
         metrics |= common.run_metrics(info, (state.params, metrics["losses/qf_loss"]))
