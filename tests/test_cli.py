@@ -34,16 +34,16 @@ def test_defaults_then_task_preset_then_named_presets_then_flags():
 
 def test_a_preset_applies_under_every_name_of_its_task():
     for name in ("pendulum", "gymnax/Pendulum-v1"):
-        assert cli.preset_of(name, {"pendulum": {"gamma": 0.9}}) == {"gamma": 0.9}
-    assert cli.preset_of("brax/ant?backend=spring", {"ant": {"gamma": 0.9}}) == {"gamma": 0.9}
-    assert cli.preset_of("acrobot", {"pendulum": {"gamma": 0.9}}) == {}
+        assert cli.task_values(name, {"pendulum": {"gamma": 0.9}}) == {"gamma": 0.9}
+    assert cli.task_values("brax/ant?backend=spring", {"ant": {"gamma": 0.9}}) == {"gamma": 0.9}
+    assert cli.task_values("acrobot", {"pendulum": {"gamma": 0.9}}) == {}
 
 
 def test_a_source_has_a_preset_for_its_tasks_that_have_none():
     presets = {"gym": {"gamma": 0.9}, "Hopper-v5": {"gamma": 0.8}}
-    assert cli.preset_of("gym/Hopper-v5?engine=mjx", presets) == {"gamma": 0.8}
-    assert cli.preset_of("Ant-v5", presets) == {"gamma": 0.9}
-    assert cli.preset_of("hopper", presets) == {}
+    assert cli.task_values("gym/Hopper-v5?engine=mjx", presets) == {"gamma": 0.8}
+    assert cli.task_values("Ant-v5", presets) == {"gamma": 0.9}
+    assert cli.task_values("hopper", presets) == {}
 
 
 @pytest.mark.parametrize("algorithm", [ppo, bpo, reppo])

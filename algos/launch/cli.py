@@ -42,7 +42,8 @@ class Launch:
     final_episodes: PositiveInt = 128
     """at least this many episodes in the last evaluation, which tables quote"""
     stop_at_return: float | None = None
-    """export a seed as partial_sNNN.npz once two evaluations in a row reach this; it trains on"""
+    """export a seed as partial_sNNN.npz once two evaluations in a row reach this; its training
+    continues"""
     run_dir: str = ""
     """directory to write; empty: runs/ENV/ALGO/TIME_sSEEDxSEEDS_HASH"""
     resume: str = ""
@@ -91,9 +92,9 @@ def config_for(
 
     Raises ValueError in one line for an unknown environment, preset or field, or a bad value.
     """
-    values = {"env": env} | preset_of(env, presets)
+    values = {"env": env} | task_values(env, presets)
     for name in names:
-        values |= named(name, presets)
+        values |= preset_values(name, presets)
     fields = [field.name for field in dataclasses.fields(config_type)]
     for field in changes:
         if field not in fields:
@@ -106,10 +107,11 @@ def config_for(
 def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str] | None = None):
     """Read the command line: defaults, the task's preset, named presets, then flags.
 
-    Returns `(config, launch)`, of which the caller checks the former. Raises ValueError in one line
-    for what cannot be read.
+    Returns `(config, launch)`; checking the config is left to the caller. Raises ValueError in one
+    line for what cannot be read.
     """
     argv = with_sweeps(dashed(sys.argv[1:] if argv is None else argv), config_type)
+    # These three decide the defaults of all other flags.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--env")
     first.add_argument("--preset", nargs="*", default=[])
@@ -130,18 +132,18 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
     else:
         config, launch = config_type(), Launch()
         config = dataclasses.replace(config, env=chosen.env or config.env)
-        config = dataclasses.replace(config, **preset_of(config.env, presets))
-    saved_config = config
+        config = dataclasses.replace(config, **task_values(config.env, presets))
+    saved_config = config  # of a resumed run
     for preset in chosen.preset:
-        config = dataclasses.replace(config, **named(preset, presets))
+        config = dataclasses.replace(config, **preset_values(preset, presets))
 
     class Arguments(NamedTuple):
         config: Annotated[config_type, tyro.conf.arg(name="")]  # type: ignore[valid-type]
         launch: Annotated[Launch, tyro.conf.arg(name="")]
 
-    said = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(stderr):
             arguments, unknown = tyro.cli(
                 Arguments,
                 prog=f"python algos/{name}.py",
@@ -153,18 +155,11 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
             )
     except SystemExit as end:
         if end.code:
-            raise ValueError(unboxed(said.getvalue())) from None
+            raise ValueError(unboxed(stderr.getvalue())) from None
         raise  # after --help
     if unknown:
         fields = [*dataclasses.fields(config), *dataclasses.fields(launch)]
-        flags = ["--" + field.name.replace("_", "-") for field in fields]
-        if unknown[0].lower() in ("true", "false", "yes", "no"):
-            words = [word for arg in argv for word in arg.split("=", 1)]
-            flag = words[words.index(unknown[0]) - 1].removeprefix("--")
-            raise ValueError(f"--{flag} takes no value: write --{flag} or --no-{flag}")
-        if not unknown[0].startswith("-"):
-            raise ValueError(f"unknown argument {unknown[0]!r}: it is the value of no flag")
-        raise ValueError(f"unknown argument {unknown[0]!r}: {nearest(unknown[0], flags)}")
+        raise ValueError(about_unknown(unknown[0], argv, [field.name for field in fields]))
     if chosen.resume:
         check_resumable(saved_config, arguments.config)
         check_resumable(launch, arguments.launch)
@@ -172,16 +167,28 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
     return arguments
 
 
+def about_unknown(word: str, argv: list[str], fields: list[str]) -> str:
+    """What is wrong with a word of `argv` that is no flag and no value of one."""
+    if word.lower() in ("true", "false", "yes", "no"):
+        words = [word for arg in argv for word in arg.split("=", 1)]
+        flag = words[words.index(word) - 1].removeprefix("--")
+        return f"--{flag} takes no value: write --{flag} or --no-{flag}"
+    if not word.startswith("-"):
+        return f"unknown argument {word!r}: it is the value of no flag"
+    flags = ["--" + field.replace("_", "-") for field in fields]
+    return f"unknown argument {word!r}: {nearest(word, flags)}"
+
+
 def unboxed(text: str) -> str:
-    """What is wrong, in one line, from tyro's box: a title, that, a ruler, help."""
+    """The problem, in one line, from the box that tyro prints: title, problem, ruler, help."""
     _, *lines = (line.strip("│ ") for line in text.splitlines())
-    ruler = lambda line: not line.strip("─-")  # one is below the title too where all is ASCII
-    what = itertools.takewhile(lambda x: not ruler(x), itertools.dropwhile(ruler, lines))
-    return " ".join(what).removeprefix("Error parsing ").replace(" .", ".")
+    ruler = lambda line: not line.strip("─-")  # a box in ASCII has one below the title too
+    problem = itertools.takewhile(lambda x: not ruler(x), itertools.dropwhile(ruler, lines))
+    return " ".join(problem).removeprefix("Error parsing ").replace(" .", ".")
 
 
 def dashed(argv: list[str]) -> list[str]:
-    """`argv` with the names of flags in dashes, for underscores; values keep theirs."""
+    """`argv` with dashes for the underscores in names of flags; values keep theirs."""
     return [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), arg) for arg in argv]
 
 
@@ -198,7 +205,7 @@ NUMBERS = tyro.constructors.ConstructorRegistry()
 
 @NUMBERS.primitive_rule
 def whole_number(info: Any) -> Any:
-    """How an int is read: also as people write large ones, 1e6 and 1_000_000."""
+    """Read an int, which may also be written as 1e6 or 1_000_000."""
     if info.type is not int:
         return None
 
@@ -221,10 +228,10 @@ def whole_number(info: Any) -> Any:
 
 
 def with_sweeps(argv: list[str], config_type: type) -> list[str]:
-    """`argv` with `--gamma 0.9 0.99`, several values of a number, as `--sweep gamma=0.9,0.99`."""
+    """`argv` with all sweeps behind one `--sweep`: `--gamma 0.9 0.99` becomes `gamma=0.9,0.99`."""
     numbers = {name for name, kind in get_type_hints(config_type).items() if kind is float}
     field_of = lambda flag: flag.partition("=")[0].removeprefix("--").replace("-", "_")
-    groups: list[list[str]] = [[]]  # a flag and its values each, but for what comes before any
+    groups: list[list[str]] = [[]]  # words before any flag, then each flag and its values
     for arg in argv:
         if not arg.startswith("--"):
             groups[-1].append(arg)
@@ -255,7 +262,7 @@ def is_number(text: str) -> bool:
     return True
 
 
-def named(name: str, presets: dict[str, dict]) -> dict[str, Any]:
+def preset_values(name: str, presets: dict[str, dict]) -> dict[str, Any]:
     """The values of a preset; ValueError if there is none of this name."""
     if name not in presets:
         raise ValueError(f"unknown preset {name!r}: {nearest(name, presets)}")
@@ -272,14 +279,14 @@ def task_preset(env: str, presets: Iterable[str]) -> str | None:
     return None
 
 
-def preset_of(env: str, presets: dict[str, dict]) -> dict[str, Any]:
+def task_values(env: str, presets: dict[str, dict]) -> dict[str, Any]:
     """The values that a task changes; {} if it has no preset."""
     name = task_preset(env, presets)
     return presets[name] if name else {}
 
 
 def nearest(word: str, known: Any) -> str:
-    """Phrase that lists the nearest of the `known` words."""
+    """Phrase that lists the nearest of the `known` words; all of them if none is near."""
     near = difflib.get_close_matches(word, list(known), n=4, cutoff=0.4)
     return f"did you mean {', '.join(near)}?" if near else f"choose from {', '.join(known)}"
 
@@ -289,7 +296,7 @@ def check_resumable(saved: Any, wanted: Any) -> None:
     for field in dataclasses.fields(saved):
         old, new = getattr(saved, field.name), getattr(wanted, field.name)
         same = old == new
-        if field.name == "run_dir":  # under any name
+        if field.name == "run_dir":  # one folder has several paths
             same = Path(old).expanduser().resolve() == Path(new).expanduser().resolve()
         if not same and field.name not in RESUMABLE:
             raise ValueError(
