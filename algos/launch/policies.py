@@ -1,7 +1,8 @@
 """Exported policies: one file each, with all that is needed to play it.
 
-It holds the arrays of `policy_of`, the algorithm and its configuration, what goes in and out, and
-where the policy comes from. It loads without its run directory and without the task's simulator.
+The file is an .npz: the arrays of `policy_of`, and metadata, which docs/policies.md lists: the
+algorithm and its configuration, what goes in and out, and where the policy comes from. It loads
+without its run directory and without the task's simulator.
 """
 
 import dataclasses
@@ -19,7 +20,8 @@ import envs
 from algos.launch import rundir
 from envs import wrappers
 
-FORMAT = 1  # of the metadata in a policy's file; files of older versions have none
+# Of the metadata. The oldest files have no format; a file of a later format is refused.
+FORMAT = 1
 
 
 def interface_of(env: envs.Env) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def save_policy(
 
 
 def stand_in(config: Any, interface: dict[str, Any]) -> envs.Env:
-    """Environments of these shapes in which nothing happens: building an Algo needs no more."""
+    """Environments of the interface's shapes in which nothing happens: enough to build an Algo."""
     obs, action = interface["obs"], interface["action"]
     privileged_size = obs.get("privileged_size", 0)
     size = obs["size"] + privileged_size
@@ -74,7 +76,7 @@ def stand_in(config: Any, interface: dict[str, Any]) -> envs.Env:
 def describe_policy(path: Path) -> dict[str, Any]:
     """The metadata of an exported policy, with algo and config; ValueError if there is none.
 
-    For a file of an older version, the config.json of its run is read too.
+    A file without a format needs the config.json of its run beside it.
     """
     if not path.is_file():
         folder = path if path.is_dir() else path.parent
@@ -99,7 +101,7 @@ def load_algo(
     With the `interface` of a policy they are a `stand_in`, and the task is not loaded.
     """
     module = importlib.import_module(f"algos.{name}")
-    # Fields of an older version that are gone do not matter: a policy's shapes are checked.
+    # Ignore fields that a later version removed: arrays that do not fit are refused on loading.
     config = rundir.from_json(module.Config, values, extra="ignore")
     env = stand_in(config, interface) if interface else module.make_env(config)
     return env, module.build(config, env)
@@ -108,6 +110,7 @@ def load_algo(
 def read_policy(path: Path) -> tuple[envs.Env, Any, Any]:
     """Environments, Algo and parameters of an exported policy; ValueError if there is none."""
     about = describe_policy(path)
+    # A file without a format has no interface, so its task is loaded.
     env, algo = load_algo(about["algo"], about["config"], about if "format" in about else None)
     template = jax.eval_shape(lambda key: algo.policy_of(algo.init(key)), jax.random.key(0))
     return env, algo, rundir.load_tree(path, template)[0]
@@ -117,7 +120,8 @@ def act_of(env: envs.Env, algo: Any, policy: Any) -> Callable:
     """The policy that `read_policy` read as act(obs, key=None), a function for compiled code."""
 
     def act(obs, key=None):
-        action = algo.act(policy, obs, jax.random.key(0) if key is None else key, key is None)
+        greedy = key is None
+        action = algo.act(policy, obs, jax.random.key(0) if greedy else key, greedy)
         return action if env.discrete else jnp.clip(action, -1.0, 1.0)
 
     return act
