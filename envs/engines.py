@@ -36,7 +36,7 @@ from mujoco.batch import Batch
 
 from envs import mjx, viewer
 
-# Otherwise every unstable simulation is a line in ./MUJOCO_LOG.TXT and on the terminal.
+# Otherwise every unstable simulation writes a line to ./MUJOCO_LOG.TXT and to the terminal.
 mujoco.set_mju_user_warning(lambda message: None)
 
 
@@ -83,13 +83,13 @@ UNSTABLE = [
     int(getattr(mujoco.mjtWarning, f"mjWARN_BAD{part}"))
     for part in ("QPOS", "QVEL", "QACC", "CTRL")
 ]
-COUNT = 1  # second entry of a warning
+COUNT = 1  # index of the count in a row of Batch.warning
 
 
 def _c(physics: Physics) -> Engine:
     """State: float64 [nstate + memory_size], as uint32 of twice the length: jax has no float64.
 
-    nstate is the size of mjSTATE_INTEGRATION, which determines all that follows.
+    Its first nstate numbers are mjSTATE_INTEGRATION, from which the physics continues exactly.
     """
     model = physics.model
     # Devices step at the same time: they divide the CPU's threads and share no simulations.
@@ -103,7 +103,7 @@ def _c(physics: Physics) -> Engine:
         except Empty:
             simulations = _Simulations(physics, n, threads)
         yield simulations
-        idle[n].put(simulations)  # not after an exception
+        idle[n].put(simulations)  # an exception skips this: its simulations are not used again
 
     def reset(qpos, qvel, *inputs):
         with borrow(len(qpos)) as simulations:
@@ -139,8 +139,9 @@ class _Simulations:
 
     def __init__(self, physics: Physics, n: int, threads: int):
         self.physics = physics
-        # mj_step leaves out forces on bodies; they need the whole MjData of every simulation, and
-        # come from contacts alone: no task has equality constraints
+        # mj_step does not compute cfrc_ext. mj_rnePostConstraint does, from a whole MjData, which
+        # only a persistent batch keeps. No task has equality constraints, so a simulation without
+        # contacts has no such forces.
         self.forces = "cfrc_ext" in physics.reads
         self.batch = Batch(physics.model, n, threads, persistent=self.forces)
         fields = {"qpos", "qvel", "ctrl", *physics.inputs, *physics.reads} - {"cfrc_ext"}
@@ -245,7 +246,8 @@ def _mjx(physics: Physics, implementation: str) -> Engine:
 #
 # jax.pure_callback would be shorter, but it puts its arrays on a device within the callback, which
 # deadlocks when several CPU devices call back. Here XLA calls a function pointer with the addresses
-# of its buffers. The structs are those of xla/ffi/api/c_api.h, as far as they are read.
+# of its buffers, on the thread that runs a device's program: the caller's or one of XLA's own, for
+# which ctypes takes the GIL. The structs are those of xla/ffi/api/c_api.h, as far as they are read.
 
 
 class _Extension(ctypes.Structure):
@@ -335,9 +337,10 @@ _names: Counter[str] = Counter()
 def host_function(name: str, function: Callable, *inputs: jax.ShapeDtypeStruct) -> Callable:
     """A numpy function of arrays [B, ...], as a jax function of arrays without that axis.
 
-    The axes of nested vmaps become B, and `function` runs once for all of them. It must be pure; it
-    may be called from several threads at once, and an exception in it ends the program.
+    The axes of nested vmaps become B, and `function` runs once for all of them. It must be pure.
+    XLA may call it on several threads at once. An exception in it ends the program.
     """
+    # One call, on zeros, finds the shapes and types of the outputs.
     example = function(*(np.zeros((1, *x.shape), x.dtype) for x in inputs))
     leaves, structure = jax.tree.flatten(example)
     outputs = [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in leaves]
@@ -346,7 +349,7 @@ def host_function(name: str, function: Callable, *inputs: jax.ShapeDtypeStruct) 
     def handler(frame):
         call = frame.contents
         try:
-            if call.extension and call.extension.contents.type == _METADATA:
+            if call.extension and call.extension.contents.type == _METADATA:  # at registration
                 extension = ctypes.cast(call.extension, ctypes.POINTER(_MetadataExtension))
                 version = extension.contents.metadata.contents.version
                 version.major, version.minor = _API_VERSION
