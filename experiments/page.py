@@ -13,7 +13,8 @@ import matplotlib
 
 from algos.launch import report
 
-LARGE, SMALL = 4.2, 2.1  # widths of charts in inches, which set the size of their text
+# Widths of charts in inches. The page scales a chart to its column: a smaller one has larger text.
+LARGE, SMALL = 4.2, 2.1
 # What a browser may load for the page: nothing. Pictures, styles and players are in it.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 CSS = """
@@ -58,7 +59,7 @@ pre { max-height: 36rem; font-size: .8rem }
 
 
 def node(tag: str, *children: ET.Element | str, **attributes: str) -> ET.Element:
-    """An element with elements and texts in it."""
+    """An element and what is in it; `class_` stands for class, `stroke_width` for stroke-width."""
     named = {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items()}
     element = ET.Element(tag, named)
     for child in children:
@@ -72,7 +73,7 @@ def node(tag: str, *children: ET.Element | str, **attributes: str) -> ET.Element
 
 
 def table(kind: str, head: Iterable[str], rows: Iterable[Iterable[str]]) -> ET.Element:
-    """A table that scrolls in a box of its own; the first cell of a row is its head."""
+    """A table of CSS class `kind`, in a box that scrolls; the first cell of a row is its head."""
     cells = lambda row: (node("td" if i else "th", cell) for i, cell in enumerate(row))
     body = node("tbody", *(node("tr", *cells(row)) for row in rows))
     top = node("thead", node("tr", *(node("th", cell) for cell in head)))
@@ -80,32 +81,32 @@ def table(kind: str, head: Iterable[str], rows: Iterable[Iterable[str]]) -> ET.E
 
 
 def charts(figures: Iterable[ET.Element], kind: str = "charts") -> ET.Element:
-    """Figures side by side, as many as there is room for."""
+    """Figures side by side, as many as there is room for; `kind` is the CSS class."""
     return node("div", *figures, class_=kind)
 
 
 def chart(paint: Callable[[Any], None], width: float, title: str, caption: str = "") -> ET.Element:
     """What `paint` draws on an axis, as SVG, with a title in it or a caption above it."""
-    text: dict[Any, Any] = {"svg.fonttype": "none"}  # text stays text
-    with tempfile.TemporaryDirectory() as folder, matplotlib.rc_context(text):
+    settings: dict[Any, Any] = {"svg.fonttype": "none"}  # write text as text, not as outlines
+    with tempfile.TemporaryDirectory() as folder, matplotlib.rc_context(settings):
         path = Path(folder, "chart.svg")
         with report.figure(path, 1, 1, width, title) as (axis,):
             paint(axis)
         drawn = ET.parse(path).getroot()
-    for element in drawn.iter():  # HTML knows SVG without namespaces
+    for element in drawn.iter():  # in HTML, SVG has no namespaces
         element.tag = element.tag.rsplit("}", 1)[-1]
         element.attrib = {name.rsplit("}", 1)[-1]: x for name, x in element.attrib.items()}
-    # Metadata stays behind, and so does a style that would hold for the whole page.
+    # Leave out the metadata, and the style, which would apply to the whole page.
     parts = [part for part in drawn if part.tag != "metadata" and part.find("style") is None]
     view = {"viewBox": drawn.attrib["viewBox"], "role": "img", "aria_label": title or caption}
     svg = node("svg", *parts, **view)
     return node("figure", *([node("figcaption", caption)] if caption else []), svg)
 
 
-def rename(page: ET.Element) -> None:
-    """Give what charts refer to names of their own: matplotlib's may be the same in two charts."""
+def make_ids_unique(page: ET.Element) -> None:
+    """Rename the ids that charts refer to: matplotlib may use one id in several charts."""
     for i, svg in enumerate(page.iter("svg")):
-        names = {}
+        names = {}  # old to new, as references: #id
         for element in svg.iter():
             old = element.attrib.pop("id", None)
             if old and element.tag in ("path", "clipPath"):  # nothing refers to groups
@@ -119,7 +120,7 @@ def rename(page: ET.Element) -> None:
 
 
 def section(title: str, text: str, *parts: ET.Element) -> list[ET.Element]:
-    """A part of the page; nothing if it has no content."""
+    """A part of the page: title, text and `parts`; nothing without parts."""
     return [node("section", node("h2", title), node("p", text), *parts)] if parts else []
 
 
@@ -134,5 +135,5 @@ def page_of(title: str, parts: list[ET.Element]) -> str:
     ]
     body = node("body", node("h1", title), *parts)
     page = node("html", node("head", *head), body, lang="en")
-    rename(page)
+    make_ids_unique(page)
     return f"<!DOCTYPE html>\n{ET.tostring(page, encoding='unicode', method='html')}\n"

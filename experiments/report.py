@@ -4,7 +4,8 @@
     python experiments/report.py RUN_DIR RUN_DIR --out page.html --title "PPO and BPO on hopper"
 
 The page is one file that loads nothing, so it works offline. Its curves and numbers are those of
-compare.py. What --render or render.py drew of the best, median and worst policy is in it.
+compare.py. It includes the pictures of the best, median and worst policy that --render or render.py
+drew.
 """
 
 import argparse
@@ -26,14 +27,17 @@ from algos.launch import render, report, rundir
 from experiments import compare
 from experiments.page import LARGE, SMALL, chart, charts, node, page_of, section, table
 
-NO_METRIC = ("global_step", "time/", "eval/")  # the curves show evaluations
+# How names in metrics.jsonl start that get no small chart: the curves show evaluations.
+NO_METRIC = ("global_step", "time/", "eval/")
+# Launch flags that are listed with the settings of a run.
 FLAGS = ("preset", "seed", "num_seeds", "sweep")
 FLAGS += ("num_evals", "eval_episodes", "final_episodes", "stop_at_return")
+# SVG's dashes for matplotlib's line styles.
 DASHES = {"-": "", "--": "7 3", ":": "2 2", "-.": "7 2 2 2"}
 
 
 class Source(NamedTuple):
-    """What the page has of a run beside its entries."""
+    """What the page shows of a run directory; an entry, in contrast, is one curve."""
 
     name: str
     run: rundir.Run
@@ -73,10 +77,12 @@ def curves(entries: list[report.Entry]) -> list[ET.Element]:
         for x, label in labels.items():
 
             def paint(axis, present=present, x=x, label=label):
-                report.draw_curves(axis, present, x, look, dict.fromkeys(look, ""))
+                unnamed = dict.fromkeys(look, "")  # the page has one legend for all charts
+                report.draw_curves(axis, present, x, look, unnamed)
                 axis.set(xlabel=label, ylabel="greedy return")
 
             found[x].append(chart(paint, LARGE, task))
+    # A row of tasks for each horizontal axis; with one task, a single row.
     rows = found.values() if len(tasks) > 1 else [itertools.chain(*found.values())]
     return [charts(row) for row in rows]
 
@@ -93,7 +99,7 @@ def seeds(entries: list[report.Entry], summaries: list[dict[str, Any]]) -> ET.El
 
 
 def metrics(entries: list[report.Entry], sources: list[Source]) -> list[ET.Element]:
-    """Charts of what metrics.jsonl has, task by task; what does not change is named."""
+    """A chart for each metric in metrics.jsonl, by task; constant metrics are listed instead."""
     look, parts = report.looks(entries), []
     of_run = {source.run.path: source.metrics for source in sources}
     for task, present in report.by_task(entries).items():
@@ -176,6 +182,7 @@ def differences(sources: list[Source]) -> list[list[str]]:
 
 def read_sources(runs: list[rundir.Run]) -> list[Source]:
     """What the page has of each run; ValueError if a file is damaged."""
+    # An empty label makes one entry of all rows, so that a name is that of the whole run.
     whole = report.entries(run._replace(labels=[""] * len(run.labels)) for run in runs)
     return [
         Source(
@@ -189,14 +196,17 @@ def read_sources(runs: list[rundir.Run]) -> list[Source]:
 
 
 def sections(entries: list[report.Entry], sources: list[Source]) -> list[ET.Element]:
-    """All parts of the page."""
+    """All parts of the page, in order.
+
+    For a further chart, add a `section` with a `chart`, whose `paint` draws on a matplotlib axis.
+    """
     summaries = [report.summary(*entry) for entry in entries]
     alive, count = (sum(row[name] for row in summaries) for name in ("alive", "n"))
     num_runs = "One run" if len(sources) == 1 else f"{len(sources)} runs"
     names = [source.name for source in sources]
-    small, other = metrics(entries, sources), differences(sources)
-    made = [facts(source) for source in sources]
-    rows = [[key, *(values[key] for values in made)] for key in made[0]]
+    small, different = metrics(entries, sources), differences(sources)
+    columns = [facts(source) for source in sources]
+    rows = [[key, *(values[key] for values in columns)] for key in columns[0]]
     return [
         node("p", f"{num_runs}; {alive} of {count} seeds are alive."),
         *section(
@@ -234,7 +244,7 @@ def sections(entries: list[report.Entry], sources: list[Source]) -> list[ET.Elem
         *section(
             "Differences",
             "Settings in which the runs differ. A dash: the run has no such setting.",
-            *([table("facts", ["", *names], other)] if other else []),
+            *([table("facts", ["", *names], different)] if different else []),
         ),
         *section("Configurations", "All settings of each run.", *map(configuration, sources)),
     ]
