@@ -87,7 +87,7 @@ def beside_published(done: Report) -> str:
         ours = np.array(row["per_seed"], float)
         here = f"{np.nanmean(ours):.1f} ± {np.nanstd(ours):.1f} (n={row['alive']})"
         rows.append([job.task, f"{mean} ± {deviation} (n={n})", here])
-    return "\n" + report.table(["task", "authors at 10M steps, mean ± deviation", "here"], rows)
+    return "\n" + report.table(["task", "authors at 10M steps, mean ± std", "here"], rows)
 
 
 def main(argv: list[str] | None = None) -> None:

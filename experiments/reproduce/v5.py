@@ -7,7 +7,8 @@ groups:
   tasks      the presets of this collection at equal environment steps: PPO on eight tasks, BPO,
              P3O, A2C and SAC on some of them
   bpo        the settings of BPO's authors, with mu and without; other clips and other behaviour
-             policies on one task. A step costs 140 passes over it, about 1 ms on 2 CPU cores
+             policies on one task. Each environment step is trained on 140 times, which takes about
+             1 ms on 2 CPU cores
   std        the search of PPO's initial standard deviation, exp(log_std_init)
 """
 
@@ -24,19 +25,21 @@ from algos.launch import report
 from experiments.reproduce import runner
 from experiments.reproduce.runner import Job, Report
 
+# Tasks.
 BPO = ["Hopper", "HalfCheetah", "Walker2d", "Ant"]
 PPO = [*BPO, "Humanoid", "Swimmer", "InvertedDoublePendulum", "Reacher"]
-ALGOS = {
+ALGOS = {  # name: algorithm, flags, tasks
     "ppo": ("ppo", "", PPO),
     "bpo": ("bpo", "", BPO),
     "p3o": ("p3o", "", BPO[:3]),
     "a2c": ("p3o", "--preset a2c", BPO[:3]),
     "sac": ("sac", "", BPO[:3]),
 }
-AUTHORS = {"ppo_gsde": "", "bpo_zero": "ppo_bpo_zero"}
+AUTHORS = {"ppo_gsde": "", "bpo_zero": "ppo_bpo_zero"}  # name: preset after mujoco_ppo_gsde
 CLIPS = ["zero1.0", "zero1.0_1.5", "zero1.5_traj"]
+# Values of log_std_init to try on each task.
 STD = {"Hopper": (0, -1), "HalfCheetah": (0, -0.5, -1), "Walker2d": (0,), "Ant": (-1,)}
-STEPS = "--num-evals 10"
+EVALS = "--num-evals 10"
 
 
 def v5(name: str) -> str:
@@ -46,29 +49,29 @@ def v5(name: str) -> str:
 
 GROUPS: dict[str, list[Job]] = {
     "tasks": [
-        Job(v5(task), name, algo, f"{flags} {STEPS}".strip())
+        Job(v5(task), name, algo, f"{flags} {EVALS}".strip())
         for name, (algo, flags, tasks) in ALGOS.items()
         for task in tasks
     ],
     "bpo": [
         *(
-            Job(v5(task), name, "bpo", f"--preset mujoco_ppo_gsde {preset} {STEPS}")
+            Job(v5(task), name, "bpo", f"--preset mujoco_ppo_gsde {preset} {EVALS}")
             for task in BPO
             for name, preset in AUTHORS.items()
         ),
         *(
-            Job(v5("Hopper"), f"bpo_{x}", "bpo", f"--preset mujoco_ppo_gsde ppo_bpo_{x} {STEPS}")
+            Job(v5("Hopper"), f"bpo_{x}", "bpo", f"--preset mujoco_ppo_gsde ppo_bpo_{x} {EVALS}")
             for x in CLIPS
         ),
     ],
     "std": [
-        Job(v5(task), f"log_std_{x}", "ppo", f"--log-std-init {x} {STEPS}")
+        Job(v5(task), f"log_std_{x}", "ppo", f"--log-std-init {x} {EVALS}")
         for task, values in STD.items()
         for x in values
     ],
 }
 
-# Published means and deviations over seeds, by algorithm and task, after 1M steps; versions of the
+# Published means and stds over seeds, by algorithm and task, after 1M steps; versions of the
 # tasks and evaluations differ. PPO: CleanRL on v4 (3 seeds), Tianshou on v3 (10 seeds), single runs
 # of the RL Zoo on v3. SAC: CleanRL on v4.
 SOURCES = {"ppo": ["CleanRL", "Tianshou", "RL Zoo"], "sac": ["CleanRL"]}
@@ -93,12 +96,12 @@ AUTHORS_TABLE = {
 
 
 def short(job: Job) -> str:
-    """Name of its task in the tables of published numbers."""
+    """Name of a job's task in the tables of published numbers."""
     return job.task.removeprefix("gym/").removesuffix("-v5")
 
 
 def here(row: dict[str, Any]) -> list[str]:
-    """IQM with its interval, and mean with deviation, of a run."""
+    """IQM with its interval, and mean with std, of a run."""
     final = np.array(row["per_seed"], float)
     estimate = report.estimate(row["iqm"], row["interval"])
     return [estimate, f"{np.nanmean(final):.0f} ± {np.nanstd(final):.0f}"]
@@ -113,7 +116,7 @@ def beside_published(done: Report) -> str:
             for job, row in zip(done.runs, done.rows, strict=True)
             if job.name == algo
         ]
-        head = [algo, "here, IQM [95 %]", "here, mean ± deviation", *sources]
+        head = [algo, "here, IQM [95 %]", "here, mean ± std", *sources]
         text += f"\n{report.table(head, rows)}" if rows else ""
     return text
 
@@ -124,7 +127,7 @@ def beside_authors(done: Report) -> str:
         [job.task, job.name, *here(row), AUTHORS_TABLE[short(job)].get(job.name, "")]
         for job, row in zip(done.runs, done.rows, strict=True)
     ]
-    head = ["task", "setting", "here, IQM [95 %]", "here, mean ± deviation", "authors"]
+    head = ["task", "setting", "here, IQM [95 %]", "here, mean ± std", "authors"]
     return f"\n{report.table(head, rows)}" if rows else ""
 
 
