@@ -307,6 +307,19 @@ def test_what_cannot_be_resumed_does_not_advise_it(tmp_path, monkeypatch):
     assert "--resume" not in said
 
 
+@pytest.mark.parametrize(
+    ("seeds", "line"),
+    [
+        ("2", r"final greedy return: IQM \d+\.\d, 95 % interval \[\d+\.\d, \d+\.\d\]"),
+        ("1", r"final greedy return: IQM \d+\.\d"),
+    ],
+)
+def test_one_seed_has_no_interval(tmp_path, seeds, line):
+    _, said = run(*FLAGS, "--num-seeds", seeds, "--run-dir", str(tmp_path / "run"))
+    (found,) = (x for x in said.splitlines() if x.startswith("final greedy return"))
+    assert re.fullmatch(line, found)
+
+
 def test_interrupt_of_the_imports(tmp_path):
     process = start(*FLAGS, "--run-dir", str(tmp_path / "run"), PYTHONPROFILEIMPORTTIME="1")
     for line in process.stderr:

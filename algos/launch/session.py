@@ -436,12 +436,11 @@ class Session:
         report.plot_curves(lines, curve, title, xs=("steps", "seconds"))
         results = report.results(run)
         for result in results:
-            numbers = [np.nan if x is None else x for x in (result["iqm"], *result["interval"])]
-            self.log.say(
-                "{}: IQM {:.1f}, 95 % interval [{:.1f}, {:.1f}]".format(
-                    result["label"] or "final greedy return", *numbers
-                )
-            )
+            iqm = "-" if result["iqm"] is None else f"{result['iqm']:.1f}"
+            line = f"{result['label'] or 'final greedy return'}: IQM {iqm}"
+            if None not in result["interval"]:  # as of a single seed
+                line += ", 95 % interval [{:.1f}, {:.1f}]".format(*result["interval"])
+            self.log.say(line)
             alive = sum(x is not None for x in result["per_seed"])
             episodes = run.final.shape[1]
             self.log.say(f"  {alive} of {result['n']} seeds alive, {episodes} episodes each")
