@@ -74,6 +74,7 @@ def test_what_a_run_says(whole):
         steps[1],
     )
     assert sum("[worst seed, best seed]" in line for line in lines) == 1
+    assert sum(line.startswith("last evaluation took ") for line in lines) == 1
     assert all(len(line) <= 78 for line in lines if str(run_dir) not in line), lines
     assert "losses/" not in said
 

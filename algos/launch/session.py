@@ -419,11 +419,13 @@ class Session:
         """
         parts = [{k: x[-1] for k, x in self.evals.items() if k not in ("steps", "seconds")}]
         count = math.ceil(self.launch.final_episodes / self.launch.eval_episodes)
-        for part in range(1, 1 if self.dead.all() else count):
-            played = self.play(state, part)
-            if played is None:
-                return False
-            parts.append(played)
+        further = range(1, 1 if self.dead.all() else count)
+        with self.log.waiting("last evaluation") if further else contextlib.nullcontext():
+            for part in further:
+                played = self.play(state, part)
+                if played is None:
+                    return False
+                parts.append(played)
         self.export(state, range(len(self.rows.seeds)), "policy")
         if not self.lead:
             return True
