@@ -14,6 +14,7 @@ numbers. compare.py draws the same run directories in other ways.
 import argparse
 import importlib
 import shlex
+import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -72,9 +73,16 @@ def check(job: Job, argv: list[str]) -> None:
 
 def check_apart(todo: list[tuple[Job, list[str]]]) -> None:
     """Check launches in another process: once it has ended, the accelerator is theirs."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process keeps this
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        for checked in [pool.submit(check, job, argv) for job, argv in todo]:
-            checked.result()
+        checks = [pool.submit(check, job, argv) for job, argv in todo]
+        signal.signal(signal.SIGINT, handler)
+        try:
+            for checked in checks:
+                checked.result()
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -97,6 +105,8 @@ def main(argv: list[str] | None = None) -> None:
         check_apart([(job, argv) for _, job, (_, _, *argv) in todo if argv[0] != "--resume"])
     except ValueError as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "stopped before the start\n")
     for _, _, argv in todo:
         runner.run(argv)
     entries = report.entries(runner.complete(jobs).values())

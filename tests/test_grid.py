@@ -183,6 +183,18 @@ print("ran on")
     assert "ran on" not in out
 
 
+def test_an_interrupt_of_the_checks_is_one_line(tmp_path, monkeypatch, capsys):
+    def interrupted(todo):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grid, "check_apart", interrupted)
+    with pytest.raises(SystemExit) as end:
+        grid.main(["--algos", "ppo", "--envs", "cartpole", "--out", str(tmp_path / "grid")])
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "stopped before the start\n"
+    assert not (tmp_path / "grid").exists()
+
+
 def test_a_grid_end_to_end(tmp_path):
     """The smallest launch, in processes of their own."""
     flags = [*launching.FLAGS]
