@@ -419,9 +419,8 @@ class Session:
         """
         parts = [{k: x[-1] for k, x in self.evals.items() if k not in ("steps", "seconds")}]
         count = math.ceil(self.launch.final_episodes / self.launch.eval_episodes)
-        further = range(1, 1 if self.dead.all() else count)
-        with self.log.waiting("last evaluation") if further else contextlib.nullcontext():
-            for part in further:
+        with self.log.waiting("last evaluation"):
+            for part in range(1, 1 if self.dead.all() else count):
                 played = self.play(state, part)
                 if played is None:
                     return False
