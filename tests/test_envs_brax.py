@@ -4,6 +4,8 @@ import base64
 import functools
 import json
 import re
+import shutil
+import subprocess
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 import pytest
+from PIL import Image
 
 import envs
 from algos import bpo, ppo
@@ -348,6 +351,22 @@ def test_colours_are_those_of_mujoco(tmp_path):
     colours = [geom["rgb"] for geom in scene["geoms"]]
     expected = [[255, 0, 0], [51, 51, 153], [102, 51, 0], [127, 127, 127]]
     np.testing.assert_allclose(colours, expected, atol=1)
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium")
+def test_a_browser_draws_the_body_and_its_shadow(hopper, tmp_path):
+    model, frames = hopper
+    page = viewer.write_html(model, frames, tmp_path / "a.html", dt=0.01)
+    flags = "--headless --no-sandbox --disable-gpu --disable-background-networking"
+    flags += f" --window-size=400,300 --virtual-time-budget=500 --user-data-dir={tmp_path / 'user'}"
+    command = ["chromium", *flags.split(), f"--screenshot={tmp_path / 'a.png'}", f"file://{page}"]
+    subprocess.run(command, capture_output=True, check=True, timeout=120)
+    pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"), int)
+    shadow = (pixels == [0xCF, 0xD7, 0xE1]).all(-1)
+    assert shadow.sum() > 100
+    body = pixels[..., 0] - pixels[..., 2] > 20  # the hopper is brown, the rest is blue or grey
+    assert body.sum() > 500
+    assert np.nonzero(shadow)[0].mean() > np.nonzero(body)[0].mean()
 
 
 def test_without_gl_the_page_is_written(hopper, tmp_path, monkeypatch):

@@ -183,6 +183,19 @@ print("ran on")
     assert "ran on" not in out
 
 
+def heeds_ctrl_c(job, argv):
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        raise ValueError("heeds it")
+
+
+def test_ctrl_c_is_for_the_grid_and_not_for_the_process_of_the_checks(monkeypatch):
+    """Which would print a traceback beside the one line."""
+    monkeypatch.setattr(grid, "check", heeds_ctrl_c)
+    handler = signal.getsignal(signal.SIGINT)
+    grid.check_apart([(None, [])])
+    assert signal.getsignal(signal.SIGINT) == handler
+
+
 def test_an_interrupt_of_the_checks_is_one_line(tmp_path, monkeypatch, capsys):
     def interrupted(todo):
         raise KeyboardInterrupt
