@@ -140,6 +140,8 @@ def edited(path, change):
         ("config.json", lambda path: edited(path, lambda x: x["rows"].update(labels=[1, 2, 3, 4]))),
         ("config.json", lambda path: edited(path, lambda x: x["rows"].update(labels=[""]))),
         ("config.json", lambda path: edited(path, lambda x: x["rows"].update(seeds=[None] * 4))),
+        ("done.json", lambda path: edited(path, lambda saved: saved["seconds"].update(train={}))),
+        ("done.json", lambda path: edited(path, lambda saved: saved["seconds"].pop("compile"))),
         ("eval.npz", lambda path: harmed(path, steps=None)),
         ("eval.npz", lambda path: harmed(path, steps=np.arange(9))),
         ("eval.npz", lambda path: harmed(path, lengths=None)),

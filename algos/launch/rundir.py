@@ -240,7 +240,6 @@ def read_run(run_dir: Path | str) -> Run:
     }
     if (path / "final.npz").exists():  # otherwise it is unfinished, or older than this file
         final = read_final(path / "final.npz", num_rows)
-    done = path / "done.json"
     return Run(
         path=path,
         algo=saved["algo"],
@@ -255,8 +254,20 @@ def read_run(run_dir: Path | str) -> Run:
         further=further,
         final=final["returns"],
         final_further=further_of(final),
-        done=read_json(done, seconds=dict) if done.exists() else None,
+        done=read_done(path / "done.json"),
     )
+
+
+def read_done(path: Path) -> dict[str, Any] | None:
+    """What done.json says, None if the run has not ended; ValueError if it is damaged."""
+    if not path.exists():
+        return None
+    done = read_json(path, seconds=dict)
+    seconds = done["seconds"]
+    numbers = all(isinstance(x, int | float) for x in seconds.values())
+    if not numbers or not {"train", "compile"} <= seconds.keys():
+        raise ValueError(f"{path} is damaged or not ours (no seconds of train and compile)")
+    return done
 
 
 def read_evals(path: Path, num_rows: int) -> dict[str, np.ndarray]:
