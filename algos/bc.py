@@ -1,23 +1,23 @@
 """Behaviour cloning (BC): fits a policy to the actions of a dataset by maximum likelihood.
 
-In the form of Wu et al. 2019 (https://arxiv.org/abs/1911.11361), which keeps the entropy of the
-policy above a target, so that densities stay finite. A gradient step draws a minibatch uniformly
-with replacement and takes one step of Adam on each loss, in this order:
+This is the form of Wu et al. 2019 (https://arxiv.org/abs/1911.11361), which also keeps the entropy
+of the policy above a target. A gradient step draws a minibatch uniformly with replacement and takes
+one step of Adam on each loss, in this order:
 
-    w            = max(v, 0)
-    policy loss  = E[w log pi(b | s) - log pi(clip(a) | s)]
-    entropy loss = w E[-log pi(c | s) + m A]                               (over v)
+    policy loss  = E[w log pi(b | s) - log pi(clip(a) | s)],  w = max(v, 0)
+    entropy loss = w E[-log pi(c | s) + m A]
 
+The first loss trains pi, with v as a constant. The second trains v, with pi as a constant.
 b and c are new draws from the current policy, each tanh(u) with u Gaussian. clip(a) is the
-dataset's action, clipped to +-0.999. A is the number of action dimensions, and -m A is the target
-entropy. w is a constant in the policy loss, and log pi in the entropy loss. While the entropy is
-above its target, w falls to 0, and the policy loss becomes the negative log-likelihood.
+dataset's action a, clipped to [-0.999, 0.999]. A is the number of action dimensions, and -m A is
+the target entropy. While the entropy is above its target, w falls to 0, and the policy loss becomes
+the negative log-likelihood.
 
 Differences from ppo.py:
 
 1. Nothing is collected: all seeds share one dataset, an argument of the compiled program. An
    update is a fixed number of gradient steps, which count as timesteps.
-2. There is no critic, so there is no ratio and no advantage.
+2. Rewards are not used, so there is no critic, no advantage and no ratio.
 3. Actions are continuous. Layers are ReLU with Glorot-uniform weights, the log standard deviation
    is squashed into [-5, 0], gradients are not clipped, and observations are not normalised.
 
@@ -89,7 +89,7 @@ class Config:
 # --- networks ---
 
 MIN_LOG_STD, MAX_LOG_STD = -5.0, 0.0  # of the policy, before tanh
-MAX_ACTION = 0.999  # given actions are clipped to this, so that their density is finite
+MAX_ACTION = 0.999  # given actions are clipped to this, because arctanh is infinite at 1
 
 
 class Actor(nn.Module):
@@ -133,7 +133,7 @@ class TrainState(NamedTuple):
 
 
 def given_log_prob(policy, action):
-    """Log-density [...] of given actions [..., A], clipped because it is infinite at +-1."""
+    """Log-density [...] of given actions [..., A], clipped to +-MAX_ACTION first."""
     return policy.log_prob(jnp.arctanh(jnp.clip(action, -MAX_ACTION, MAX_ACTION)))
 
 
@@ -147,7 +147,7 @@ def policy_loss(own_log_prob, log_prob, entropy_weight):
 
 @jax.custom_vjp
 def floor_at_zero(x):
-    """max(x, 0); its gradient is that of x, or 0 where descent would move x further below 0."""
+    """max(x, 0), but at or below 0 the gradient passes if descent moves x back."""
     return jnp.maximum(x, 0.0)
 
 
@@ -314,7 +314,7 @@ TRACEABLE = ("learning_rate", "target_entropy_mult")
 # --- presets ---
 
 # fmt: off
-# Values that differ from the defaults; docs/presets.md has their origins.
+# Values that replace the defaults; docs/presets.md has their origins.
 PRESETS: dict[str, dict[str, Any]] = {
     # tasks
     "pendulum": {"total_timesteps": 10_000, "batch_size": 128, "hidden": (64, 64)},

@@ -6,7 +6,7 @@ learns which actions the dataset has in a state. A perturbation network f moves 
 by at most P, towards a higher Q_1:
 
     G(s)             = g(s, clip(z, -1/2, 1/2)),  z ~ N(0, I)
-    x(s, c)          = clip(c + P tanh(f(s, c)), -1, 1),  c ~ G(s)
+    x(s, c)          = clip(c + P tanh(f(s, c)), -1, 1)
 
 A gradient step draws a minibatch uniformly with replacement, moves the target networks Qbar_i and
 fbar, and takes one step of Adam on each loss, in this order:
@@ -14,13 +14,13 @@ fbar, and takes one step of Adam on each loss, in this order:
     Qbar_i          <- (1 - tau) Qbar_i + tau Q_i,  and fbar in the same way
     y                = r + gamma (1 - terminated) max_k mix Qbar(s', xbar(s', c_k)),  k = 1, .., 10
     critic loss      = sum_i E[(Q_i(s, a) - y)^2]
-    policy loss      = -E[Q_1(s, x(s, c))]                                 (over f)
+    policy loss      = -E[Q_1(s, x(s, c))]
     vae loss         = E[(g(s, z) - a)^2] + E[KL(e(s, a) || N(0, I))] / 2,  z ~ e(s, a)
 
-c ~ G(s) and c_k ~ G(s') are new draws, xbar is x with fbar, and mix Q is the weighted sum
-l min_i Q_i + (1 - l) max_i Q_i. y is a constant in the critic loss. Both terms of the vae loss are
-means over dimensions too. The policy takes 10 draws c and plays the x(s, c) with the largest Q_1,
-in evaluations as well.
+The first loss trains the Q_i, the second f, the third e and g. In each, y and all other parameters
+are constants. c ~ G(s) and c_k ~ G(s') are new draws, xbar is x with fbar, and mix Q is the
+weighted sum l min_i Q_i + (1 - l) max_i Q_i. Both terms of the vae loss are means over dimensions
+too. The policy takes 10 draws c and plays the x(s, c) with the largest Q_1, greedy or not.
 
 s' is the true successor of s, taken before any reset. A time limit (truncated) therefore bootstraps
 from it, and a terminal state (terminated) does not.
@@ -210,7 +210,7 @@ def mix(value, min_weight):
 
 
 def best_target(reward, terminated, next_value, gamma, min_weight):
-    """Targets [B] of the critics, which get no gradient.
+    """Targets [B] of the critics; no gradient passes through them.
 
     `next_value` [2, draws, B] holds the target critics' values of several actions at the true
     successor. Each action's values are mixed first, then the best action is taken. A terminated
@@ -265,7 +265,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return (Batch(*(getattr(dataset, name) for name in Batch._fields)),), ()
 
     def init(key) -> TrainState:
-        # One key is left over from a removed option, so that a seed still gives the same run.
+        # Split as before an option was removed, so that a seed still gives the same run.
         key_start, _, key_encoder, key_decoder, key = jax.random.split(key, 5)
         key_critic, key_perturbation = jax.random.split(key_start)
         obs, action, latent = (jnp.zeros((1, size)) for size in (env.obs_size, A, 2 * A))
@@ -431,7 +431,7 @@ TRACEABLE = (
 # --- presets ---
 
 # fmt: off
-# Values that differ from the defaults; docs/presets.md has their origins.
+# Values that replace the defaults; docs/presets.md has their origins.
 PRESETS: dict[str, dict[str, Any]] = {
     # tasks
     "pendulum": {

@@ -2,36 +2,37 @@
 
 After R. Dai's experiments of 2019, https://github.com/rezer0dai/bnpo, for tasks with goals g. The
 critic does not take an action. It takes the parameters of a Gaussian: Q(s, g, mean, std) is the
-expected return of drawing one action from it and following the policy pi afterwards. DDPG then has
-a differentiable critic although pi is stochastic, and PPO has a baseline, Q at pi's own parameters.
+expected return of drawing one action from it and following the policy pi afterwards. DDPG follows
+the gradient of Q with respect to mean and std, and the baseline of PPO is Q(s, g, pi(s, g)).
 
-A brain is a learning rule with its own optimiser, target actor, schedule and window of the replay
-buffer. The brains take turns; all of them train the same actor and the same critic. The losses use
-the n-step target y = y_0 of a sampled step, which target networks Q' and pi' compute:
+A brain is a learning rule with its own actor optimiser, target actor, schedule and window of the
+replay buffer. The brains take turns; all of them train the same actor and the same critic. The
+losses use the n-step target y = y_0 of a sampled step, computed by target networks Q' and pi':
 
     V_j     = Q'(s_j, g_j, mean_j, std_j)
-    y_j     = r_j + gamma ((1 - lambda) V_{j+1} + lambda y_{j+1})                     j < n - 1
-    y_{n-1} = r_{n-1} + gamma Q'(s_n, g_n, pi'(s_n, g_n))
+    y_j     = r_j + gamma (1 - terminated_j) ((1 - lambda) V_{j+1} + lambda y_{j+1})  j < n - 1
+    y_{n-1} = r_{n-1} + gamma (1 - terminated_{n-1}) Q'(s_n, g_n, pi'(s_n, g_n))
     critic:  E[(Q(s, g, mean, std) - y)^2]
     PPO:     -E[min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)],   A = y - Q(s, g, pi(s, g))
     DDPG:    -E[Q(s, g, pi(s, g))]
 
-mean and std are those of the behaviour policy; the replay buffer holds them. ratio is pi(a | s, g)
-over the behaviour policy's density, by default the geometric mean over the action's dimensions.
+mean and std are the behaviour policy's; pi(s, g) are those of pi. ratio is pi(a | s, g) over the
+behaviour policy's density, by default the geometric mean over the action's dimensions.
 
 Hindsight relabelling replaces the goals of some sampled steps by goals that the same episode had at
-other times ("shift"), and recomputes the rewards. The behaviour policy under the original goals is
-still the correct denominator of the ratio, as long as the new goals do not depend on the actions;
-docs/bnpo.md derives this.
+other times ("shift"), recomputes the rewards, and sets n to 1. The behaviour policy under the
+original goals is still the correct denominator of the ratio, as long as the new goals do not depend
+on the actions; docs/bnpo.md derives this.
 
 Differences from ppo.py:
 
 1. The critic is Q(s, g, mean, std), not V(s). A reward may be a vector of m parts: Q has m outputs.
 2. Minibatches come from a replay buffer of whole episodes. Target networks compute the targets of
-   a minibatch when it is sampled. A target actor is also the policy to evaluate and export.
+   a minibatch when it is sampled. The first brain's target actor is evaluated and exported.
 3. An update is one short episode in all environments, from a reset to the time limit. The brains
    learn during it, from earlier episodes. Steps are sampled so that no target reaches a time limit.
-4. Noise on the actor's weights adds exploration. The actor has no biases, and its std is bounded.
+4. Noise on the actor's weights adds exploration and stays on in the losses. The actor has no
+   biases, and its std is bounded.
 5. Observation statistics change at every environment step.
 6. Advantages are not standardised, and there is no entropy bonus.
 
@@ -80,10 +81,10 @@ class Brain:
     buffer_size: PositiveInt = 6_000  # newest environment steps to sample from, as whole episodes
     batch_size: PositiveInt = 2048  # sampled steps in a minibatch
     her_ratio: UnitFloat = 0.0  # share of sampled steps that get goals in hindsight
-    importance_resampling: bool = False  # prefer steps whose action is likely under pi
+    importance_resampling: bool = False  # prefer steps with a large importance ratio
 
     # schedule
-    learning_starts: PositiveInt = 2048  # steps to sample from before it starts to learn
+    learning_starts: PositiveInt = 2048  # sampleable steps in the buffer before it learns
     turn_interval: PositiveInt = 60  # steps of each environment between two turns
     turn_minibatches: PositiveFloat = 6.0  # minibatches per turn; 1.5: 1 and 2 alternately
 
@@ -99,7 +100,7 @@ class Brain:
     own_target_actor: bool = True  # bootstrap from its own target actor, else from a random one
 
     def validate(self) -> None:
-        """Raise ValueError if a field would have no effect."""
+        """Raise ValueError if `mean_only` would have no effect."""
         if self.mean_only and self.rule == "ppo":
             raise ValueError("mean_only=True: rule='ppo' has no gradient through the critic")
 
@@ -142,7 +143,7 @@ class Config:
     gae_lambda: UnitFloat = 0.95  # lambda of the n-step targets
     max_nstep: PositiveInt = 10  # largest n of the n-step targets
     floating_nstep: bool = True  # n from 1 to max_nstep, equally often; else always max_nstep
-    # hindsight goals: the episode's goals from another step on, or those achieved at a later step
+    # hindsight goals: the episode's goals from another step on, or what it achieved at a later step
     her_strategy: Literal["shift", "future"] = "shift"
     # denominator of the ratio for relabelled steps: the behaviour policy under the original goals,
     # or the policy at the start of the turn under the new goals
@@ -185,7 +186,7 @@ class Config:
         return math.ceil(brain.learning_starts / steps)
 
     def validate(self) -> None:
-        """Raise ValueError if a brain is wrong or can never learn."""
+        """Raise ValueError if max_nstep is too large, or a brain is invalid or never learns."""
         if not self.brains:
             raise ValueError("brains=(): at least one is needed")
         if self.max_nstep >= self.num_steps:
@@ -330,7 +331,7 @@ class TrainState(NamedTuple):
 
 
 def normalize(obs_stats, obs):
-    """Observations [..., obs_size], goals included, standardised and clipped to [-10, 10]."""
+    """`Stats.normalize` with an epsilon of 1e-4; observations [..., obs_size] include goals."""
     return jnp.clip((obs - obs_stats.mean) / jnp.sqrt(obs_stats.var + 1e-4), -10.0, 10.0)
 
 
@@ -403,7 +404,7 @@ def lookaheads(config, size):
 
 
 def nstep_target(reward, next_value, bootstrap, n, terminated, gamma, lam):
-    """n-step targets [B, m]: the value plus the GAE of n steps, from which the value cancels.
+    """n-step targets [B, m]: V_0 plus the GAE of n steps, in which V_0 cancels.
 
     `reward` [B, H, m], `terminated` [B, H], and `next_value` [B, H, m], the value after each step.
     After the last of the `n` [B] steps, `bootstrap` [B, m] takes its place.
@@ -439,7 +440,7 @@ def actor_loss(brain, q, ratio, target):
     if brain.rule == "ppo":
         gain = (target - jax.lax.stop_gradient(q)).sum(-1)  # the advantage
     else:
-        gain = (q - target).sum(-1)  # the target only selects the ratio or the clipped one
+        gain = (q - target).sum(-1)  # the target only decides whether the ratio is clipped
         ratio = jax.lax.stop_gradient(ratio)
     if brain.rule == "ddpg":
         return -gain.mean()
@@ -456,8 +457,8 @@ def gaussian_kl(p: common.Gaussian, q: common.Gaussian):
 def fisher_product(policy_at, params, vector, damping):
     """(F + damping I) v, where F is the Fisher matrix of the Gaussians [B, A] of `policy_at`.
 
-    F is the mean over rows of J' M J. J is the derivative of (mean, log std) by the parameters, and
-    M = diag(1 / std^2, 2) is the Fisher matrix of a Gaussian by (mean, log std).
+    F is the mean over rows of J' M J. J is the Jacobian of (mean, log std), and M is the
+    Fisher matrix of a Gaussian with respect to (mean, log std), diag(1 / std^2, 2).
     """
     policy, change = jax.jvp(policy_at, (params,), (vector,))
     change = common.Gaussian(jnp.exp(-2.0 * policy.log_std) * change.mean, 2.0 * change.log_std)
@@ -470,7 +471,7 @@ def natural_step(loss_at, policy_at, params, grads, delta=1e-3, damping=1e-3, it
 
     `loss_at` and `policy_at` are functions of the parameters, and `grads` the gradient of the loss.
     The full step has a mean KL of `delta`, to second order. It is halved up to nine times, until
-    the loss falls by a thousandth of the predicted decrease and the KL is at most 1.5 delta. If
+    the loss falls by at least 0.1% of the predicted decrease and the KL is at most 1.5 delta. If
     this never happens, the parameters stay as they are.
     """
     product = partial(fisher_product, policy_at, params, damping=damping)
@@ -518,11 +519,11 @@ def make_env(config: Config) -> envs.Env:
 def build(config: Config, env: envs.Env) -> common.Algo:
     """Compose environments, networks and optimiser into the pure functions of a run."""
     T, N, H, A = config.num_steps, config.num_envs, config.max_nstep, env.action_size
-    # Parameter noise may change, and brains may learn, after every block of U steps.
+    # Parameter noise may change, and brains may learn, between blocks of U steps.
     U = math.gcd(T, config.param_noise_interval, *(x.turn_interval for x in config.brains))
     goals, kind, K = env.goals, config.reward_kind, len(config.brains)
     obs_like = jnp.zeros((1, env.obs_size))
-    has_rewards = goals and kind != "env"  # without goals, a policy is only played
+    has_rewards = goals and kind != "env"  # the stand-in for a saved policy has no goals
     num_heads = reward_of(goals, kind, obs_like).shape[-1] if has_rewards else 1
     actor, critic = Actor(config, A), Critic(config, num_heads)
     no_noise = tuple(map(jnp.zeros, itertools.pairwise((env.obs_size, *config.hidden, A))))
@@ -620,7 +621,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             return relabel(goals, config, state.replay, rows, traj) if brain.her_ratio else traj
 
         def sample(state, key) -> Rows:
-            """Steps of the brain's window, drawn uniformly or by importance resampling."""
+            """Steps of the window, uniform or resampled by the mean of the dimensions' ratios."""
             *keys, key_choice = jax.random.split(key, 6)
             draw = lambda size: draw_rows(config, brain, state.update, size, keys)
             if not brain.importance_resampling:
@@ -640,7 +641,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             longest = lookaheads(config, brain.batch_size)
             # Relabelled rows have n = 1, because later actions were chosen for the old goal.
             n = jnp.where(rows.relabel, 1, longest)
-            # Values after steps 1 to n - 1; with floating n, half of the [B, H] values are unused.
+            # Only the values after steps 1 to n - 1: with floating n, about half of [B, H].
             row, j = np.nonzero(np.arange(1, H) < longest[:, None])
             policy = jax.tree.map(lambda x: x[row, j + 1], traj.policy)
             value = q_of(obs[row, j + 1], policy, traj.action[row, j + 1])
@@ -705,10 +706,10 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             """One step of Adam on each network in `grads`; the actor's Adam is the brain's own."""
             params, opt_state = dict(state.params), dict(state.opt_state)
             for name in grads:
-                adam, rate = optimizer_of[name], learning_rate[name]
+                adam = optimizer_of[name]
                 direction, opt_state[adam] = optimizer.update(grads[name], opt_state[adam])
-                step = lambda p, u, rate=rate: p - rate * u
-                params[name] = jax.tree.map(step, params[name], direction)
+                move = lambda p, u, rate=learning_rate[name]: p - rate * u
+                params[name] = jax.tree.map(move, params[name], direction)
             return state._replace(params=params, opt_state=opt_state)
 
         def gradient_step(state, batch):
@@ -718,8 +719,8 @@ def build(config: Config, env: envs.Env) -> common.Algo:
                 return descend(state, grads), aux
             loss_at = lambda x: loss_fn(state.params | {"actor": x}, state, batch)[0]
             policy_at = lambda x: actor.apply(x, batch.obs, state.noise)
-            new = natural_step(loss_at, policy_at, state.params["actor"], grads.pop("actor"))
-            state = descend(state, grads)
+            new = natural_step(loss_at, policy_at, state.params["actor"], grads["actor"])
+            state = descend(state, {"critic": grads["critic"]})
             return state._replace(params=state.params | {"actor": new}), aux
 
         def follow(state, number):
@@ -838,12 +839,12 @@ TRACEABLE = ("critic_lr", "max_grad_norm", "gamma", "gae_lambda")
 # --- presets ---
 
 # fmt: off
-# Values that differ from the defaults; docs/presets.md has their origins.
+# Values that replace the defaults; docs/presets.md has their origins.
 PPO_HER = replace(PPO_BRAIN, her_ratio=0.12)
 DDPG_FIRST = replace(
     DDPG_BRAIN, her_ratio=0.05, importance_resampling=False, turn_minibatches=11 / 6,
 )
-# a7 and a6: a PPO brain that learns often, and one that learns seldom from many minibatches
+# a5 to a7: a PPO brain that updates often, and one that updates rarely, with many minibatches
 SELDOM = replace(
     PPO_BRAIN, buffer_size=8_400, turn_interval=210, turn_minibatches=20.0, learning_rate=1e-4,
     actor_tau=1.0, actor_tau_interval=1, critic_tau=1.0, own_target_actor=False,

@@ -13,7 +13,7 @@ pi is improved and evaluated. After each rollout of mu, pi and V take PPO's grad
 A and target are computed once per rollout and are constants in the loss.
 
 Then Q and Q^, the second moment of pi's return, are learned by fitted Q evaluation on a replay
-buffer of the last rollouts. Last, the mu of the next rollout is fitted to pi and Q^:
+buffer of the last rollouts. Finally, mu is fitted to pi and Q^ for the next rollout:
 
     Q(s, a)   = r + gamma (1 - terminated) E_pi[Q(s', a')]
     Q^(s, a)  = 2 r Q(s, a) - r^2 + gamma^2 (1 - terminated) E_pi[Q^(s', a')]
@@ -80,7 +80,7 @@ class Config:
 
     # objective
     gamma: UnitFloat = 0.99  # discount
-    gae_lambda: UnitFloat = 0.95  # lambda of GAE
+    gae_lambda: UnitFloat = 0.95  # lambda of V-trace
     clip_eps: NonNegativeFloat = 0.2  # clip range of the ratio
     anneal_clip: bool = False  # decrease the clip range linearly to 0 over the run
     ent_coef: float = 0.0  # weight of the entropy bonus of mu
@@ -136,7 +136,7 @@ class Config:
         return math.ceil(self.total_timesteps / self.steps_per_update)
 
     def validate(self) -> None:
-        """Raise ValueError if minibatches are unequal or of one, or if targets have no bounds."""
+        """Raise ValueError for unequal or one-transition minibatches, and for unbounded targets."""
         size = self.steps_per_update if self.shuffle == "transitions" else self.num_steps
         if size % self.num_minibatches:
             raise ValueError(
@@ -224,7 +224,7 @@ class Critic(nn.Module):
 class ActionCritic(nn.Module):
     """Q, or Q^ if `positive`: observation [..., obs_size] and action -> [...].
 
-    Without an action, which must be discrete: the values of all actions, [..., action_size].
+    If actions are discrete and `action` is None: the values of all actions, [..., action_size].
     """
 
     config: Config
@@ -405,7 +405,7 @@ def td_weight(log_ratio):
 
 
 def second_moment_reward(reward, q):
-    """Reward of Q^: X = r + gamma G has X^2 = 2 r X - r^2 + gamma^2 G^2, and Q = E[X]."""
+    """Reward of Q^: a return G = r + gamma G' has G^2 = 2 r G - r^2 + gamma^2 G'^2; Q = E[G]."""
     return 2.0 * reward * q - reward**2
 
 
@@ -468,7 +468,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return TrainState(
             params=params,
             opt_state={name: optimizer.init(params[name]) for name in params},
-            target_params={name: jax.tree.map(jnp.copy, params[name]) for name in nets},
+            target_params={name: params[name] for name in nets},
             replay=jax.tree.map(lambda x: jnp.zeros((K * T, *x.shape), x.dtype), row),
             reward_range=jnp.zeros(2),
             r_hat_max=jnp.float32(1e-8),
@@ -492,7 +492,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         """Act with mu for T steps; returns the state, transitions [T, N] and infos [T, N]."""
         key_noise, key_env, key_refresh = jax.random.split(key, 3)
         noise = noise_of(key_noise, (math.ceil(T / config.noise_interval), N))
-        env_state = env.refresh(key_refresh, state.env_state)  # new start states, where cached
+        env_state = env.refresh(key_refresh, state.env_state)  # redraws cached start states
 
         def step(carry, x):
             obs, env_state = carry
@@ -577,7 +577,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return jnp.clip(value, *bounds(state)[name])
 
     def sampled(policy, key):
-        """One action for each state; None, for all actions, if they are discrete."""
+        """One action for each state. Discrete actions: None, which stands for all of them."""
         return None if env.discrete else policy.sample(noise_of(key, policy.mean.shape[:-1]))
 
     def fqe_loss_fn(params, state, batch, key):
@@ -664,8 +664,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             grads, aux = jax.grad(loss, has_aux=True)(params, state, batch, key)
             state = descend(state, grads)
             if name in nets:  # mu has no target network
-                copy = jnp.where(last, 1.0, 0.0)  # only after the last step of an epoch
-                tau = config.polyak_tau if config.polyak_tau > 0.0 else copy
+                tau = config.polyak_tau or jnp.where(last, 1.0, 0.0)  # 0: copy after each epoch
                 online, target_net = state.params[name], state.target_params[name]
                 target_net = optax.incremental_update(online, target_net, tau)
                 state = state._replace(target_params=state.target_params | {name: target_net})
@@ -805,7 +804,7 @@ TRACEABLE += ("vf_coef", "clip_rho", "clip_c", "symlog_reg_coef")
 # --- presets ---
 
 # fmt: off
-# Values that differ from the defaults; docs/presets.md has their origins.
+# Values that replace the defaults; docs/presets.md has their origins.
 REPLAY = {
     "num_vf_epochs": 2, "num_vf_minibatches": 16, "num_mu_epochs": 2, "num_mu_minibatches": 16,
 }
@@ -853,7 +852,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         **PHYSICS, "total_timesteps": 2_000_000, "num_envs": 512, "num_steps": 32, "num_epochs": 4,
         "hidden": (256, 256), "log_std_init": -1.0,
     },
-    # the base configurations of the authors' code; the last one holds noise and has no gSDE
+    # the base configurations of the authors' code; gsde is their name for noise that is held
     "cartpole_ppo": {
         **PAPER, "total_timesteps": 100_000, "num_envs": 8, "num_steps": 32, "num_epochs": 20,
         "num_minibatches": 1, "learning_rate": 1e-3, "anneal_lr": True, "gamma": 0.98,
@@ -875,7 +874,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "hidden": (256, 256), "activation": "relu", "kernel_init": "lecun_normal",
         "log_std_init": -1.0,
     },
-    # their additions, to follow a base configuration; numbers are <clip_c>_<clip_rho>, or both
+    # the authors' additions to a base configuration; numbers: <clip_c>_<clip_rho>, or one for both
     "ppo_bpo": {"clip_rho": 1.5, "clip_c": 1.5, "clip_traj": False, **SYMLOG},
     "ppo_bpo_zero": {"clip_rho": 1.5, "clip_c": 1.5, "clip_traj": False, **ZERO},
     "ppo_bpo_zero1.0": {"clip_rho": 1.0, "clip_c": 1.0, "clip_traj": False, **ZERO},

@@ -14,14 +14,15 @@ networks Qbar_i, and takes one step of Adam on each loss, in this order:
     alpha loss       = -alpha E[D(s) - target_divergence]                  (if train_alpha)
     temperature loss = T E[-log pi(d | s) + m A]                           (if train_temperature)
 
-a', c and d are new draws from the current policy, each tanh(u) with u Gaussian, and mix Q is the
+The losses train the Q_i, pi, g, alpha and T. In each, y and all other parameters are constants. a',
+c and d are new draws from the current policy, each tanh(u) with u Gaussian, and mix Q is the
 weighted sum l min_i Q_i + (1 - l) max_i Q_i. p is 1 (value penalty) or 0 (policy regularisation), t
 counts gradient steps from 0, A is the number of action dimensions, and -m A is the target entropy.
-y is a constant in the critic loss, alpha and T in the policy loss, and pi in the last three.
 
-D is estimated from draws x of pi and, with a critic g, from the behaviour policy's action a:
+D is estimated from draws x of pi and, with a critic g, from the behaviour policy's action a
+(at s', its next action). clip limits x to [-0.999, 0.999]:
 
-    kl           E[log pi(x | s) - log b(clip(x) | s)] over 4 draws, b is a clone
+    kl           mean of log pi(x | s) - log b(clip(x) | s) over 4 draws, b is a clone
     mmd          squared maximum mean discrepancy of 4 draws of pi and 4 of the clone b
     dual_kl      log h(s, x) + 1 - h(s, a), h = softplus(g)
     wasserstein  g(s, x) - g(s, a)
@@ -88,7 +89,7 @@ class Config:
     batch_size: PositiveInt = 256  # transitions in a minibatch
 
     # optimiser: Adam
-    critic_lr: NonNegativeFloat = 1e-3  # learning rate of the critics, also of the divergence's
+    critic_lr: NonNegativeFloat = 1e-3  # learning rate of all critics, also the divergence's
     learning_rate: NonNegativeFloat = 3e-4  # learning rate of the policy
     multiplier_lr: NonNegativeFloat = 1e-3  # learning rate of alpha and of the temperature
     polyak_tau: UnitFloat = 0.005  # Polyak step of the target networks
@@ -155,7 +156,7 @@ class Config:
 # --- networks ---
 
 MIN_LOG_STD, MAX_LOG_STD = -5.0, 0.0  # of the policy, before tanh
-MAX_ACTION = 0.999  # given actions are clipped to this, so that their density is finite
+MAX_ACTION = 0.999  # given actions are clipped to this, because arctanh is infinite at 1
 NUM_DRAWS = 4  # draws of each policy for an estimate of kl or mmd
 NUM_CANDIDATES = 10  # draws from which `max_q` takes the best
 MMD_SCALE = 20.0  # scale of the Laplacian kernel
@@ -181,7 +182,7 @@ class MLP(nn.Module):
 class Actor(nn.Module):
     """Policy network: observation [..., obs_size] -> TanhGaussian.
 
-    A clone has its parameters from the network of bc.py, so both have the same layers.
+    The clone's parameters come from bc.py, so the layers have to be the same as there.
     """
 
     config: Config
@@ -246,15 +247,15 @@ class TrainState(NamedTuple):
 
 
 def given_log_prob(policy, action):
-    """Log-density [...] of given actions [..., A], clipped because it is infinite at +-1."""
+    """Log-density [...] of given actions [..., A], clipped to +-MAX_ACTION first."""
     return policy.log_prob(jnp.arctanh(jnp.clip(action, -MAX_ACTION, MAX_ACTION)))
 
 
 def kl_divergence(policy, clone, u):
     """KL(policy || clone) [B], estimated from draws tanh(u), u [draws, B, A], of the policy.
 
-    The policy's own density is exact, the clone's is that of the clipped action. Where draws
-    saturate, the estimate is therefore too large, which discourages saturation.
+    The policy's own density is exact, the clone's is that of the clipped action. Where draws are
+    clipped, the estimate is biased, but it still grows with |u|, which discourages saturation.
     """
     return (policy.log_prob(u) - given_log_prob(clone, jnp.tanh(u))).mean(0)
 
@@ -302,10 +303,10 @@ def mix(value, min_weight):
 
 
 def penalised_target(batch, next_value, log_prob, divergence, gamma, temperature, penalty):
-    """Targets [B] of the critics, which get no gradient.
+    """Targets [B] of the critics; no gradient passes through them.
 
     `next_value` [B] holds the mixed values of the policy's actions at the true successor, and
-    `log_prob` [B] belongs to these actions. A terminated step does not bootstrap.
+    `log_prob` [B] is that of these actions. A terminated step does not bootstrap.
     """
     value = next_value - temperature * log_prob - penalty * divergence
     discount = jnp.where(batch.terminated, 0.0, gamma)
@@ -325,7 +326,7 @@ def policy_loss(value, log_prob, divergence, temperature, alpha, warm):
 
 @jax.custom_vjp
 def clamp(x, high):
-    """clip(x, 0, high); its gradient is that of x, or 0 where descent would move x further out."""
+    """clip(x, 0, high), but at or beyond a bound the gradient passes if descent moves x back."""
     return jnp.clip(x, 0.0, high)
 
 
@@ -395,7 +396,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return (rows,), (datasets.load_clones(config.behavior, env, config.hidden, seeds),)
 
     def init(key) -> TrainState:
-        # One key is left over from a removed option, so that a seed still gives the same run.
+        # Split as before an option was removed, so that a seed still gives the same run.
         key_actor, key_critic, key_divergence, _, key = jax.random.split(key, 5)
         obs, action = (jnp.zeros((1, size)) for size in (env.obs_size, A))
         params = {
@@ -617,14 +618,14 @@ TRACEABLE = (
 # --- presets ---
 
 # fmt: off
-# Values that differ from the defaults; docs/presets.md has their origins.
+# Values that replace the defaults; docs/presets.md has their origins.
 PRESETS: dict[str, dict[str, Any]] = {
     # tasks
     "pendulum": {
         "total_timesteps": 10_000, "batch_size": 128, "warm_start": 2_000,
         "hidden": (64, 64), "critic_hidden": (64, 64),
     },
-    # the forms of Wu et al., to follow a task's preset
+    # the forms of Wu et al., on top of a task's preset
     "mmd": {"divergence": "mmd", "alpha": 1.0},
     "dual": {"divergence": "dual_kl", "alpha": 10.0, "value_penalty": 0.0, "learning_rate": 3e-6},
     "wasserstein": {"divergence": "wasserstein", "alpha": 10.0},

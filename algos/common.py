@@ -31,7 +31,7 @@ class Algo(NamedTuple):
     act: Callable  # policy, obs [N, obs_size], key, greedy: bool -> action [N] or [N, action_size]
     policy_of: Callable  # state -> policy: actor parameters plus observation statistics
     data: Callable = lambda seeds: ((), ())  # seeds [R] -> shared arrays, own arrays [R, ...]
-    further: Mapping[str, Callable] = {}  # name -> function like `act`; evaluations report it too
+    further: Mapping[str, Callable] = {}  # name -> function like `act`, evaluated and reported too
 
 
 # --- configurations ---

@@ -19,9 +19,9 @@ Differences from ppo.py:
 
 1. A rollout gives one gradient step, without a ratio and without minibatches.
 2. A replay buffer keeps the newest rollouts. A segment is T steps of one environment with T + 1
-   observations, normalised by the statistics of its time.
-3. At a time limit gamma V(s'_t) is added to the reward once, after the rollout. From then on the
-   step counts as terminated, in the fresh loss and in the replayed one.
+   observations, normalised by the running statistics when it was collected.
+3. At a time limit a segment does not hold the true successor. Instead, gamma times its value is
+   added to the reward after the rollout, and the step counts as terminated in both losses.
 4. The gradient of all parameters is clipped by one norm. For images, actor and critic share their
    hidden layers.
 5. The optimiser is RMSprop as in PyTorch. The learning rate ends a little above 0.
@@ -116,8 +116,8 @@ class Config:
     def num_slots(self) -> int:
         """Rollouts in the replay buffer: `replay_fraction` of the run's, at least `sample_mult`.
 
-        With fewer than `sample_mult`, most segments of a replayed minibatch would be copies of
-        others. A run of fewer rollouts keeps all of them.
+        With fewer, many segments of a replayed minibatch would be copies of others. A run of
+        fewer rollouts keeps all of them.
         """
         kept = round(self.replay_fraction * self.num_updates)
         return min(max(kept, self.sample_mult), self.num_updates)
@@ -178,7 +178,7 @@ class ActorCritic(nn.Module):
         out = nn.Dense(size, kernel_init=nn.initializers.orthogonal(0.01), name="actor")(x)
         if not shared:
             x = Torso(config, self.obs_shape, name="critic_torso")(obs)
-        init = nn.initializers.orthogonal(1.0 if shared else 2**0.5)
+        init = nn.initializers.orthogonal(1.0 if shared else 2**0.5)  # as in the authors' code
         value = nn.Dense(1, kernel_init=init, name="critic")(x)[..., 0]
         if self.discrete:
             return common.Categorical(out), value
@@ -187,7 +187,7 @@ class ActorCritic(nn.Module):
 
 
 def patches(x, size: int, stride: int):
-    """Patches [..., h, w, size size C] of images [..., H, W, C], one every `stride` pixels.
+    """Patches [..., h, w, size^2 C] of images [..., H, W, C], one every `stride` pixels.
 
     A dense layer on patches is a convolution. XLA's own convolution is slow inside a loop on a CPU.
     """
@@ -216,7 +216,7 @@ class Transition(NamedTuple):
 class Segments(NamedTuple):
     """B segments: T steps of one environment each; arrays [B, T, ...]."""
 
-    obs: jax.Array  # [B, T + 1, ...], normalised by the statistics of the rollout's time
+    obs: jax.Array  # [B, T + 1, ...], normalised by the running statistics when collected
     action: jax.Array
     policy: common.Categorical | common.Gaussian  # beta
     reward: jax.Array  # scaled; with gamma V(s') at a time limit
@@ -291,7 +291,7 @@ def estimates(policy, value, segments, config):
     policy = jax.tree.map(lambda x: x[:, :-1], policy)
     value, next_value = value[:, :-1], value[:, 1:]
     steps = segments.reward, value, next_value, segments.done, segments.done
-    advantage = gae(*(x.T for x in steps), config.gamma, config.gae_lambda).T
+    advantage = gae(*(x.T for x in steps), config.gamma, config.gae_lambda).T  # it scans axis 0
     target = jax.lax.stop_gradient(advantage + value)
     return policy, policy.log_prob(segments.action), value, target
 
@@ -348,14 +348,14 @@ def replay_loss(policy, value, segments, config):
 
 
 def sample_segments(replay, key, filled, num_envs, sample_mult):
-    """`sample_mult` segments of each environment, each from a random one of `filled` rollouts."""
+    """`sample_mult` segments of each environment, from random rollouts among the first `filled`."""
     env = jnp.arange(sample_mult * num_envs) % num_envs
     slot = jax.random.randint(key, env.shape, 0, filled)
     return jax.tree.map(lambda x: x[slot * num_envs + env], replay)
 
 
 def replay_counts(config: Config) -> np.ndarray:
-    """Number of gradient steps on replayed segments in each update, [num_updates], Poisson.
+    """Poisson number of gradient steps on replayed segments in each update, [num_updates].
 
     numpy draws the numbers before the program is compiled, and all seeds share them. If each seed
     drew its own, all would wait for the largest, because `vmap` runs a loop until its last row has
@@ -416,7 +416,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     def rollout(state, key):
         """Act for T steps; returns the state, transitions [T, N] and infos [T, N]."""
         key_noise, key_env, key_refresh = jax.random.split(key, 3)
-        env_state = env.refresh(key_refresh, state.env_state)  # new start states, where cached
+        env_state = env.refresh(key_refresh, state.env_state)  # redraws cached start states
 
         def step(carry, x):
             obs, env_state = carry
@@ -442,7 +442,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return state._replace(obs=obs, env_state=env_state), traj, info
 
     def segments_of(state, traj) -> Segments:
-        """The N segments of a rollout; `state` is the one after it."""
+        """The N segments of a rollout that ended in `state`."""
         reward = traj.reward
         if config.normalize_reward:
             reward = reward * state.reward_scale.factor()
@@ -558,7 +558,7 @@ TRACEABLE = ("learning_rate", "max_grad_norm", "gamma", "gae_lambda", "ent_coef"
 # --- presets ---
 
 # fmt: off
-# Values that differ from the defaults; docs/presets.md has their origins.
+# Values that replace the defaults; docs/presets.md has their origins.
 MINATAR = {"total_timesteps": 1_000_000, "hidden": (128,), "activation": "relu"}
 PHYSICS = {
     "total_timesteps": 1_000_000, "learning_rate": 3e-4, "ent_coef": 0.0, "normalize_obs": True,
@@ -571,7 +571,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cartpole": {"normalize_reward": True},
     "atari": {"total_timesteps": 28_000_000, "hidden": (512,), "activation": "relu"},
     **dict.fromkeys(("breakout", "asterix", "freeway", "seaquest", "space_invaders"), MINATAR),
-    # ablations, to follow a task
+    # ablations, on top of a task's preset
     "a2c": {"replay_ratio": 0.0},
     "fixed_clip": {"max_ratio": 1.0},
     "no_kl": {"kl_coef": 0.0},

@@ -103,7 +103,7 @@ class Config:
         return math.ceil(self.total_timesteps / self.steps_per_update)
 
     def validate(self) -> None:
-        """Raise ValueError if a rollout cannot be cut into equal minibatches of more than one."""
+        """Raise ValueError for unequal or one-transition minibatches."""
         size = self.steps_per_update if self.shuffle == "transitions" else self.num_steps
         if size % self.num_minibatches:
             raise ValueError(
@@ -314,7 +314,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         """Act for T steps; returns the state, transitions [T, N] and infos [T, N]."""
         key_noise, key_env, key_refresh = jax.random.split(key, 3)
         noise = noise_of(key_noise, (math.ceil(T / config.noise_interval), N))
-        env_state = env.refresh(key_refresh, state.env_state)  # new start states, where cached
+        env_state = env.refresh(key_refresh, state.env_state)  # redraws cached start states
 
         def step(carry, x):
             obs, env_state = carry
@@ -406,7 +406,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
 
         metrics = {name: x.mean() for name, x in aux.items()}
         metrics |= common.run_metrics(info, (state.params, metrics["losses/value_loss"]))
-        # before the gradient steps, the error of the critic, target - V, is the advantage
+        # the critic's error before the gradient steps, target - V, is the advantage
         unexplained = batch.advantage.var() / (batch.target.var() + 1e-8)
         metrics["losses/explained_variance"] = 1.0 - unexplained
         metrics["charts/learning_rate"] = jnp.asarray(learning_rate(state))
@@ -455,7 +455,7 @@ TRACEABLE = ("learning_rate", "max_grad_norm", "gamma", "gae_lambda", "clip_eps"
 # --- presets ---
 
 # fmt: off
-# Values that differ from the defaults; docs/presets.md has their origins.
+# Values that replace the defaults; docs/presets.md has their origins.
 PHYSICS = {
     "total_timesteps": 1_000_000, "num_envs": 64, "num_steps": 64, "num_epochs": 8,
     "num_minibatches": 16, "anneal_lr": True, "normalize_obs": True, "normalize_reward": True,
@@ -502,7 +502,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "hidden": (256, 256), "log_std_init": -1.0,
     },
     **dict.fromkeys(("breakout", "asterix", "freeway", "space_invaders"), MINATAR),
-    # the PPO baselines of Goodall et al. 2026 (BPO); the last one holds noise and has no gSDE
+    # the PPO baselines of Goodall et al. 2026 (BPO); gsde is their name for noise that is held
     "cartpole_ppo": {
         **PAPER, "total_timesteps": 100_000, "num_envs": 8, "num_steps": 32, "num_epochs": 20,
         "num_minibatches": 1, "learning_rate": 1e-3, "anneal_lr": True, "gamma": 0.98,

@@ -385,7 +385,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         """Act for T steps; returns the state, transitions [T, N] and infos [T, N]."""
         key_noise, key_env, key_refresh = jax.random.split(key, 3)
         noise = noise_of(key_noise, (T, N))
-        env_state = env.refresh(key_refresh, state.env_state)  # new start states, where cached
+        env_state = env.refresh(key_refresh, state.env_state)  # redraws cached start states
 
         def step(carry, x):
             obs, obs_stats, env_state = carry
@@ -585,7 +585,7 @@ TRACEABLE = (
 # --- presets ---
 
 # fmt: off
-# Values that differ from the defaults; docs/presets.md has their origins.
+# Values that replace the defaults; docs/presets.md has their origins.
 UNIT = {"gamma": 0.99, "vmin": 0.0, "vmax": 150.0, "reward_scale": 1.0, "reward_range": (0.0, 1.0)}
 CPU = {
     "total_timesteps": 500_000, "num_envs": 32, "num_steps": 32, "num_epochs": 8,

@@ -352,7 +352,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         """Act for T steps; returns the state, transitions [T, N] and infos [T, N]."""
         key_noise, key_env, key_refresh = jax.random.split(key, 3)
         noise = noise_of(key_noise, (T, N))
-        env_state = env.refresh(key_refresh, state.env_state)  # new start states, where cached
+        env_state = env.refresh(key_refresh, state.env_state)  # redraws cached start states
 
         def step(carry, x):
             obs, obs_stats, env_state = carry
@@ -541,7 +541,7 @@ TRACEABLE = (
 # --- presets ---
 
 # fmt: off
-# Values that differ from the defaults; docs/presets.md has their origins.
+# Values that replace the defaults; docs/presets.md has their origins.
 MINATAR = {
     "total_timesteps": 5_000_000, "num_envs": 128, "num_steps": 32, "num_minibatches": 8,
     "gamma": 0.99, "vmin": 0.0, "vmax": 50.0, "normalize_obs": False,

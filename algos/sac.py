@@ -10,7 +10,7 @@ and takes one step of Adam on each loss, in this order:
     y                = r + gamma (1 - terminated) (min_i Qbar_i(s', a') - alpha log pi(a' | s'))
     critic loss      = sum_i E[(Q_i(s, a) - y)^2]
     policy loss      = E[alpha log pi(b | s) - min_i Q_i(s, b)]
-    temperature loss = alpha E[-log pi(c | s) + m A]                       (over log alpha)
+    temperature loss = alpha E[-log pi(c | s) + m A]             (minimised over log alpha)
 
 a', b and c are new draws from the current policy, each tanh(u) with u Gaussian. A is the number of
 action dimensions, and -m A is the target entropy. y is a constant in the critic loss, alpha in the
@@ -221,10 +221,10 @@ class TrainState(NamedTuple):
 
 
 def soft_target(reward, terminated, next_value, log_prob, temperature, gamma):
-    """Targets [B] of the critics, which get no gradient.
+    """Targets [B] of the critics; no gradient passes through them.
 
     `next_value` [2, B] holds the target critics' values of the policy's actions at the true
-    successor, and `log_prob` [B] belongs to these actions. A terminated step does not bootstrap.
+    successor, and `log_prob` [B] is that of these actions. A terminated step does not bootstrap.
     """
     value = next_value.min(0) - temperature * log_prob
     discount = jnp.where(terminated, 0.0, gamma)
@@ -305,7 +305,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         key_noise, key_uniform, key_env, key_refresh = jax.random.split(key, 4)
         noise = noise_of(key_noise, (T, N))
         uniform = jax.random.uniform(key_uniform, noise.shape, minval=-1.0, maxval=1.0)
-        env_state = env.refresh(key_refresh, state.env_state)  # new start states, where cached
+        env_state = env.refresh(key_refresh, state.env_state)  # redraws cached start states
 
         def step(carry, x):
             obs, env_state = carry
@@ -416,7 +416,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
 
         The launcher divides them by `losses/count`, and leaves them out where it is 0.
         """
-        # `update` is the same for all seeds and not batched by `vmap`, so neither is this count.
+        # `update` is the same for all seeds, so `vmap` does not batch the loop.
         count = jnp.where(state.update < config.random_updates, 0, config.gradient_steps)
 
         def step(i, carry):
@@ -480,7 +480,7 @@ TRACEABLE = (
 # --- presets ---
 
 # fmt: off
-# Values that differ from the defaults; docs/presets.md has their origins.
+# Values that replace the defaults; docs/presets.md has their origins.
 SMALL = {
     "total_timesteps": 100_000, "num_envs": 8, "num_steps": 4, "updates_per_step": 0.25,
     "batch_size": 128, "buffer_size": 100_000, "learning_starts": 1_000, "learning_rate": 1e-3,

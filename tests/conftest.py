@@ -34,6 +34,7 @@ gc.set_threshold(200_000, 50, 100)
 def signals():
     """Put back the handlers that a launch in this process replaces."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite started with & ignores it
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
