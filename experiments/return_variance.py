@@ -1,4 +1,4 @@
-"""Variance of return estimates when pi acts, when BPO's mu acts, and when its centred variant does.
+"""Variance of what BPO learns from when pi acts, when mu acts, and when its centred variant does.
 
     python experiments/return_variance.py --out results/return_variance/exact
     python experiments/return_variance.py --run-dir runs/... --out results/return_variance/cartpole
@@ -8,10 +8,13 @@ targets without clipping and with lambda = 1.
 
 With --run-dir: a Monte Carlo estimate on the task of a finished run of `algos/bpo.py`. Pi plays
 --num-steps from the start of an episode. From each state that it reaches, pi and the behaviour
-policies play --num-steps again, --repeats times, and every rollout gives one value target by the
-run's own estimator and by two others. Rewards are normalised if the run normalises them. The
-closed form of mu exists for discrete actions only, and leaves out the bounds used in training. The
-number after a variance is its standard error over states.
+policies play --num-steps again, --repeats times. Every rollout gives one value target by the run's
+own estimator and by two others, and one policy gradient of its first action,
+ratio A grad log pi(a | s), with and without the clipping of the surrogate loss. The variance of a
+gradient is the trace of its covariance, and its mean the norm of the mean. Rewards are normalised
+if the run normalises them, advantages are not. The closed form of mu exists for discrete actions
+only, and leaves out the bounds used in training. The number after a variance is its standard error
+over states.
 """
 
 import argparse
@@ -24,6 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 if __name__ == "__main__":  # import from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -158,11 +162,24 @@ def pdis_estimator(reward, next_value, terminated, done, log_ratio, gamma):
     return jax.lax.scan(backward, end_value[-1], steps, reverse=True)[1]
 
 
+def gradient_weight(ratio, advantage, clip_eps):
+    """Factor of grad log pi in the gradient of PPO's clipped surrogate; arrays of one shape."""
+    clipped = jnp.where(advantage > 0.0, ratio > 1.0 + clip_eps, ratio < 1.0 - clip_eps)
+    return jnp.where(clipped, 0.0, ratio * advantage)
+
+
+def gradient_spread(weight, score):
+    """Norm of the mean, and trace of the covariance, of R gradients weight [R] x score [R, P]."""
+    gradient = weight[:, None] * score
+    return jnp.linalg.norm(gradient.mean(0)), gradient.var(0, ddof=1).sum()
+
+
 class Networks(NamedTuple):
     """Networks of one trained seed, as functions of observations [N, obs_size]."""
 
     policies: dict[str, Callable]  # pi and the behaviour policies, by name
     value: Callable
+    score: Callable  # obs [obs_size], action -> gradient of log pi with respect to pi's parameters
     reward_scale: float
 
 
@@ -185,6 +202,10 @@ def read_networks(run: rundir.Run, config: bpo.Config, algo: Any, env: envs.Env,
     def value(obs):
         return critic.apply(params["critic"], normalize(obs))
 
+    def score(obs, action):
+        log_prob = lambda actor_params: actor.apply(actor_params, normalize(obs)).log_prob(action)
+        return ravel_pytree(jax.grad(log_prob)(params["actor"]))[0]
+
     def network(name):
         return lambda obs: actor.apply(params[name], normalize(obs))
 
@@ -206,7 +227,7 @@ def read_networks(run: rundir.Run, config: bpo.Config, algo: Any, env: envs.Env,
     if env.discrete:
         policies |= {"mu in closed form": closed_form(False), "mu centred": closed_form(True)}
     scale = reward_scale.factor() if config.normalize_reward else 1.0
-    return Networks(policies, value, scale)
+    return Networks(policies, value, score, scale)
 
 
 def sampled_rows(run_dir: str, row: int, starts: int, repeats: int, num_steps: int) -> list[dict]:
@@ -244,35 +265,47 @@ def sampled_rows(run_dir: str, row: int, starts: int, repeats: int, num_steps: i
             reward = reward * networks.reward_scale
             done = terminated | truncated
             rollout = reward, value, next_value, terminated, done, log_ratio
-            return (next_obs, env_state), rollout
+            return (next_obs, env_state), (action, rollout)
 
         return jax.lax.scan(step, carry, jax.random.split(key, num_steps))
 
     gamma, lam, clips = config.gamma, config.gae_lambda, (config.clip_rho, config.clip_c)
 
     @partial(jax.jit, static_argnames="acting")
-    def targets(carry, key, acting):
-        rollout = play(many, networks.policies[acting], carry, key)[1]
+    def measure(carry, key, acting):
+        """Mean and variance [starts] of each estimate."""
+        actions, rollout = play(many, networks.policies[acting], carry, key)[1]
         reward, _, *rest = rollout
-        return {
-            "as trained": bpo.step_estimator(*rollout, gamma, lam, *clips)[1][0],
-            "V-trace, no clipping, lambda 1": bpo.step_estimator(
-                *rollout, gamma, 1.0, jnp.inf, jnp.inf
-            )[1][0],
+        log_ratio = rest[-1][0]
+        advantage, target = bpo.step_estimator(*rollout, gamma, lam, *clips)
+        unclipped = bpo.step_estimator(*rollout, gamma, 1.0, jnp.inf, jnp.inf)[1]
+        split = lambda x: x.reshape((starts, repeats, *x.shape[1:]))
+        targets = {
+            "value target as trained": target[0],
+            "V-trace, no clipping, lambda 1": unclipped[0],
             "PDIS": pdis_estimator(reward, *rest, gamma)[0],
         }
+        result = {k: (split(x).mean(-1), split(x).var(-1, ddof=1)) for k, x in targets.items()}
+        for name, clip_eps in (("gradient as trained", config.clip_eps), ("gradient", jnp.inf)):
+            weight = gradient_weight(jnp.exp(log_ratio), advantage[0], clip_eps)
+
+            def spread(data):
+                weight, obs, action = data
+                return gradient_spread(weight, jax.vmap(networks.score)(obs, action))
+
+            data = jax.tree.map(split, (weight, carry[0], actions[0]))
+            result[name] = jax.lax.map(spread, data)  # one start at a time, to save memory
+        return result
 
     key_reset, key_start, key_play = jax.random.split(jax.random.key(0), 3)
     start, _ = jax.jit(partial(play, few, networks.policies["pi"]))(few.reset(key_reset), key_start)
     carry = jax.tree.map(lambda x: jnp.repeat(x, repeats, axis=0), start)
     rows = []
     for acting in networks.policies:
-        for name, target in targets(carry, key_play, acting).items():
-            target = np.asarray(target, np.float64).reshape(starts, repeats)
-            spread = target.var(-1, ddof=1)
+        for name, (mean, spread) in measure(carry, key_play, acting).items():
             row = {"task": config.env, "estimate": name, "acting": acting}
-            row |= {"mean": target.mean(), "variance": spread.mean()}
-            rows.append(row | {"error": spread.std() / np.sqrt(starts)})
+            row |= {"mean": float(mean.mean()), "variance": float(spread.mean())}
+            rows.append(row | {"error": float(spread.std() / np.sqrt(starts))})
     return rows
 
 

@@ -1,0 +1,44 @@
+"""Variances of what BPO learns from, on numbers by hand and on a small run."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from algos import launch
+from experiments import return_variance
+
+
+def test_spread_of_gradients():
+    weight = jnp.array([1.0, 3.0])
+    score = jnp.array([[1.0, 0.0], [1.0, 2.0]])  # gradients [1, 0] and [3, 6]
+    norm, trace = return_variance.gradient_spread(weight, score)
+    np.testing.assert_allclose([norm, trace], [13**0.5, 2.0 + 18.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "weight"),
+    [(1.0, 2.0, 2.0), (1.3, 2.0, 0.0), (1.3, -2.0, -2.6), (0.7, 2.0, 1.4), (0.7, -2.0, 0.0)],
+)
+def test_a_clipped_surrogate_has_no_gradient(ratio, advantage, weight):
+    found = return_variance.gradient_weight(jnp.array(ratio), jnp.array(advantage), 0.2)
+    np.testing.assert_allclose(found, weight, rtol=1e-6)
+
+
+@pytest.mark.xdist_group("ppo")
+@pytest.mark.parametrize("env", ["probe/action", "probe/action-continuous"])
+def test_a_run_is_measured(env, tmp_path, signals):
+    run_dir, out = tmp_path / "run", tmp_path / "out"
+    sizes = ["--num-envs", "4", "--num-steps", "8", "--hidden", "8", "--total-timesteps", "64"]
+    flags = ["--env", env, *sizes, "--num-seeds", "1", "--num-evals", "1"]
+    launch.main("bpo", [*flags, "--run-dir", str(run_dir)])
+    size = ["--starts", "3", "--repeats", "4", "--num-steps", "5"]
+    return_variance.main(["--run-dir", str(run_dir), *size, "--out", str(out)])
+    rows = json.loads(out.with_suffix(".json").read_text())["rows"]
+    found = {(row["acting"], row["estimate"]): row for row in rows}
+    discrete = env == "probe/action"
+    assert len(found) == len(rows) == (4 if discrete else 2) * 5
+    assert all(np.isfinite(row["variance"]) for row in rows)
+    clipped, free = found["pi", "gradient as trained"], found["pi", "gradient"]
+    np.testing.assert_allclose(clipped["variance"], free["variance"], rtol=1e-5)  # its ratio is 1
