@@ -826,10 +826,10 @@ SYMLOG = {"symlog_targets": True, "polyak_tau": 0.02}
 ZERO = {**SYMLOG, "zero_norm_final": True}
 PRESETS: dict[str, dict[str, Any]] = {
     # sources of tasks, for those that have no preset of their own
-    "gym": {
+    "gym": {  # the clip range is around mu, which lags behind pi: a narrow one slows pi down
         "total_timesteps": 1_000_000, "num_envs": 16, "num_steps": 128, "num_epochs": 10,
-        "num_minibatches": 16, "anneal_lr": True, "normalize_obs": True, "normalize_reward": True,
-        "log_std_init": -1.0, **REPLAY,
+        "num_minibatches": 16, "anneal_lr": True, "clip_eps": 0.4, "normalize_obs": True,
+        "normalize_reward": True, "log_std_init": -1.0, **REPLAY, "num_mu_epochs": 10,
     },
     **dict.fromkeys(("brax", "playground"), PHYSICS),
     # tasks

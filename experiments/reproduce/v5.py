@@ -5,11 +5,12 @@
 
 groups:
   tasks      the presets of this collection at equal environment steps: PPO on eight tasks, BPO,
-             P3O, A2C and SAC on some of them
+             P3O, A2C, REPPO and SAC on some of them
   bpo        the settings of BPO's authors, with mu and without; other clips and other behaviour
              policies on one task. Each environment step is trained on 140 times, which takes about
              1 ms on 2 CPU cores
   std        the search of PPO's initial standard deviation, exp(log_std_init)
+  mu         the search of BPO's epochs of mu at PPO's clip range, 0.2; the preset has 10 and 0.4
 """
 
 import sys
@@ -33,12 +34,14 @@ ALGOS = {  # name: algorithm, flags, tasks
     "bpo": ("bpo", "", BPO),
     "p3o": ("p3o", "", BPO[:3]),
     "a2c": ("p3o", "--preset a2c", BPO[:3]),
+    "reppo": ("reppo", "", BPO[:3]),
     "sac": ("sac", "", BPO[:3]),
 }
 AUTHORS = {"ppo_gsde": "", "bpo_zero": "ppo_bpo_zero"}  # name: preset after mujoco_ppo_gsde
 CLIPS = ["zero1.0", "zero1.0_1.5", "zero1.5_traj"]
 # Values of log_std_init to try on each task.
 STD = {"Hopper": (0, -1), "HalfCheetah": (0, -0.5, -1), "Walker2d": (0,), "Ant": (-1,)}
+MU_EPOCHS = {"Hopper": (2, 10, 40), "HalfCheetah": (10,)}
 EVALS = "--num-evals 10"
 
 
@@ -67,6 +70,11 @@ GROUPS: dict[str, list[Job]] = {
     "std": [
         Job(v5(task), f"log_std_{x}", "ppo", f"--log-std-init {x} {EVALS}")
         for task, values in STD.items()
+        for x in values
+    ],
+    "mu": [
+        Job(v5(task), f"epochs_{x}", "bpo", f"--clip-eps 0.2 --num-mu-epochs {x} {EVALS}")
+        for task, values in MU_EPOCHS.items()
         for x in values
     ],
 }
