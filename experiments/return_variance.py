@@ -14,7 +14,8 @@ ratio A grad log pi(a | s), with and without the clipping of the surrogate loss.
 gradient is the trace of its covariance, and its mean the norm of the mean. Rewards are normalised
 if the run normalises them, advantages are not. The closed form of mu exists for discrete actions
 only, and leaves out the bounds used in training. The number after a variance is its standard error
-over states.
+over states. The last column compares with pi in the same states: geometric mean of the ratio of the
+two variances [95 % interval over states].
 """
 
 import argparse
@@ -174,6 +175,17 @@ def gradient_spread(weight, score):
     return jnp.linalg.norm(gradient.mean(0)), gradient.var(0, ddof=1).sum()
 
 
+def relative(spread, of_pi):
+    """Geometric mean of spread / of_pi [starts], and its 95 % interval by a normal distribution.
+
+    None in place of numbers if a variance is 0.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log = np.log(np.asarray(spread, np.float64) / np.asarray(of_pi, np.float64))
+        half = 1.96 * log.std(ddof=1) / np.sqrt(len(log))
+    return rundir.jsonable(np.exp(log.mean() + np.array([0.0, -half, half])))
+
+
 class Networks(NamedTuple):
     """Networks of one trained seed, as functions of observations [N, obs_size]."""
 
@@ -300,10 +312,12 @@ def sampled_rows(run_dir: str, row: int, starts: int, repeats: int, num_steps: i
     key_reset, key_start, key_play = jax.random.split(jax.random.key(0), 3)
     start, _ = jax.jit(partial(play, few, networks.policies["pi"]))(few.reset(key_reset), key_start)
     carry = jax.tree.map(lambda x: jnp.repeat(x, repeats, axis=0), start)
-    rows = []
+    rows, of_pi = [], measure(carry, key_play, "pi")
     for acting in networks.policies:
         for name, (mean, spread) in measure(carry, key_play, acting).items():
             row = {"task": config.env, "estimate": name, "acting": acting}
+            if acting != "pi":
+                row["relative"] = relative(spread, of_pi[name][1])
             row |= {"mean": float(mean.mean()), "variance": float(spread.mean())}
             rows.append(row | {"error": float(spread.std() / np.sqrt(starts))})
     return rows
@@ -318,8 +332,10 @@ def markdown(rows: list[dict]) -> str:
     for row in rows:
         values = ", ".join(f"{x:.4g}" for x in np.atleast_1d(row["variance"]))
         error = f" ± {row['error']:.2g}" if "error" in row else ""
-        cells.append([row["task"], row["estimate"], row["acting"], values + error])
-    return report.table(["task", "estimate", "acting", "variance"], cells)
+        ratio = row.get("relative", [None])
+        compared = "" if None in ratio else "{:.2f} [{:.2f}, {:.2f}]".format(*ratio)
+        cells.append([row["task"], row["estimate"], row["acting"], values + error, compared])
+    return report.table(["task", "estimate", "acting", "variance", "pi's = 1"], cells)
 
 
 def main(argv: list[str] | None = None):

@@ -17,6 +17,14 @@ def test_spread_of_gradients():
     np.testing.assert_allclose([norm, trace], [13**0.5, 2.0 + 18.0], rtol=1e-6)
 
 
+def test_variances_are_compared_in_the_same_states():
+    spread, of_pi = np.array([2.0, 8.0]), np.array([1.0, 16.0])  # ratios 2 and 1/2
+    half = 1.96 * np.log(2.0)  # the standard error of log ratios ln 2 and -ln 2 is ln 2
+    found = return_variance.relative(spread, of_pi)
+    np.testing.assert_allclose(found, [1.0, np.exp(-half), np.exp(half)])
+    assert return_variance.relative(spread, np.array([0.0, 1.0])) == [None] * 3
+
+
 @pytest.mark.parametrize(
     ("ratio", "advantage", "weight"),
     [(1.0, 2.0, 2.0), (1.3, 2.0, 0.0), (1.3, -2.0, -2.6), (0.7, 2.0, 1.4), (0.7, -2.0, 0.0)],
