@@ -266,7 +266,6 @@ def test_what_q_and_the_second_moment_learn(config):
 FREE = replace(CONTINUOUS, **ONE_STEP | {"num_vf_minibatches": 4}, clip_targets=False)
 
 
-@pytest.mark.slow
 def test_hard_copies_wait_for_the_end_of_an_epoch():
     """A target network that returns 1000 makes the targets of all steps of the epoch."""
 

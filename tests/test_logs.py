@@ -200,6 +200,7 @@ def test_evaluations_fit_the_console(capsys):
     log, seeds = logs.Log(1), np.array([-123456.7, -654321.9, np.nan])
     log.evaluation(123_456_789, 987_654_321, {"": seeds}, 1_234_567.0, 36_000.0)
     log.evaluation(0, 987_654_321, {"gamma=0.9": seeds, "gamma=0.99": seeds}, 0.0, None)
+    log.evaluation(5, 10, {"": np.array([1.0])}, 0.0, 60.0)  # resumed, before it trains
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         "123M/988M | IQM -3.889e+05 [-6.543e+05, -1.235e+05] | 2/3 alive | 1.23M steps/s,"
@@ -207,6 +208,7 @@ def test_evaluations_fit_the_console(capsys):
         "0/988M | start",
         "  gamma=0.9 | IQM -3.889e+05 [-6.543e+05, -1.235e+05] | 2/3 alive",
         "  gamma=0.99 | IQM -3.889e+05 [-6.543e+05, -1.235e+05] | 2/3 alive",
+        "5/10 | IQM 1 [1, 1] | 1:00 left",
     ]
 
 

@@ -153,6 +153,8 @@ def test_interrupted_and_resumed_is_the_same_run(whole, tmp_path, monkeypatch, u
         assert (run_dir / path).exists()
     steps = [x["global_step"] for x in lines_of(run_dir) if "eval/episodic_return" in x]
     assert steps == [0, 96, 192]
+    seconds = strict_json(run_dir / "done.json")["seconds"]
+    assert seconds["wall"] > sum(seconds[part] for part in ("compile", "train", "eval"))
 
 
 def test_resumed_after_a_crash_nothing_is_logged_twice(whole, copy):

@@ -156,7 +156,9 @@ class Log:
         left: float | None,
     ) -> None:
         """The mean returns [n] of the seeds, NaN where dead, by swept value; one line a value."""
-        pace = f"{short(speed)} steps/s, all seeds | {clock(left)} left" if step else "start"
+        # a resumed run may evaluate before it trains, and has no speed yet
+        pace = f"{short(speed)} steps/s, all seeds | " if speed else ""
+        pace = f"{pace}{clock(left)} left" if step else "start"
         texts = {label: spread(x) for label, x in returns.items()}
         if len(texts) == 1:
             (text,) = texts.values()

@@ -175,6 +175,7 @@ class Session:
         template = jax.eval_shape(self.program.init, *inputs(self.rows))
         self.restored, meta = rundir.load_tree(saved[-1], template)
         self.update, self.seconds = meta["update"], meta["seconds"]
+        self.started -= self.seconds.pop("wall", 0.0)  # older checkpoints do not have it
         self.dead = np.array(meta["dead"])
         # Without done.json it was stopped between its last update and its end: the end is to do.
         if self.update >= self.config.num_updates and done.exists():
@@ -371,15 +372,17 @@ class Session:
 
     def write(self, values: dict[str, Any]) -> None:
         """Log `values` with the times so far."""
-        times = {f"time/{k}": v for k, v in self.seconds.items()}
-        times["time/wall"] = time.time() - self.started
-        self.log.write(self.step, values | times)
+        self.log.write(self.step, values | {f"time/{k}": v for k, v in self.times().items()})
+
+    def times(self) -> dict[str, float]:
+        """Seconds of all launches of the run, in parts and in all (`wall`)."""
+        return self.seconds | {"wall": time.time() - self.started}
 
     def save(self, state: Any) -> None:
         """Write a checkpoint of all rows of all hosts."""
         arrays = {k: np.asarray(v) for k, v in rundir.flatten(state).items()}
         arrays = {k: v if k == ".update" else gather(v) for k, v in arrays.items()}
-        meta = {"update": self.update, "seconds": self.seconds, "dead": self.dead.tolist()}
+        meta = {"update": self.update, "seconds": self.times(), "dead": self.dead.tolist()}
         if self.lead:
             rundir.save_checkpoint(self.run_dir, arrays, meta)
 
@@ -445,7 +448,7 @@ class Session:
             alive = sum(x is not None for x in result["per_seed"])
             episodes = run.final.shape[1]
             self.log.say(f"  {alive} of {result['n']} seeds alive, {episodes} episodes each")
-        seconds = self.seconds | {"wall": time.time() - self.started}
+        seconds = self.times()
         done: dict[str, Any] = {"steps": int(run.steps[-1]), "alive": int((~self.dead).sum())}
         done |= {"episodes": run.final.shape[1], "results": results, "seconds": seconds}
         rundir.write_json(self.run_dir / "done.json", done)
