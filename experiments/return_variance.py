@@ -287,39 +287,43 @@ def sampled_rows(run_dir: str, row: int, starts: int, repeats: int, num_steps: i
     def measure(carry, key, acting):
         """Mean and variance [starts] of each estimate."""
         actions, rollout = play(many, networks.policies[acting], carry, key)[1]
-        reward, _, *rest = rollout
-        log_ratio = rest[-1][0]
+        reward, _, next_value, terminated, done, log_ratio = rollout
         advantage, target = bpo.step_estimator(*rollout, gamma, lam, *clips)
         unclipped = bpo.step_estimator(*rollout, gamma, 1.0, jnp.inf, jnp.inf)[1]
         split = lambda x: x.reshape((starts, repeats, *x.shape[1:]))
         targets = {
             "value target as trained": target[0],
             "V-trace, no clipping, lambda 1": unclipped[0],
-            "PDIS": pdis_estimator(reward, *rest, gamma)[0],
+            "PDIS": pdis_estimator(reward, next_value, terminated, done, log_ratio, gamma)[0],
         }
         result = {k: (split(x).mean(-1), split(x).var(-1, ddof=1)) for k, x in targets.items()}
-        for name, clip_eps in (("gradient as trained", config.clip_eps), ("gradient", jnp.inf)):
-            weight = gradient_weight(jnp.exp(log_ratio), advantage[0], clip_eps)
+        weights = {
+            name: gradient_weight(jnp.exp(log_ratio[0]), advantage[0], clip_eps)
+            for name, clip_eps in (("gradient as trained", config.clip_eps), ("gradient", jnp.inf))
+        }
 
-            def spread(data):
-                weight, obs, action = data
-                return gradient_spread(weight, jax.vmap(networks.score)(obs, action))
+        def spreads(data):
+            weights, obs, action = data
+            score = jax.vmap(networks.score)(obs, action)
+            return {name: gradient_spread(weight, score) for name, weight in weights.items()}
 
-            data = jax.tree.map(split, (weight, carry[0], actions[0]))
-            result[name] = jax.lax.map(spread, data)  # one start at a time, to save memory
+        data = jax.tree.map(split, (weights, carry[0], actions[0]))
+        result |= jax.lax.map(spreads, data)  # one start at a time, to save memory
         return result
 
     key_reset, key_start, key_play = jax.random.split(jax.random.key(0), 3)
     start, _ = jax.jit(partial(play, few, networks.policies["pi"]))(few.reset(key_reset), key_start)
     carry = jax.tree.map(lambda x: jnp.repeat(x, repeats, axis=0), start)
-    rows, of_pi = [], measure(carry, key_play, "pi")
-    for acting in networks.policies:
-        for name, (mean, spread) in measure(carry, key_play, acting).items():
+    found = {acting: measure(carry, key_play, acting) for acting in networks.policies}
+    rows = []
+    for acting, estimates in found.items():
+        for name, (mean, spread) in estimates.items():
             row = {"task": config.env, "estimate": name, "acting": acting}
-            if acting != "pi":
-                row["relative"] = relative(spread, of_pi[name][1])
             row |= {"mean": float(mean.mean()), "variance": float(spread.mean())}
-            rows.append(row | {"error": float(spread.std() / np.sqrt(starts))})
+            row["error"] = float(spread.std() / np.sqrt(starts))
+            if acting != "pi":
+                row["relative"] = relative(spread, found["pi"][name][1])
+            rows.append(row)
     return rows
 
 
@@ -335,7 +339,7 @@ def markdown(rows: list[dict]) -> str:
         ratio = row.get("relative", [None])
         compared = "" if None in ratio else "{:.2f} [{:.2f}, {:.2f}]".format(*ratio)
         cells.append([row["task"], row["estimate"], row["acting"], values + error, compared])
-    return report.table(["task", "estimate", "acting", "variance", "pi's = 1"], cells)
+    return report.table(["task", "estimate", "acting", "variance", "relative to pi"], cells)
 
 
 def main(argv: list[str] | None = None):
