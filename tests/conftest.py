@@ -16,9 +16,11 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 
 # Most of the suite's time is compilation: half of it without optimisation, for the same semantics.
-FLAGS = "--xla_backend_optimization_level=0"
+FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if version("jaxlib").startswith("0.9."):  # the older emitters compile in half the time; gone later
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
+else:
+    FLAGS += " --xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE"
 
 
 def pytest_configure(config):

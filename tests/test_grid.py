@@ -216,7 +216,6 @@ def test_a_grid_end_to_end(tmp_path):
     argv = ["--algos", "ppo", "--envs", "cartpole", "--out", str(tmp_path), *flags]
     done = subprocess.run(
         [sys.executable, str(runner.ROOT / "experiments" / "grid.py"), *argv],
-        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
         capture_output=True,
         text=True,
     )
