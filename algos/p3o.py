@@ -566,7 +566,8 @@ PHYSICS = {
 }
 PRESETS: dict[str, dict[str, Any]] = {
     # sources of tasks, for those that have no preset of their own
-    **dict.fromkeys(("gym", "brax", "playground"), PHYSICS),
+    "gym": {**PHYSICS, "log_std_init": -1.0},
+    **dict.fromkeys(("brax", "playground"), PHYSICS),
     # tasks
     "cartpole": {"normalize_reward": True},
     "atari": {"total_timesteps": 28_000_000, "hidden": (512,), "activation": "relu"},

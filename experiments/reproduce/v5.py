@@ -10,6 +10,7 @@ groups:
              policies on one task. Each environment step is trained on 140 times, which takes about
              1 ms on 2 CPU cores
   std        the search of PPO's initial standard deviation, exp(log_std_init)
+  p3o        the search of P3O's, and of its learning rate
   mu         the search of BPO's epochs of mu at PPO's clip range, 0.2; the preset has 10 and 0.4
 """
 
@@ -41,6 +42,7 @@ AUTHORS = {"ppo_gsde": "", "bpo_zero": "ppo_bpo_zero"}  # name: preset after muj
 CLIPS = ["zero1.0", "zero1.0_1.5", "zero1.5_traj"]
 # Values of log_std_init to try on each task.
 STD = {"Hopper": (0, -1), "HalfCheetah": (0, -0.5, -1), "Walker2d": (0,), "Ant": (-1,)}
+P3O_STD = {"HalfCheetah": (0, -1), "Hopper": (-1,), "Walker2d": (-1,)}
 MU_EPOCHS = {"Hopper": (2, 10, 40), "HalfCheetah": (10,)}
 EVALS = "--num-evals 10"
 
@@ -71,6 +73,23 @@ GROUPS: dict[str, list[Job]] = {
         Job(v5(task), f"log_std_{x}", "ppo", f"--log-std-init {x} {EVALS}")
         for task, values in STD.items()
         for x in values
+    ],
+    "p3o": [
+        *(
+            Job(
+                v5(task),
+                f"log_std_{x}",
+                "p3o",
+                f"--log-std-init {x} --sweep learning_rate=3e-4,1e-3 --total-timesteps 300000 "
+                "--num-evals 3",
+            )
+            for task, values in P3O_STD.items()
+            for x in values
+        ),
+        *(
+            Job(v5(task), "log_std_0_1m", "p3o", f"--log-std-init 0 {EVALS}")
+            for task in ("Hopper", "HalfCheetah")
+        ),
     ],
     "mu": [
         Job(v5(task), f"epochs_{x}", "bpo", f"--clip-eps 0.2 --num-mu-epochs {x} {EVALS}")
