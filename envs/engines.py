@@ -49,13 +49,13 @@ class Physics(NamedTuple):
     reads: tuple[str, ...]  # derived fields of MjData that the rule reads
     rule: Callable  # xp, data, memory -> memory, outputs
     memory_size: int
-    inputs: tuple[str, ...] = ("ctrl",)  # fields of the integration state that a step is given
+    inputs: tuple[str, ...] = ("ctrl",)  # fields of the integration state that a caller sets
 
 
 class Engine(NamedTuple):
     """Pure functions of one simulation, to be vmapped."""
 
-    reset: Callable  # qpos [nq], qvel [nv], inputs or none -> state, outputs
+    reset: Callable  # qpos [nq], qvel [nv], all inputs or none -> state, outputs
     step: Callable  # state, inputs (a ctrl [nu] by default) -> state, outputs, unstable []
     frame: Callable  # state -> pytree that `poses` needs
     poses: Callable  # frames (numpy leaves [T, ...]) -> qpos, mocap_pos, mocap_quat, each [T, ...]
@@ -78,7 +78,7 @@ def make(engine: str | None, physics: Physics) -> Engine:
 
 # --- c ---
 
-# MuJoCo puts an unstable simulation back to its default pose and counts a warning.
+# MuJoCo resets an unstable simulation (a bad ctrl it sets to zero) and counts a warning.
 UNSTABLE = [
     int(getattr(mujoco.mjtWarning, f"mjWARN_BAD{part}"))
     for part in ("QPOS", "QVEL", "QACC", "CTRL")
@@ -337,8 +337,8 @@ _names: Counter[str] = Counter()
 def host_function(name: str, function: Callable, *inputs: jax.ShapeDtypeStruct) -> Callable:
     """A numpy function of arrays [B, ...], as a jax function of arrays without that axis.
 
-    The axes of nested vmaps become B, and `function` runs once for all of them. It must be pure.
-    XLA may call it on several threads at once. An exception in it ends the program.
+    The axes of nested vmaps become B, and `function` runs once for all of them. `function` must be
+    pure: XLA may call it on several threads at once. An exception in it ends the program.
     """
     # One call, on zeros, finds the shapes and types of the outputs.
     example = function(*(np.zeros((1, *x.shape), x.dtype) for x in inputs))

@@ -3,8 +3,8 @@
 Models are the XML files of the installed gymnasium; its environments are not used. Arguments of
 Gymnasium's environments are options of the name: gym/Hopper-v5?ctrl_cost_weight=0.01. A task is a
 rule (see envs/engines.py) and a distribution of start states. On C the numbers are Gymnasium's. On
-MJX, Humanoid and HumanoidStandup run with Newton's solver for want of PGS, and friction of capsules
-that stand on the floor points in other directions, which Ant feels most.
+MJX, Humanoid and HumanoidStandup run with Newton's solver, because MJX has no PGS, and friction of
+capsules on the floor points in other directions, which changes Ant most.
 
 Units are MuJoCo's: m, rad, s, N, Nm. Actions in [-1, 1] are scaled to the range of the actuators.
 """
@@ -36,7 +36,7 @@ class Task(NamedTuple):
     """One environment of Gymnasium."""
 
     xml: str
-    rule: Callable  # xp, data, memory [..., 1] (x where the task pays speed), options: see below
+    rule: Callable  # xp, data, memory [..., 1] (the last x if speed is paid), options: see below
     start: Callable  # key, qpos0, nv, options -> qpos, qvel
     reads: tuple[str, ...]  # derived fields of MjData
     options: dict[str, Any]  # Gymnasium's arguments and their defaults
@@ -99,7 +99,7 @@ def make(task: str, engine: str | None = None, **changes: Any) -> RawEnv:
 
 # --- options ---
 
-SIGNED = ("forward_reward_weight", "healthy_reward")  # other weights are of costs
+SIGNED = ("forward_reward_weight", "healthy_reward")  # may be negative; other weights are of costs
 
 
 def kinds(task: str) -> dict[str, Kind]:
@@ -146,9 +146,9 @@ def reacher_start(key, qpos0, nv, o):
 
 
 def pusher_start(key, qpos0, nv, o):
-    """The object uniform in a rectangle, but farther than 0.17 from the goal; goal and it at rest.
+    """The object uniform in a rectangle, but farther than 0.17 from the goal; both at rest.
 
-    Of 64 draws the first that is far enough: with a probability of 1e-27 there is none.
+    The first of 64 draws that is far enough; the probability that none is: 1e-27.
     """
     key_object, key_speed = jax.random.split(key)
     low, high = jnp.array([-0.3, -0.2]), jnp.array([0.0, 0.2])
@@ -327,7 +327,7 @@ def inverted_double_pendulum(xp, data, memory, o):
 
 
 def positions(data, hidden, o):
-    """Generalised positions; Gymnasium calls the first `hidden` of them current positions."""
+    """Generalised positions, without the first `hidden` if the option says so."""
     return data.qpos[..., hidden * o.exclude_current_positions_from_observation :]
 
 
@@ -351,7 +351,7 @@ def within(value, interval):
     return (interval[0] < value) & (value < interval[1])
 
 
-# --- tasks ---
+# --- tasks: their names are also in envs.TASKS ---
 
 INFINITY = float("inf")
 MOVING = {

@@ -1,12 +1,12 @@
 """What happens between an adapter and an algorithm, and at the end of an episode.
 
 Stack from the inside: raw adapter - privileged entries hidden - action clip - NaN guard - time
-limit - auto-reset - episode log - vmap. Each layer takes and returns the pure functions `reset` and
-`step` of one environment; its state is a frozen dataclass that holds the inner state. No layer
-stores a key: whatever is random comes from the key of the call.
+limit - auto-reset - staggered start - episode log - vmap. Each layer takes and returns the pure
+functions `reset` and `step` of one environment; its state, if any, is a frozen dataclass that holds
+the inner state. No layer stores a key: whatever is random comes from the key of the call.
 
-terminated: the task ended, the value after it is zero. truncated: stopped by the clock, the value
-goes on. Never both.
+terminated: the task ended, the value after it is zero. truncated: the time limit ended the episode,
+bootstrap from info["final_observation"]. Never both.
 """
 
 import math
@@ -22,9 +22,9 @@ RESET_MODES = ("fresh", "cached", "refreshed")
 
 
 class Goals(NamedTuple):
-    """What an observation says of goals, and what it would have paid under another goal."""
+    """How to read and replace the goal in an observation, and the reward under another goal."""
 
-    achieved_goal: Callable  # obs [..., obs_size] -> [..., A], of which the first G are a goal
+    achieved_goal: Callable  # obs [..., obs_size] -> [..., A], whose first G entries are a goal
     desired_goal: Callable  # obs [..., obs_size] -> [..., G]
     with_goal: Callable  # obs, goal -> obs
     compute_reward: Callable  # achieved, goal, kind -> [..., m]
@@ -310,7 +310,7 @@ def _time_limit(reset, step, max_steps):
 def _auto_reset(reset, step, mode):
     """Begin the next episode within the step that ends one, and keep the true successor in info.
 
-    fresh: a real reset in every step. cached: always the environment's first start state.
+    fresh: every step computes a reset. cached: always the environment's first start state.
     refreshed: cached, and re-drawn by `refresh`.
     """
     fresh = mode == "fresh"
@@ -337,7 +337,7 @@ def _auto_reset(reset, step, mode):
 
 
 def _stagger(reset, max_steps):
-    """Let the first episode begin at a uniformly drawn elapsed time."""
+    """Draw the elapsed time of the first episode: environments are not truncated together."""
 
     def staggered_reset(key):
         key_reset, key_elapsed = jax.random.split(key)

@@ -1,4 +1,4 @@
-"""The compiled program of a launch: all rows side by side, laid over the local devices.
+"""The compiled program of a launch: all rows side by side, sharded over the local devices.
 
     state = init(keys)
     state, sums of metrics = train(state, number of updates)      # the state is donated
@@ -35,10 +35,10 @@ class Program(NamedTuple):
 
     init: Any  # keys [R], hparams -> state
     train: Any  # state (donated), hparams, number of updates, *data -> state, sums of metrics [R]
-    begin: Any  # keys [R] -> plays: an evaluation.Play of "" and of each further policy
+    begin: Any  # keys [R] -> plays: an evaluation.Play by policy; "" is the main one
     play: Any  # state, plays (donated), number of steps -> plays
     policies: Any  # state -> policies [R, ...]; always jitted
-    data: tuple  # what an offline algorithm learns from: shared arrays, then own ones [R, ...]
+    data: tuple  # of an offline algorithm: arrays all rows share, then arrays of each row [R, ...]
     num_shared: int  # how many of `data` are shared
     stateful: bool  # the environments are not in the state: no resume
     interface: dict  # what the policies take and give: see policies.interface_of
@@ -156,8 +156,8 @@ def make_program(algorithm: ModuleType, config: Any, launch: Launch, rows: Rows)
         mapped = jax.shard_map(
             function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
-        place = lambda tree: jax.tree.map(lambda spec: NamedSharding(mesh, spec), tree)
-        shardings = {"in_shardings": place(in_specs), "out_shardings": place(out_specs)}
+        named = lambda specs: jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+        shardings = {"in_shardings": named(in_specs), "out_shardings": named(out_specs)}
         return jax.jit(mapped, **shardings, **options)
 
     return Program(

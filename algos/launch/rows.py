@@ -27,7 +27,7 @@ class Rows(NamedTuple):
 
 
 def make_rows(launch: Launch, config: Any, traceable: tuple[str, ...]) -> Rows:
-    """Seeds times swept values, values outermost; ValueError for a sweep that is none."""
+    """Seeds times swept values, values outermost; ValueError for a malformed sweep."""
     grid = {}
     for item in launch.sweep:
         field, _, values = item.partition("=")
@@ -45,7 +45,7 @@ def make_rows(launch: Launch, config: Any, traceable: tuple[str, ...]) -> Rows:
         for value in numbers:
             common.check(dataclasses.replace(config, **{field: value}))
     points = list(itertools.product(*grid.values()))
-    repeated = np.repeat(np.array(points, np.float32).reshape(len(points), -1), launch.num_seeds, 0)
+    repeated = np.repeat(np.array(points, np.float32), launch.num_seeds, 0)
     labels = [" ".join(f"{k}={v:g}" for k, v in zip(grid, point, strict=True)) for point in points]
     return Rows(
         seeds=np.tile(np.arange(launch.seed, launch.seed + launch.num_seeds), len(points)),
@@ -60,12 +60,12 @@ def inputs(rows: Rows) -> tuple[jax.Array, dict[str, jax.Array]]:
     return keys, {k: jnp.asarray(v) for k, v in rows.hparams.items()}
 
 
-def evaluation_keys(rows: Rows, number: int, part: int = 0) -> jax.Array:
-    """Keys [R] of an evaluation's start states: of the seed, the evaluation and a part of it."""
+def evaluation_keys(rows: Rows, update: int, part: int = 0) -> jax.Array:
+    """Keys [R] of an evaluation's start states: a function of seed, finished updates and part."""
 
     def key_of(seed):
         key = jax.random.fold_in(jax.random.key(seed), 2**31)  # apart from the key of training
-        return jax.random.fold_in(jax.random.fold_in(key, number), part)
+        return jax.random.fold_in(jax.random.fold_in(key, update), part)
 
     return jax.vmap(key_of)(jnp.asarray(rows.seeds, jnp.uint32))
 

@@ -1,6 +1,6 @@
 """A launch from the command line to its last line: the loop around the compiled program.
 
-keys  = key(seed + i) for i in range(num_seeds)    # seed i of a launch is the run --seed i
+keys  = key(seed + i) for i in range(num_seeds)    # as the run --seed seed + i
 state = init(keys)
 until the next evaluation: state, metrics = train(state, n updates)
 evaluate; log; save
@@ -42,7 +42,7 @@ from algos.launch.program import (
 )
 from algos.launch.rows import Rows, evaluation_keys, gather, inputs, local, make_rows
 
-SLICE_SECONDS = 1.0  # device time between two looks at ctrl-C and the progress bar
+SLICE_SECONDS = 1.0  # aim for one call of the program; ctrl-C is checked between calls
 EVAL_STEPS = 100  # environment steps of the first slice of an evaluation
 
 
@@ -52,7 +52,7 @@ def main(name: str, argv: list[str] | None = None) -> None:
     With --verbose 2 an error keeps its traceback, for whoever is changing an algorithm.
     """
     launch = None
-    with contextlib.ExitStack() as held:  # the lock of the run directory, once it is taken
+    with contextlib.ExitStack() as held:  # undone at the end: warnings, the run directory's lock
         held.callback(setattr, warnings, "showwarning", warnings.showwarning)
         logs.print_warnings_once()
         try:
@@ -70,9 +70,9 @@ def main(name: str, argv: list[str] | None = None) -> None:
         try:
             session.run()
         except OSError as error:  # such as a full disk
-            end(launch, 1, f"error: {error}: once that is mended, --resume {session.run_dir}")
+            end(launch, 1, f"error: {error}: {session.advice}")
         except KeyboardInterrupt:
-            end(launch, 130, f"stopped at once; go on with --resume {session.run_dir}")
+            end(launch, 130, f"stopped at once; {session.advice}")
 
 
 def prepare(algorithm: ModuleType, config: Any, launch: Launch) -> Rows:
@@ -113,6 +113,13 @@ class Session:
     def step(self) -> int:
         """Finished steps of one row."""
         return self.update * self.config.steps_per_update
+
+    @property
+    def advice(self) -> str:
+        """How to go on after an early end."""
+        if self.program.stateful:
+            return f"{self.config.env} cannot be resumed"
+        return f"go on with --resume {self.run_dir}"
 
     # the run directory
 
@@ -177,7 +184,7 @@ class Session:
         self.update, self.seconds = meta["update"], meta["seconds"]
         self.started -= self.seconds.pop("wall", 0.0)  # older checkpoints do not have it
         self.dead = np.array(meta["dead"])
-        # Without done.json it was stopped between its last update and its end: the end is to do.
+        # Without done.json the run stopped after its last update: `finish` is still to do.
         if self.update >= self.config.num_updates and done.exists():
             raise ValueError(
                 f"{self.run_dir} is complete ({self.update} updates): "
@@ -210,7 +217,7 @@ class Session:
         """Compile, train, evaluate, save; exit status 130 if interrupted, 3 if every seed died."""
         handlers = {}
         if threading.current_thread() is threading.main_thread():  # others may not set them
-            # A closed terminal hangs up; what nohup ignores stays ignored.
+            # SIGHUP: the terminal was closed; under nohup it stays ignored.
             numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
             taken = [x for x in numbers if signal.getsignal(x) != signal.SIG_IGN]
             handlers = {x: signal.signal(x, self.on_signal) for x in taken}
@@ -219,10 +226,7 @@ class Session:
             complete = complete and self.finish(state)
             if not complete:
                 self.save(state)
-                resume = f"go on with --resume {self.run_dir}"
-                if self.program.stateful:
-                    resume = f"{self.config.env} cannot be resumed"
-                self.log.say(f"stopped and saved; {resume}", 0)
+                self.log.say(f"stopped and saved; {self.advice}", 0)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -269,8 +273,7 @@ class Session:
     def eval_points(self):
         """Evaluations still to come: (number, finished updates).
 
-        A run that is resumed with another --num-evals has another schedule; what lies before its
-        position is past.
+        A run resumed with another --num-evals skips the points of the new schedule that are past.
         """
         num_updates = self.config.num_updates
         count = min(self.launch.num_evals, num_updates)
@@ -379,7 +382,7 @@ class Session:
         return self.seconds | {"wall": time.time() - self.started}
 
     def save(self, state: Any) -> None:
-        """Write a checkpoint of all rows of all hosts."""
+        """Write a checkpoint: the whole state, keys included, of all rows of all hosts."""
         arrays = {k: np.asarray(v) for k, v in rundir.flatten(state).items()}
         arrays = {k: v if k == ".update" else gather(v) for k, v in arrays.items()}
         meta = {"update": self.update, "seconds": self.times(), "dead": self.dead.tolist()}
@@ -462,10 +465,10 @@ class Session:
     def on_signal(self, number, frame) -> None:
         """First signal: stop after the slice. A further ctrl-C: at once, losing what is not saved.
 
-        Others may come twice: a shell and the kernel both tell that the terminal was closed.
+        The others may come twice: shell and kernel both report that a terminal was closed.
         """
         if self.stop and number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a third one kills, even inside XLA
             raise KeyboardInterrupt
         if not self.stop:
             self.stop = True
@@ -482,7 +485,7 @@ def default_run_dir(name: str, config: Any, launch: Launch) -> str:
 
 
 def place(tree: Any, like: Any) -> Any:
-    """Put this host's rows of `tree` where those of `like` lie."""
+    """Put this host's rows of `tree` on the devices that hold those of `like`."""
     count, index = jax.process_count(), jax.process_index()
 
     def put(x, y):
