@@ -24,7 +24,7 @@ Differences from ppo.py:
 2. An action is tanh(u), u Gaussian. It is stored clipped to +-0.999, as the environment gets it.
 3. Q is the mean of a histogram over a fixed support. The critic also predicts the reward and its
    own features of the next state (auxiliary loss), and it alone sees privileged observations.
-4. Observation statistics change at every step, and the rollout holds normalised observations.
+4. Observation statistics change at every step. Observations are stored normalised, not clipped.
 5. A network skips a gradient step that is not finite; the step is counted. The losses leave out
    transitions whose physics was not finite.
 
@@ -99,7 +99,7 @@ class Config:
     # observations and rewards
     normalize_obs: bool = True  # standardise observations by running statistics
     reward_scale: PositiveFloat = 1.0  # factor on rewards; logged returns are not scaled
-    reward_range: tuple[float, float] = (0.0, 0.0)  # bounds of rewards, only to check vmin and vmax
+    reward_range: tuple[float, float] = (0.0, 0.0)  # bounds, to check vmin and vmax; 0, 0: unknown
 
     # networks
     hidden: tuple[PositiveInt, ...] = (512, 512)  # hidden layers of the actor
@@ -132,7 +132,7 @@ class Config:
         low, high = min(low, 0.0), max(high, 0.0)  # an episode may end at any step
         if self.critic_loss == "hl_gauss" and (low < self.vmin or high > self.vmax):
             warnings.warn(
-                f"values can be {low:g} to {high:g} by reward_range, reward_scale and gamma, "
+                f"values can be {low:g} to {high:g} given reward_range, reward_scale and gamma, "
                 f"but the critic clips them to vmin={self.vmin:g}, vmax={self.vmax:g}",
                 stacklevel=2,
             )
@@ -198,7 +198,7 @@ class Critic(nn.Module):
         if config.critic_loss == "mse":
             logits, value = None, nn.Dense(1)(Block(config, width)(x))[..., 0]
         else:
-            # At first Q is 0: the histogram of 0 outweighs the other logits. It is a trained bias.
+            # Q starts at 0: a trained bias, initially the histogram of 0, dominates the logits.
             zero = self.param("zero_code", lambda _: hl_gauss(jnp.zeros(()), *support))
             logits = nn.Dense(config.num_bins)(Block(config, width)(x)) + 40.0 * zero
             value = (jax.nn.softmax(logits) * jnp.linspace(*support)).sum(-1)
@@ -233,8 +233,8 @@ class Batch(NamedTuple):
 class TrainState(NamedTuple):
     """Everything that a run carries from one update to the next."""
 
-    params: dict  # of "critic", and of "actor": "net" and "duals", the logs of the multipliers
-    opt_state: dict  # of "critic" and "actor"
+    params: dict  # keys "actor" ("net"; "duals": logs of the multipliers) and "critic"
+    opt_state: dict  # the same keys
     obs_stats: common.Stats
     obs: jax.Array  # [N, obs_size], as the environment gave it
     env_state: Any
@@ -250,7 +250,7 @@ def soft_td_lambda(reward, bonus, next_value, terminated, truncated, gamma, lam)
 
     `bonus` is the discounted entropy bonus of the next state, and `next_value` its value. A
     terminated step gets neither. A truncated step bootstraps from `next_value` alone, and so does
-    the last step, where the scan starts from it; the other steps mix it with the next target.
+    the last step, because the scan starts from it; other steps mix it with the next target.
     """
     soft_reward = reward + jnp.where(terminated, 0.0, bonus)
 
@@ -442,7 +442,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         prediction = critic.apply(params, step.obs, step.action)
         error = critic_loss(prediction, batch.target, config.vmin, config.vmax)
         aux_error = jnp.zeros_like(error)
-        if config.aux_loss_mult:  # else the compiler drops the head and the next features
+        if config.aux_loss_mult:  # at 0, the compiler drops the head and next features
             aux_error = aux_loss(prediction.predicted, batch)
         mean = lambda x: jnp.where(step.valid, x, 0.0).mean()
         loss = mean(error + config.aux_loss_mult * aux_error)
@@ -496,7 +496,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return state._replace(params=params, opt_state=opt_state)
 
     def gradient_step(state, batch, key):
-        """One step of the critic, then one of the actor with the updated critic."""
+        """One step of the critic, then one of the actor with the updated critic held fixed."""
         critic_grads, critic_aux = jax.grad(critic_loss_fn, has_aux=True)(
             state.params["critic"], state, batch
         )
@@ -624,7 +624,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Brax's tasks: the authors' reward scale and supports, published without results
     **dict.fromkeys(("ant", "halfcheetah", "hopper", "walker2d"), BRAX),
     "humanoid": {**BRAX, "vmax": 200.0},
-    # the authors' sizes; those of DeepMind Control and of the humanoid robots have a support too
+    # the authors' sizes; those named dmc or humanoid also set gamma, rewards and support
     "default": PAPER,
     "dmc_large": {**DMC, "num_minibatches": 64},
     "dmc_medium": {**DMC, "num_steps": 64, "num_minibatches": 32},

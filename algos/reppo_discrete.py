@@ -92,7 +92,7 @@ class Config:
     # observations and rewards
     normalize_obs: bool = True  # standardise observations by running statistics
     reward_scale: PositiveFloat = 1.0  # factor on rewards; logged returns are not scaled
-    reward_range: tuple[float, float] = (0.0, 0.0)  # bounds of rewards, only to check vmin and vmax
+    reward_range: tuple[float, float] = (0.0, 0.0)  # bounds, to check vmin and vmax; 0, 0: unknown
 
     # networks
     hidden: tuple[PositiveInt, ...] = (128, 128)  # hidden layers of the actor
@@ -123,7 +123,7 @@ class Config:
         low, high = min(low, 0.0), max(high, 0.0)  # an episode may end at any step
         if low < self.vmin or high > self.vmax:
             warnings.warn(
-                f"values can be {low:g} to {high:g} by reward_range, reward_scale and gamma, "
+                f"values can be {low:g} to {high:g} given reward_range, reward_scale and gamma, "
                 f"but the critic clips them to vmin={self.vmin:g}, vmax={self.vmax:g}",
                 stacklevel=2,
             )
@@ -179,7 +179,7 @@ class Critic(nn.Module):
         features = nn.Dense(width)(Block(width)(obs))
         x = nn.swish(features)
         support = config.vmin, config.vmax, config.num_bins
-        # At first Q is 0: the histogram of 0 outweighs the other logits. It is a trained bias.
+        # Q starts at 0: a trained bias, initially the histogram of 0, dominates the logits.
         zero = self.param("zero_code", lambda _: hl_gauss(jnp.zeros(A), *support))
         logits = nn.Dense(A * config.num_bins)(Block(width)(x))
         logits = logits.reshape((*obs.shape[:-1], A, config.num_bins)) + 40.0 * zero
@@ -218,8 +218,8 @@ class Batch(NamedTuple):
 class TrainState(NamedTuple):
     """Everything that a run carries from one update to the next."""
 
-    params: dict  # of "critic", and of "actor": "net" and "duals", the logs of the multipliers
-    opt_state: dict  # of "critic" and "actor"
+    params: dict  # keys "actor" ("net"; "duals": logs of the multipliers) and "critic"
+    opt_state: dict  # the same keys
     obs_stats: common.Stats
     obs: jax.Array  # [N, obs_size], as the environment gave it
     env_state: Any
@@ -235,7 +235,7 @@ def soft_td_lambda(reward, bonus, next_value, terminated, truncated, gamma, lam)
 
     `bonus` is the discounted entropy bonus of the next state, and `next_value` its value. A
     terminated step gets neither. A truncated step bootstraps from `next_value` alone, and so does
-    the last step, where the scan starts from it; the other steps mix it with the next target.
+    the last step, because the scan starts from it; other steps mix it with the next target.
     """
     soft_reward = reward + jnp.where(terminated, 0.0, bonus)
 
@@ -411,7 +411,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         prediction = prediction._replace(value=prediction.value[at], logits=prediction.logits[at])
         error = critic_loss(prediction, batch.target, config.vmin, config.vmax)
         aux_error = jnp.zeros_like(error)
-        if config.aux_loss_mult:  # else the compiler drops the head and the next features
+        if config.aux_loss_mult:  # at 0, the compiler drops the head and next features
             aux_error = aux_loss(prediction.predicted, batch)
         mean = lambda x: jnp.where(step.valid, x, 0.0).mean()
         loss = mean(error + config.aux_loss_mult * aux_error)
@@ -459,7 +459,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return state._replace(params=params, opt_state=opt_state)
 
     def gradient_step(state, batch):
-        """One step of the critic, then one of the actor with the updated critic."""
+        """One step of the critic, then one of the actor with the updated critic held fixed."""
         critic_grads, critic_aux = jax.grad(critic_loss_fn, has_aux=True)(
             state.params["critic"], state, batch
         )

@@ -350,7 +350,7 @@ def test_the_warning_is_one_line_before_anything_compiles(tmp_path, capsys):
         launch.main("reppo", argv)
     lines = capsys.readouterr().err.splitlines()
     assert end.value.code == 2
-    assert lines[0].startswith("warning: values can be -162.8 to 0 by reward_range")
+    assert lines[0].startswith("warning: values can be -162.8 to 0 given reward_range")
     assert not any("values can be" in line for line in lines[1:])
     assert lines[-1].startswith("error: ")
 
