@@ -309,6 +309,13 @@ def test_what_cannot_be_resumed_does_not_advise_it(tmp_path, monkeypatch):
     assert "stopped and saved; cartpole cannot be resumed" in said
     assert "--resume" not in said
 
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "trace", interrupt)
+    status, said = run(*FLAGS, "--verbose", "0", "--run-dir", str(tmp_path / "other"))
+    assert (status, said) == (130, "stopped at once; cartpole cannot be resumed\n")
+
 
 @pytest.mark.parametrize(
     ("seeds", "line"),
