@@ -19,6 +19,10 @@ import jax
 from envs.options import COUNT, Kind, choice, read, spell
 from envs.wrappers import RESET_MODES, Env, Goals, RawEnv, check, wrap
 
+# On a CPU, calls of compiled programs wait for them. One that calls MuJoCo through Python, and
+# still runs when Python ends, would crash or hang.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+
 __all__ = ["ALIASES", "Env", "Goals", "RawEnv", "canonical", "make"]
 
 BRAX_BACKENDS = ("mjx", "generalized", "spring", "positional")

@@ -8,17 +8,21 @@ have not seen. The table is that of compare.py.
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 
 if __name__ == "__main__":  # import from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import envs
 from algos.launch import evaluation, logs, policies, report, rundir
+
+SLICE = 50  # steps between two moves of the progress bar, where ctrl-C ends the program
 
 
 def evaluate_run(run: rundir.Run, episodes: int, seed: int) -> rundir.Run:
@@ -36,9 +40,14 @@ def evaluate_run(run: rundir.Run, episodes: int, seed: int) -> rundir.Run:
     env = envs.make(run.config["env"], episodes, stagger=False, reset_mode="cached")
     keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.asarray(alive))
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *trees)
-    play = jax.jit(lambda stacked, keys: evaluation.evaluate(algo.act, stacked, env, keys))
+    play = jax.jit(lambda keys: evaluation.begin(env, keys))(keys)
+    advance = jax.jit(partial(evaluation.advance, algo.act, env=env, num_steps=SLICE))
+    with tqdm.tqdm(total=env.max_steps, unit=" steps of all episodes") as bar:
+        while play.alive.any():
+            play = advance(stacked, play=play)
+            bar.update(min(SLICE, env.max_steps - bar.n))
     final = np.full((len(run.seeds), episodes), np.nan)
-    final[alive] = play(stacked, keys)[0]
+    final[alive] = play.returns
     return run._replace(final=final, steps=np.array([metas[0]["step"]]))
 
 

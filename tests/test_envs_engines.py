@@ -148,6 +148,25 @@ def test_devices_step_at_the_same_time():
     assert len(digests) == 1
 
 
+PENDING = """
+import jax
+import envs
+
+key = jax.random.key(0)
+env = envs.make("HalfCheetah-v5", 64)
+play = jax.jit(lambda key: jax.lax.fori_loop(0, 200, lambda i, _: env.reset(key)[0].sum(), 0.0))
+play.lower(key).compile()(key)
+"""
+
+
+def test_a_script_may_end_without_reading_its_results():
+    """Python cannot end while a program calls MuJoCo through it."""
+    run = subprocess.run(
+        [sys.executable, "-c", PENDING], cwd=Path(__file__).parents[1], timeout=60, check=False
+    )
+    assert run.returncode == 0
+
+
 # --- instability ---
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import time
 import warnings
 
 import jax
@@ -355,6 +356,25 @@ def test_interrupt_from_a_terminal(tmp_path):
     assert "Traceback" not in said
     assert len(rundir.checkpoints(run_dir)) >= 1
     assert not (run_dir / "done.json").exists()
+
+
+def test_a_second_interrupt_ends_a_launch_that_is_in_mujoco(tmp_path):
+    """Its first rollout takes longer than the test, and calls MuJoCo through Python."""
+    flags = ["--env", "gym/Hopper-v5", "--num-seeds", "2", "--num-steps", "20000"]
+    flags += ["--total-timesteps", "10000000", "--run-dir", str(tmp_path / "run")]
+    process = start(*flags)
+    for line in process.stderr:
+        if " | IQM " in line:
+            break
+    time.sleep(2)  # into the first rollout
+    process.send_signal(signal.SIGINT)
+    for line in process.stderr:
+        if "ctrl-C again" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=10)[1]
+    assert process.returncode == 130
+    assert said.startswith(f"stopped at once; go on with --resume {tmp_path / 'run'}\n")
 
 
 def test_another_schedule_of_evaluations_goes_on_from_where_the_run_is():

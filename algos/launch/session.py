@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -72,13 +73,21 @@ def main(name: str, argv: list[str] | None = None) -> None:
         except OSError as error:  # such as a full disk
             end(launch, 1, f"error: {error}: {session.advice}")
         except KeyboardInterrupt:
-            end(launch, 130, f"stopped at once; {session.advice}")
+            said = f"stopped at once; {session.advice}"
+            if argv is None:
+                # The compiled program still runs and may call MuJoCo through Python, which then
+                # cannot end: it would crash or hang.
+                print(said, file=sys.stderr, flush=True)
+                os._exit(130)
+            end(launch, 130, said)
 
 
 def prepare(algorithm: ModuleType, config: Any, launch: Launch) -> Rows:
     """The rows of a launch that is checked, and jax set up for them; ValueError in one line."""
     rows = make_rows(launch, config, algorithm.TRACEABLE)
     common.check(config)
+    # envs turns this off. A launch waits for its programs, and ctrl-C is to reach it meanwhile.
+    jax.config.update("jax_cpu_enable_async_dispatch", True)
     setup_jax(len(rows.seeds))
     return rows
 
