@@ -27,17 +27,28 @@ from experiments.collect_data import TYPES
 from experiments.reproduce import runner
 from experiments.reproduce.runner import Job, Report
 
+V5 = ("gym/Hopper-v5", "gym/HalfCheetah-v5", "gym/Walker2d-v5")
+V5_POLICY = "--num-evals 20 --batch-size 128 --updates-per-step 0.5"
 # Return at which a policy counts as partly trained: 40 % of the way from random to trained, which
-# is -1309 to -120 and 16 to 2826. Pendulum goes that way in a few hundred steps.
+# is -1309 to -120 and 16 to 2826, and on Gymnasium's tasks 18 to 2310, -280 to 9635 and 2 to 3591
+# (CleanRL's SAC). Pendulum goes that way in a few hundred steps.
 POLICIES = {
     "pendulum": "--stop-at-return -830 --total-timesteps 40000 --num-evals 160",
     "hopper": "--stop-at-return 1140 --total-timesteps 600000 --num-evals 30 --batch-size 128 "
     "--buffer-size 600000",
+    "gym/Hopper-v5": f"--stop-at-return 935 --total-timesteps 200000 {V5_POLICY}",
+    "gym/HalfCheetah-v5": f"--stop-at-return 3686 --total-timesteps 200000 {V5_POLICY}",
+    "gym/Walker2d-v5": f"--stop-at-return 1437 --total-timesteps 400000 {V5_POLICY}",
 }
-ROWS = {"pendulum": 100_000, "hopper": 200_000}
+ROWS = {"pendulum": 100_000, "hopper": 200_000, **dict.fromkeys(V5, 200_000)}
 BUDGETS = {  # gradient steps and evaluations of every learner
     "pendulum": "--total-timesteps 10000 --batch-size 128 --num-evals 5",
     "hopper": "--total-timesteps 20000 --batch-size 64 --num-evals 2 --eval-episodes 8",
+    **dict.fromkeys(
+        V5,
+        "--total-timesteps 30000 --batch-size 128 --num-evals 3 --eval-episodes 8 "
+        "--final-episodes 32",
+    ),
 }
 SMALL = "--dataset {here}/data.npz --hidden 64 64"
 CRITIC = f"{SMALL} --critic-hidden 64 64"
@@ -83,13 +94,15 @@ def collect(job: Job, run_dir: Path) -> None:
 
 def collect_dataset(job: Job, run_dir: Path, path: Path) -> None:
     """Collect with the first seed that has a partly trained policy."""
-    kind, out = run_dir.parents[1].name, run_dir.parents[2]
-    found = sorted((out / "policy" / job.task / "sac").glob("partial_s*.npz"))
+    group = run_dir.parents[len(Path(job.task).parts)]
+    found = sorted((group.parent / "policy" / job.task / "sac").glob("partial_s*.npz"))
     if not found:
-        raise SystemExit(f"no partly trained policy of {job.task} in {out}: run the group policy")
+        raise SystemExit(
+            f"no partly trained policy of {job.task} in {group.parent}: run the group policy"
+        )
     script = os.path.relpath(runner.ROOT / "experiments" / "collect_data.py")
     program = [sys.executable, script, str(found[0])]
-    flags = ["--type", kind, "--steps", str(ROWS[job.task]), "--out", str(path)]
+    flags = ["--type", group.name, "--steps", str(ROWS[job.task]), "--out", str(path)]
     runner.run([*program, *flags])
 
 
