@@ -542,10 +542,7 @@ TRACEABLE = (
 
 # fmt: off
 # Values that replace the defaults; docs/presets.md has their origins.
-MINATAR = {
-    "total_timesteps": 5_000_000, "num_envs": 128, "num_steps": 32, "num_minibatches": 8,
-    "gamma": 0.99, "vmin": 0.0, "vmax": 50.0, "normalize_obs": False,
-}
+MINATAR = {"total_timesteps": 5_000_000, "num_envs": 128, "vmax": 50.0, "normalize_obs": False}
 PRESETS: dict[str, dict[str, Any]] = {
     # tasks
     "cartpole": {"num_epochs": 8, "dual_lr_mult": 3.0, "vmax": 105.0, "reward_range": (0.0, 1.0)},
