@@ -28,7 +28,7 @@ from experiments.reproduce import runner
 from experiments.reproduce.runner import Job, Report
 
 V5 = ("gym/Hopper-v5", "gym/HalfCheetah-v5", "gym/Walker2d-v5")
-V5_POLICY = "--num-evals 20 --batch-size 128 --updates-per-step 0.5"
+V5_SAC = "--batch-size 128 --updates-per-step 0.5"
 # Return at which a policy counts as partly trained: 40 % of the way from random to trained, which
 # is -1309 to -120 and 16 to 2826, and on Gymnasium's tasks 18 to 2310, -280 to 9635 and 2 to 3591
 # (CleanRL's SAC). Pendulum goes that way in a few hundred steps.
@@ -36,9 +36,9 @@ POLICIES = {
     "pendulum": "--stop-at-return -830 --total-timesteps 40000 --num-evals 160",
     "hopper": "--stop-at-return 1140 --total-timesteps 600000 --num-evals 30 --batch-size 128 "
     "--buffer-size 600000",
-    "gym/Hopper-v5": f"--stop-at-return 935 --total-timesteps 200000 {V5_POLICY}",
-    "gym/HalfCheetah-v5": f"--stop-at-return 3686 --total-timesteps 200000 {V5_POLICY}",
-    "gym/Walker2d-v5": f"--stop-at-return 1437 --total-timesteps 400000 {V5_POLICY}",
+    "gym/Hopper-v5": f"--stop-at-return 935 --total-timesteps 200000 --num-evals 20 {V5_SAC}",
+    "gym/HalfCheetah-v5": f"--stop-at-return 3686 --total-timesteps 200000 --num-evals 20 {V5_SAC}",
+    "gym/Walker2d-v5": f"--stop-at-return 1437 --total-timesteps 600000 --num-evals 30 {V5_SAC}",
 }
 ROWS = {"pendulum": 100_000, "hopper": 200_000, **dict.fromkeys(V5, 200_000)}
 BUDGETS = {  # gradient steps and evaluations of every learner
