@@ -134,8 +134,9 @@ def test_render_brax(tmp_path, monkeypatch):
 # --- evaluate ---
 
 
-def test_policies_are_evaluated_again(tmp_path, capsys):
+def test_policies_are_evaluated_again(tmp_path, capsys, monkeypatch):
     """By their own networks, on episodes that a loop by hand plays too; dead rows stay dead."""
+    monkeypatch.setattr(evaluate, "SLICE", 3)  # shorter than any episode
     run, result = write_run(tmp_path / "run", seeds=(0, None, 2, 3)), tmp_path / "result.json"
     write_policies(run, (0, 2, 3))
     evaluate.main([str(run), "--episodes", "5", "--seed", "7", "--json", str(result)])

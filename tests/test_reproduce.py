@@ -219,29 +219,30 @@ def test_runs_are_beside_their_own_published_numbers(tmp_path, monkeypatch):
     assert "| 17 ± 11 | 1690 ± 125 |" in (tmp_path / "bpo" / "table.md").read_text()
 
 
-def test_a_dataset_is_collected_before_what_learns_from_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("task", "steps"), [("pendulum", "100000"), ("gym/Hopper-v5", "200000")])
+def test_a_dataset_is_collected_before_what_learns_from_it(tmp_path, monkeypatch, task, steps):
     ran = []
 
     def run(argv):
         ran.append(argv[1:])
-        datasets.write(data, tiny.transitions(4), {"env": "pendulum"})
+        datasets.write(data, tiny.transitions(4), {"env": task})
 
     monkeypatch.setattr(runner, "run", run)
-    argv = ["eps1", "--tasks", "pendulum", "--num-seeds", "2", "--out", str(tmp_path)]
-    with pytest.raises(SystemExit, match=r"no partly trained policy of pendulum .* group policy"):
+    argv = ["eps1", "--tasks", task, "--num-seeds", "2", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match=f"no partly trained policy of {task} in {tmp_path}: run"):
         brac.main(argv)
-    policy = tmp_path / "policy" / "pendulum" / "sac" / "partial_s001.npz"
+    policy = tmp_path / "policy" / task / "sac" / "partial_s001.npz"
     policy.parent.mkdir(parents=True)
     policy.touch()
-    here = tmp_path / "eps1" / "pendulum"
-    bc, dual = (Job("pendulum", x, *brac.LEARNERS[x]) for x in ("bc", "brac_dual_kl_pr"))
+    here = tmp_path / "eps1" / task
+    bc, dual = (Job(task, x, *brac.LEARNERS[x]) for x in ("bc", "brac_dual_kl_pr"))
     data = here / "data.npz"
     data.parent.mkdir(parents=True)
     brac.collect(bc, here / "bc")
-    sizes = ["--type", "eps1", "--steps", "100000", "--out", str(data)]
+    sizes = ["--type", "eps1", "--steps", steps, "--out", str(data)]
     script = os.path.relpath(runner.ROOT / "experiments" / "collect_data.py")
     assert ran == [[script, str(policy), *sizes]]
-    assert json.loads((here / "data.json").read_text()) == {"env": "pendulum"}
+    assert json.loads((here / "data.json").read_text()) == {"env": task}
     brac.collect(dual, here / "brac_dual_kl_pr")
     assert len(ran) == 1
     assert str(data) in command(dual, here / "brac_dual_kl_pr", 0, 2)

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 import time
 import warnings
 
@@ -358,22 +359,26 @@ def test_interrupt_from_a_terminal(tmp_path):
     assert not (run_dir / "done.json").exists()
 
 
-def test_a_second_interrupt_ends_a_launch_that_is_in_mujoco(tmp_path):
-    """Its first rollout takes longer than the test, and calls MuJoCo through Python."""
-    flags = ["--env", "gym/Hopper-v5", "--num-seeds", "2", "--num-steps", "20000"]
+@pytest.mark.parametrize("seeds", ["1", "2"])
+def test_a_launch_heeds_both_interrupts_within_an_update(tmp_path, seeds):
+    """Of a minute, with calls of MuJoCo through Python; on one device and on two."""
+    flags = ["--env", "gym/Hopper-v5", "--num-seeds", seeds, "--num-steps", "100000"]
     flags += ["--total-timesteps", "10000000", "--run-dir", str(tmp_path / "run")]
     process = start(*flags)
     for line in process.stderr:
         if " | IQM " in line:
             break
     time.sleep(2)  # into the first rollout
+    limit = threading.Timer(20, process.kill)
+    limit.start()
     process.send_signal(signal.SIGINT)
     for line in process.stderr:
         if "ctrl-C again" in line:
             break
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=10)[1]
-    assert process.returncode == 130
+    said = process.stderr.read()
+    assert process.wait() == 130
+    limit.cancel()
     assert said.startswith(f"stopped at once; go on with --resume {tmp_path / 'run'}\n")
 
 
