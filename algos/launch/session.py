@@ -300,6 +300,7 @@ class Session:
             length = min(length, point - self.update)
             clock = time.time()
             state, sums = self.program.train(state, hparams, jnp.int32(length), *self.program.data)
+            sums = jax.block_until_ready(sums)  # heeds ctrl-C, which np.asarray does not
             sums = {k: np.asarray(v, np.float64) for k, v in sums.items()}
             clock = time.time() - clock
             totals = {k: reduction(k)(totals[k], sums[k]) for k in sums} if totals else sums
