@@ -11,7 +11,7 @@ import pytest
 
 CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # Networks are compared with references to five digits, of which TF32 on NVIDIA's cards keeps three.
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 
