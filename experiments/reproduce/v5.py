@@ -12,6 +12,7 @@ groups:
   std        the search of PPO's initial standard deviation, exp(log_std_init)
   p3o        the search of P3O's, and of its learning rate
   mu         the search of BPO's epochs of mu at PPO's clip range, 0.2; the preset has 10 and 0.4
+  ablations  BPO's preset with the other losses of mu, and PPO at BPO's clip range
 """
 
 import sys
@@ -43,6 +44,11 @@ CLIPS = ["zero1.0", "zero1.0_1.5", "zero1.5_traj"]
 # Values of log_std_init to try on each task.
 STD = {"Hopper": (0, -1), "HalfCheetah": (0, -0.5, -1), "Walker2d": (0,), "Ant": (-1,)}
 P3O_STD = {"HalfCheetah": (0, -1), "Hopper": (-1,), "Walker2d": (-1,)}
+ABLATIONS = {  # name: algorithm, flags, tasks
+    "kl": ("bpo", "--mu-loss kl", BPO[:2]),
+    "centred": ("bpo", "--mu-loss centred", BPO[:1]),
+    "ppo_clip_0.4": ("ppo", "--clip-eps 0.4", BPO[:2]),
+}
 MU_EPOCHS = {"Hopper": (2, 10, 40), "HalfCheetah": (10,)}
 EVALS = "--num-evals 10"
 
@@ -52,12 +58,17 @@ def v5(name: str) -> str:
     return f"gym/{name}-v5"
 
 
-GROUPS: dict[str, list[Job]] = {
-    "tasks": [
+def jobs(table: dict[str, tuple[str, str, list[str]]]) -> list[Job]:
+    """One job for each name of a table and each of its tasks."""
+    return [
         Job(v5(task), name, algo, f"{flags} {EVALS}".strip())
-        for name, (algo, flags, tasks) in ALGOS.items()
+        for name, (algo, flags, tasks) in table.items()
         for task in tasks
-    ],
+    ]
+
+
+GROUPS: dict[str, list[Job]] = {
+    "tasks": jobs(ALGOS),
     "bpo": [
         *(
             Job(v5(task), name, "bpo", f"--preset mujoco_ppo_gsde {preset} {EVALS}")
@@ -96,6 +107,7 @@ GROUPS: dict[str, list[Job]] = {
         for task, values in MU_EPOCHS.items()
         for x in values
     ],
+    "ablations": jobs(ABLATIONS),
 }
 
 # Published means and stds over seeds, by algorithm and task, after 1M steps; versions of the
