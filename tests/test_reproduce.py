@@ -54,6 +54,19 @@ def test_jobs_do_not_share_a_directory():
     assert len(set(names)) == len(names)
 
 
+def test_ablations_on_v5_change_one_field_of_the_preset():
+    changed = {}
+    for job in v5.GROUPS["ablations"]:
+        config, preset = config_of(job), config_of(job._replace(flags=""))
+        fields = [x for x in vars(config) if getattr(config, x) != getattr(preset, x)]
+        changed.setdefault(job.name, []).append(fields)
+    assert changed == {
+        "kl": [["mu_loss"]] * 2,
+        "centred": [["mu_loss"]],
+        "ppo_clip_0.4": [["clip_eps"]] * 2,
+    }
+
+
 @pytest.mark.parametrize("name", ["reppo", "p3o", "bnpo"])
 def test_ablations_change_one_thing_each(name):
     groups = MODULES[name].GROUPS
