@@ -54,6 +54,17 @@ def test_jobs_do_not_share_a_directory():
     assert len(set(names)) == len(names)
 
 
+def test_no_two_jobs_of_a_task_run_the_same():
+    """A job that lost its flags would be another job's result under its name."""
+    for name, module in MODULES.items():
+        for group, jobs in module.GROUPS.items():
+            seen = {}
+            for job in jobs:
+                settings = (job.task, job.algo, repr(config_of(job)))
+                assert settings not in seen, (name, group, job.name, seen[settings])
+                seen[settings] = job.name
+
+
 def changed_fields(job, default):
     """Names of the fields in which the two jobs' configurations differ."""
     ours, theirs = vars(config_of(job)), vars(config_of(default))
