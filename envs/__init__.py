@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 import io
+import os
 import sys
 from typing import Any
 
@@ -23,7 +24,7 @@ from envs.wrappers import RESET_MODES, Env, Goals, RawEnv, check, wrap
 # still runs when Python ends, would crash or hang.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
-__all__ = ["ALIASES", "Env", "Goals", "RawEnv", "canonical", "make"]
+__all__ = ["ALIASES", "Env", "Goals", "RawEnv", "canonical", "cores", "make"]
 
 BRAX_BACKENDS = ("mjx", "generalized", "spring", "positional")
 
@@ -222,6 +223,13 @@ def make(
         reset_mode=reset_mode or raw.reset_mode, max_steps=max_steps or raw.max_steps
     )
     return wrap(raw, num_envs, stagger, privileged)
+
+
+def cores() -> int:
+    """CPU cores that this process may use. A cluster often grants fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def canonical(name: str) -> str:

@@ -21,7 +21,6 @@ import ctypes
 import importlib.util
 import io
 import math
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
@@ -34,7 +33,7 @@ import mujoco
 import numpy as np
 from mujoco.batch import Batch
 
-from envs import mjx, viewer
+from envs import cores, mjx, viewer
 
 # Otherwise every unstable simulation writes a line to ./MUJOCO_LOG.TXT and to the terminal.
 mujoco.set_mju_user_warning(lambda message: None)
@@ -92,8 +91,8 @@ def _c(physics: Physics) -> Engine:
     Its first nstate numbers are mjSTATE_INTEGRATION, from which the physics continues exactly.
     """
     model = physics.model
-    # Devices step at the same time: they divide the CPU's threads and share no simulations.
-    threads = max(1, (os.cpu_count() or 1) // jax.local_device_count())
+    # Devices step at the same time: they divide the CPU's cores and share no simulations.
+    threads = max(1, cores() // jax.local_device_count())
     idle: defaultdict[int, SimpleQueue] = defaultdict(SimpleQueue)  # by number of simulations
 
     @contextlib.contextmanager

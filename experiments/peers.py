@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import envs
 from algos.launch import report
 
 HERE = Path(__file__).resolve().parent
@@ -81,7 +82,7 @@ def envpool(seeds: list[int]) -> Iterator[Contest]:
             f"environment, {env}",
             1,
             _ours("play", f"gym/{env}", 1, 1, {"num_envs": 64, "num_steps": 128}),
-            {"env": env, "num_envs": 64, "num_steps": 128, "threads": os.cpu_count()},
+            {"env": env, "num_envs": 64, "num_steps": 128, "threads": envs.cores()},
         )
 
 

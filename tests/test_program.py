@@ -81,6 +81,25 @@ def test_two_hosts_are_one_launch(whole, tmp_path):
     np.testing.assert_allclose(run.returns[:2], rundir.read_run(whole[0]).returns, rtol=1e-3)
 
 
+CORES = """
+import os
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import jax, envs
+from algos.launch import program
+program.setup_jax(num_rows=16)
+print(envs.cores(), jax.local_device_count())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+def test_only_the_cores_that_the_process_may_use_count():
+    """As under a cluster's scheduler: 16 devices on one core would wait for each other."""
+    variables = os.environ | {"XLA_FLAGS": ""}
+    command = [sys.executable, "-c", CORES]
+    said = subprocess.run(command, env=variables, check=True, capture_output=True, text=True).stdout
+    assert said.split() == ["1", "1"]
+
+
 # --- settings of jax ---
 
 

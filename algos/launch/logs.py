@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import tqdm
 
+import envs
 from algos.launch import report
 from algos.launch.rundir import jsonable
 
@@ -359,7 +360,7 @@ def surroundings() -> dict[str, Any]:
         "commit": commit(),
         "versions": versions(),
         "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
+        "cores": envs.cores(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         # Of networks; None is jax's own.
         "matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]

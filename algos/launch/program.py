@@ -67,7 +67,7 @@ def setup_jax(num_rows: int) -> None:
     # One host device per core: on a CPU, seeds run faster side by side than with shared threads.
     if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # the backend is already up, as in tests
-            jax.config.update("jax_num_cpu_devices", max(1, min(num_rows, os.cpu_count() or 1)))
+            jax.config.update("jax_num_cpu_devices", max(1, min(num_rows, envs.cores())))
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         with contextlib.suppress(RuntimeError):  # no home directory: nothing is cached
             cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "purepo"
