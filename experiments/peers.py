@@ -4,8 +4,9 @@ PurePO and the peer each have a process in their own Python. The two do the same
 turn: one warms up, then each round times one call of each side. Neither evaluates.
 
     rejax     PPO on CartPole, at the sizes of our preset and at rejax's defaults
-    sbx       PPO on Gymnasium's tasks, 16 environments x 128 steps, 10 epochs, minibatches of 128;
-              SBX trains one seed at a time, so its rate is that of any number of seeds
+    sbx, cleanrl
+              PPO on Gymnasium's tasks, 16 environments x 128 steps, 10 epochs, minibatches of 128;
+              both train one seed at a time, so their rate is that of any number of seeds
     envpool   64 of Gymnasium's environments alone, under random actions, one seed
 """
 
@@ -59,8 +60,8 @@ def rejax(seeds: list[int]) -> Iterator[Contest]:
         )
 
 
-def sbx(seeds: list[int]) -> Iterator[Contest]:
-    """PPO on MuJoCo: our seeds at once, SBX's one."""
+def ppo(seeds: list[int]) -> Iterator[Contest]:
+    """PPO on MuJoCo: our seeds at once, the peer's one."""
     given = {"num_envs": 16, "num_steps": 128, "num_epochs": 10, "num_minibatches": 16}
     changes = given | {"learning_rate": 3e-4, "hidden": (64, 64), "activation": "tanh"}
     for env, num_seeds in itertools.product(("Hopper-v5", "HalfCheetah-v5"), seeds):
@@ -86,7 +87,7 @@ def envpool(seeds: list[int]) -> Iterator[Contest]:
         )
 
 
-PEERS = {"rejax": rejax, "sbx": sbx, "envpool": envpool}
+PEERS = {"rejax": rejax, "sbx": ppo, "cleanrl": ppo, "envpool": envpool}
 
 
 def _ours(work, env, num_seeds, num_updates, changes) -> dict[str, Any]:

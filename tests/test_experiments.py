@@ -1,6 +1,7 @@
 """Render, evaluate and benchmark, on runs written by hand and on the smallest ones."""
 
 import dataclasses
+import importlib.metadata
 import json
 import sys
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from PIL import Image
 
 import envs
 from algos.launch import policies, render, report, rundir
-from experiments import benchmark, evaluate, peers
+from experiments import benchmark, evaluate, peer_cleanrl, peers
 
 EVALS = 3
 
@@ -293,7 +294,7 @@ def test_both_sides_of_a_contest_work_in_turn(tmp_path, monkeypatch):
     (tmp_path / "benchmark.py").write_text(SIDE.format(steps=600))
     (tmp_path / "peer_sbx.py").write_text(SIDE.format(steps=200))
     monkeypatch.setattr(peers, "HERE", tmp_path)
-    contest = next(peers.sbx([8]))
+    contest = next(peers.ppo([8]))
     found = peers.hold("sbx", sys.executable, contest, 3, 60.0)
     assert found["rates"] == {"ours": [300.0] * 3, "sbx": [100.0] * 3}
     assert found["processes"]["sbx"]["given"] == contest.theirs | {"hidden": [64, 64]}
@@ -302,11 +303,31 @@ def test_both_sides_of_a_contest_work_in_turn(tmp_path, monkeypatch):
     )
 
 
+SCRIPT = """
+import sys
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
+assert flags["--env-id"] == "Hopper-v5" and flags["--num-envs"] == "16", flags
+assert int(flags["--total-timesteps"]) == 4 * 16 * int(flags["--num-steps"]), flags
+print("SPS: 100")
+print("SPS: 512")
+"""
+
+
+def test_cleanrl_is_timed_by_the_last_rate_that_its_script_prints(tmp_path, monkeypatch, capsys):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    monkeypatch.setattr(peer_cleanrl, "SCRIPT", tmp_path / "script.py")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1")  # torch is not ours
+    monkeypatch.setattr(sys, "argv", ["", json.dumps(next(peers.ppo([1])).theirs)])
+    monkeypatch.setattr(sys, "stdin", [""])
+    peer_cleanrl.main()
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"seconds": 16.0, "steps": 8192}
+
+
 def test_a_side_that_ends_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "benchmark.py").write_text("raise SystemExit(1)")
     monkeypatch.setattr(peers, "HERE", tmp_path)
     with pytest.raises(RuntimeError, match="ended or took too long"):
-        peers.hold("sbx", sys.executable, next(peers.sbx([1])), 1, 60.0)
+        peers.hold("sbx", sys.executable, next(peers.ppo([1])), 1, 60.0)
 
 
 @pytest.mark.parametrize("peer", peers.PEERS)
