@@ -43,7 +43,8 @@ from algos.launch.rows import evaluation_keys, inputs, make_rows
 from experiments import peers
 
 CALL_SECONDS = 1.0  # of one timed call, or one update where that takes longer
-ROUNDS = 5  # timed calls of the environments and of training
+ROUNDS = 5  # timed calls of the environments and of training, at least
+UPDATES = 50  # timed updates, at least; those of P3O differ in their work
 
 # --- one case, in a process of its own ---
 
@@ -65,6 +66,7 @@ class Case:
         self.program = programs.compile_ahead(traced, self.rows)
         self.seconds = {"trace": middle - start, "compile": time.perf_counter() - middle}
         self.keys, self.hparams = inputs(self.rows)
+        self.update = self.config.num_updates // 2  # of the next call of `train`
         self.state = self.program.init(self.keys, self.hparams)
 
     @property
@@ -73,11 +75,13 @@ class Case:
         return self.config.steps_per_update * len(self.rows.seeds)
 
     def train(self, num_updates: int) -> None:
-        """Take that many updates, from the middle of the run on."""
-        middle = self.config.num_updates // 2
-        state = self.state._replace(update=0 * self.state.update + middle)
+        """Take that many updates of the second half of the run, which calls go through in turn."""
+        if self.update + num_updates > self.config.num_updates:
+            self.update = self.config.num_updates // 2
+        state = self.state._replace(update=0 * self.state.update + self.update)
         self.state, sums = self.program.train(state, self.hparams, jnp.int32(num_updates))
         jax.block_until_ready(sums)
+        self.update += num_updates
 
     def play(self, num_updates: int) -> None:
         """Step the environments as often as that many updates do, with random actions."""
@@ -138,11 +142,12 @@ def measure(case: dict[str, Any], budget: float, started: float) -> dict[str, An
     if not budget:
         return measured
     updates, samples = {"environment": 1, "training": 1}, {"environment": [], "training": []}
+    enough = lambda name: len(samples[name]) >= max(ROUNDS, UPDATES / updates[name])
     functions = {"environment": lab.play, "training": lab.train}
     longest = max(1, lab.config.num_updates // 2)
     lab.play(1)
     start = time.perf_counter()
-    while min(map(len, samples.values())) < ROUNDS and time.perf_counter() - start < budget:
+    while not all(map(enough, samples)) and time.perf_counter() - start < budget:
         for name, function in functions.items():
             seconds = seconds_of(function, updates[name])
             if seconds > CALL_SECONDS / 4 or updates[name] == longest:

@@ -213,8 +213,8 @@ def test_benchmark_refuses(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_benchmark_trains_in_the_middle_of_a_run():
-    """Every timed call, however far the one before went: at the start there may be a warm-up."""
+def test_benchmark_goes_through_the_second_half_of_a_run():
+    """At the start there may be a warm-up, and each update may have gradient steps of its own."""
     seen = []
 
     def train(state, hparams, num_updates):
@@ -223,12 +223,13 @@ def test_benchmark_trains_in_the_middle_of_a_run():
 
     case = object.__new__(benchmark.Case)
     case.config, case.hparams = tiny.config_of("ppo"), {}
-    case.program = SimpleNamespace(train=train)
+    case.program, case.update = SimpleNamespace(train=train), 3
     state = jax.eval_shape(tiny.build("ppo", case.config).init, jax.random.key(0))
     case.state = state._replace(update=jnp.int32(0))
-    for num_updates in (1, 5):
+    assert case.config.num_updates == 6
+    for num_updates in (1, 1, 2, 1):
         case.train(num_updates)
-    assert seen == [3, 3]  # of 6 updates
+    assert seen == [3, 4, 3, 5]  # 5 and 6 would be too many
 
 
 COLD = {"startup": 30.0, "trace": 3.0, "compile": 20.0}
