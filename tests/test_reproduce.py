@@ -83,6 +83,15 @@ def test_ablations_on_v5_change_one_field_of_the_preset():
     }
 
 
+@pytest.mark.parametrize("task", v5.BPO)
+def test_the_authors_of_bpo_compare_it_with_ppo_in_equal_settings(task):
+    jobs = {job.name: job for job in v5.GROUPS["bpo"] if job.task == f"gym/{task}-v5"}
+    assert jobs["ppo_gsde"].algo == "ppo"
+    ppo, bpo = config_of(jobs["ppo_gsde"]), config_of(jobs["bpo_zero"])
+    assert vars(ppo).items() <= vars(bpo).items()
+    assert (bpo.num_steps, bpo.num_mu_epochs, bpo.zero_norm_final) == (512, 40, True)
+
+
 @pytest.mark.parametrize("name", ["reppo", "p3o", "bnpo"])
 def test_ablations_change_one_thing_each(name):
     groups = MODULES[name].GROUPS
