@@ -11,7 +11,7 @@ groups:
   std        the search of PPO's initial standard deviation, exp(log_std_init)
   p3o        the search of P3O's, and of its learning rate
   mu         the search of BPO's epochs of mu at PPO's clip range, 0.2; the preset has 10 and 0.4
-  ablations  BPO's preset with the other losses of mu, and PPO at BPO's clip range
+  ablations  BPO's preset with the other losses of mu, and other clip ranges of PPO and BPO
 """
 
 import sys
@@ -50,6 +50,7 @@ ABLATIONS = {  # name: algorithm, flags, tasks
     "kl": ("bpo", "--mu-loss kl", BPO[:2]),
     "centred": ("bpo", "--mu-loss centred", BPO[:1]),
     "ppo_clip_0.4": ("ppo", "--clip-eps 0.4", BPO[:2]),
+    "bpo_clip_0.3": ("bpo", "--clip-eps 0.3", ["Walker2d"]),
 }
 MU_EPOCHS = {"Hopper": (2, 10, 40), "HalfCheetah": (10,)}
 EVALS = "--num-evals 10"
