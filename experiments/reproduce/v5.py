@@ -1,13 +1,10 @@
 """Gymnasium's MuJoCo v5 tasks, beside published numbers: runs, tables, and curves.
 
     python experiments/reproduce/v5.py tasks --jobs ppo --num-seeds 10 --out results/v5
-    python experiments/reproduce/v5.py bpo --tasks gym/Hopper-v5 --num-seeds 5
 
 groups:
   tasks      the presets of this collection at equal environment steps: PPO on eight tasks, BPO,
              P3O, A2C, REPPO and SAC on some of them
-  bpo        the settings of BPO's authors and of their PPO, and other clips on one task. BPO trains
-             on each environment step 140 times, which takes about 1 ms on 2 CPU cores
   std        the search of PPO's initial standard deviation, exp(log_std_init)
   p3o        the search of P3O's, and of its learning rate
   mu         the search of BPO's epochs of mu at PPO's clip range, 0.2; the preset has 10 and 0.4
@@ -38,11 +35,6 @@ ALGOS = {  # name: algorithm, flags, tasks
     "reppo": ("reppo", "", BPO[:3]),
     "sac": ("sac", "--updates-per-step 0.5", BPO[:3]),  # half the preset's, for a CPU
 }
-AUTHORS = {  # settings of BPO's authors; name: algorithm, flags, tasks
-    "ppo_gsde": ("ppo", "--preset mujoco_ppo_gsde", BPO),
-    "bpo_zero": ("bpo", "--preset mujoco_ppo_gsde ppo_bpo_zero", BPO),
-}
-CLIPS = ["zero1.0", "zero1.0_1.5", "zero1.5_traj"]
 # Values of log_std_init to try on each task.
 STD = {"Hopper": (0, -1), "HalfCheetah": (0, -0.5, -1), "Walker2d": (0,), "Ant": (-1,)}
 P3O_STD = {"HalfCheetah": (0, -1), "Hopper": (-1,), "Walker2d": (-1,)}
@@ -72,13 +64,6 @@ def jobs(table: dict[str, tuple[str, str, list[str]]]) -> list[Job]:
 
 GROUPS: dict[str, list[Job]] = {
     "tasks": jobs(ALGOS),
-    "bpo": [
-        *jobs(AUTHORS),
-        *(
-            Job(v5("Hopper"), f"bpo_{x}", "bpo", f"--preset mujoco_ppo_gsde ppo_bpo_{x} {EVALS}")
-            for x in CLIPS
-        ),
-    ],
     "std": [
         Job(v5(task), f"log_std_{x}", "ppo", f"--log-std-init {x} {EVALS}")
         for task, values in STD.items()
@@ -123,14 +108,6 @@ PUBLISHED = {
     },
     "sac": {"Hopper": ["2310 ± 343"], "HalfCheetah": ["9635 ± 1424"], "Walker2d": ["3591 ± 911"]},
 }
-# BPO's authors after 2M steps, 10 runs, the best of their clip settings on each task. From a
-# secondary source, in which the columns of Hopper and Walker2d look swapped.
-AUTHORS_TABLE = {
-    "Hopper": {"ppo_gsde": "3527 ± 670", "bpo_zero": "4749 ± 419"},
-    "HalfCheetah": {"ppo_gsde": "3425 ± 468", "bpo_zero": "3742 ± 408"},
-    "Walker2d": {"ppo_gsde": "2126 ± 492", "bpo_zero": "2770 ± 296"},
-    "Ant": {"ppo_gsde": "1106 ± 111", "bpo_zero": "1690 ± 125"},
-}
 
 
 def short(job: Job) -> str:
@@ -159,20 +136,9 @@ def beside_published(done: Report) -> str:
     return text
 
 
-def beside_authors(done: Report) -> str:
-    """Table of the runs beside the numbers of BPO's authors."""
-    rows = [
-        [job.task, job.name, *here(row), AUTHORS_TABLE[short(job)].get(job.name, "")]
-        for job, row in zip(done.runs, done.rows, strict=True)
-    ]
-    head = ["task", "setting", "here, IQM [95 %]", "here, mean ± std", "authors"]
-    return f"\n{report.table(head, rows)}" if rows else ""
-
-
 def main(argv: list[str] | None = None) -> None:
     """Reproduce from the command line."""
-    further = {"tasks": beside_published, "bpo": beside_authors}
-    runner.main(__doc__ or "", GROUPS, "results/v5", further, argv)
+    runner.main(__doc__ or "", GROUPS, "results/v5", {"tasks": beside_published}, argv)
 
 
 if __name__ == "__main__":
