@@ -148,6 +148,17 @@ def test_devices_step_at_the_same_time():
     assert len(digests) == 1
 
 
+def test_devices_divide_the_cores_that_the_process_may_use(monkeypatch):
+    batch, threads = engines.Batch, []
+    monkeypatch.setattr(engines, "cores", lambda: 6)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 2)
+    monkeypatch.setattr(
+        engines, "Batch", lambda *args, **named: threads.append(args[2]) or batch(*args, **named)
+    )
+    envs._load("gym/Hopper-v5")
+    assert set(threads) == {3}
+
+
 PENDING = """
 import jax
 import envs

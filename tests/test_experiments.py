@@ -232,6 +232,18 @@ def test_benchmark_goes_through_the_second_half_of_a_run():
     assert seen == [3, 4, 3, 5]  # 5 and 6 would be too many
 
 
+def test_benchmark_times_enough_updates(monkeypatch):
+    """Updates that take a second each are timed one by one, 50 of them."""
+    config = SimpleNamespace(num_updates=1000, num_envs=1, num_steps=1)
+    lab = SimpleNamespace(config=config, steps=1, seconds={}, rows=SimpleNamespace(seeds=[0]))
+    lab.train = lab.play = lambda num_updates: None
+    monkeypatch.setattr(benchmark, "Case", lambda **case: lab)
+    monkeypatch.setattr(benchmark, "seconds_of", lambda function, *args: 1.0)
+    measured = benchmark.measure({}, 60.0, 0.0)
+    assert measured["rates"] == {"environment": 1.0, "training": 1.0}
+    assert len(measured["samples"]["training"]) == 50
+
+
 COLD = {"startup": 30.0, "trace": 3.0, "compile": 20.0}
 WARM = {
     **{"startup": 9.5, "trace": 3.0, "compile": 1.0, "evaluation": 1.5},
