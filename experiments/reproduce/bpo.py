@@ -19,7 +19,7 @@ if __name__ == "__main__":  # import from this checkout
 from algos.launch import report
 from experiments.reproduce import runner
 from experiments.reproduce.runner import Job, Report
-from experiments.reproduce.v5 import here, v5
+from experiments.reproduce.v5 import v5
 
 # Means and stds of the authors after 2M steps, 10 runs, of BPO with the best of their clips on each
 # task. From a secondary source, in which the columns of Hopper and Walker2d look swapped.
@@ -62,7 +62,7 @@ GROUPS: dict[str, list[Job]] = {
 def beside_authors(done: Report) -> str:
     """Table of the runs beside the authors' numbers."""
     rows = [
-        [job.task, job.name, *here(row), AUTHORS[job.task].get(job.name, "")]
+        [job.task, job.name, *runner.estimates(row), AUTHORS[job.task].get(job.name, "")]
         for job, row in zip(done.runs, done.rows, strict=True)
     ]
     head = ["task", "setting", "here, IQM [95 %]", "here, mean ± std", "authors"]

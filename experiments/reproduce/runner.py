@@ -192,6 +192,13 @@ def last_return(entry: report.Entry) -> float:
     return np.nan_to_num(report.final(entry.run.final[entry.rows])["iqm"], nan=-np.inf)
 
 
+def estimates(row: dict[str, Any]) -> list[str]:
+    """IQM with its interval, and mean with std, of a run."""
+    final = np.array(row["per_seed"], float)
+    estimate = report.estimate(row["iqm"], row["interval"])
+    return [estimate, f"{np.nanmean(final):.0f} ± {np.nanstd(final):.0f}"]
+
+
 def summarise(jobs: list[Job], folder: Path) -> Report:
     """Summaries of the runs that are complete; draws the curves of each task.
 

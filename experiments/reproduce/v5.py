@@ -13,9 +13,6 @@ groups:
 
 import sys
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 if __name__ == "__main__":  # import from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -115,19 +112,16 @@ def short(job: Job) -> str:
     return job.task.removeprefix("gym/").removesuffix("-v5")
 
 
-def here(row: dict[str, Any]) -> list[str]:
-    """IQM with its interval, and mean with std, of a run."""
-    final = np.array(row["per_seed"], float)
-    estimate = report.estimate(row["iqm"], row["interval"])
-    return [estimate, f"{np.nanmean(final):.0f} ± {np.nanstd(final):.0f}"]
-
-
 def beside_published(done: Report) -> str:
     """Tables of the runs of PPO and SAC beside published numbers."""
     text = ""
     for algo, sources in SOURCES.items():
         rows = [
-            [job.task, *here(row), *PUBLISHED[algo].get(short(job), [""] * len(sources))]
+            [
+                job.task,
+                *runner.estimates(row),
+                *PUBLISHED[algo].get(short(job), [""] * len(sources)),
+            ]
             for job, row in zip(done.runs, done.rows, strict=True)
             if job.name == algo
         ]
