@@ -87,16 +87,18 @@ class Config:
     vf_coef: NonNegativeFloat = 0.5  # weight of the value loss
 
     # importance weights
-    clip_rho: NonNegativeFloat = 1.5  # largest ratio of the first step of a value target
-    clip_c: NonNegativeFloat = 1.5  # largest ratio of each later step
-    clip_traj: bool = False  # clip the product of the later ratios by clip_c, not each ratio
+    clip_rho: NonNegativeFloat = 1.5  # largest ratio that weights a TD error
+    clip_c: NonNegativeFloat = 1.5  # largest ratio that weights the trace of the next step
+    # clip_c bounds the product of the ratios after the first, and clip_rho the first ratio alone
+    clip_traj: bool = False
 
     # replay buffer and fitted Q evaluation of Q and Q^
     replay_rollouts: PositiveInt = 1  # rollouts in the replay buffer
     num_vf_epochs: PositiveInt = 4  # epochs of Q, and of Q^, on the replay buffer
     num_vf_minibatches: PositiveInt = 4  # gradient steps per epoch on a full replay buffer
     weight_td: bool = False  # weight the squared errors by pi / mu
-    clip_targets: bool = True  # clip targets to the returns that the rewards so far make possible
+    # clip Q, Q^ and their targets to the returns that are possible with the rewards seen so far
+    clip_targets: bool = True
     clip_actions: bool = True  # clip the actions that Q and Q^ see, as the environment does
     symlog_targets: bool = True  # fit symlog(target) instead of the target
     # with symlog_targets: weight of the squared distance from the target network's output
@@ -154,9 +156,9 @@ class Config:
             n = getattr(self, name)
             if n % kept or size % (n // kept):
                 raise ValueError(
-                    f"{name}={n} does not cut each of replay_rollouts={kept} rollouts of {size} "
-                    f"{self.shuffle} (num_envs={self.num_envs}, num_steps={self.num_steps}) into "
-                    "equal minibatches: change one of them"
+                    f"{name}={n} must be a multiple of replay_rollouts={kept}, and their "
+                    f"quotient must divide the {size} {self.shuffle} of a rollout "
+                    f"(num_envs={self.num_envs}, num_steps={self.num_steps}): change one of them"
                 )
         if self.clip_targets and self.gamma == 1.0:
             raise ValueError(
@@ -224,6 +226,7 @@ class Critic(nn.Module):
 class ActionCritic(nn.Module):
     """Q, or Q^ if `positive`: observation [..., obs_size] and action -> [...].
 
+    With `symlog_targets` the output is the symlog of the value.
     If actions are discrete and `action` is None: the values of all actions, [..., action_size].
     """
 
@@ -343,9 +346,10 @@ def step_estimator(
 def trajectory_estimator(
     reward, value, next_value, terminated, done, log_ratio, gamma, lam, clip_rho, clip_c
 ):
-    """As `step_estimator`, but `clip_c` bounds the product of the later ratios, not each ratio.
+    """As `step_estimator`, but `clip_c` bounds the product of the ratios after the first.
 
     The advantage at t is the sum of weight[t, k] delta_k over the steps k >= t of its episode.
+    `clip_rho` bounds the first ratio of a value target, and so has no part in the advantage.
     """
     t = jnp.arange(len(reward))
     rho = jnp.minimum(jnp.exp(log_ratio), clip_rho)
@@ -363,7 +367,7 @@ def trajectory_estimator(
 
 def policy_loss(log_prob, old_log_prob, advantage, clip_eps):
     """Clipped surrogate loss (Schulman et al. 2017, eq. 7) and its metrics."""
-    log_ratio = jnp.clip(log_prob - old_log_prob, -20.0, 20.0)  # pi and mu may be far apart
+    log_ratio = jnp.clip(log_prob - old_log_prob, -20.0, 20.0)  # so that exp stays finite
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1.0 - clip_eps, 1.0 + clip_eps)
     loss = -jnp.minimum(ratio * advantage, clipped * advantage).mean()
@@ -405,7 +409,10 @@ def td_weight(log_ratio):
 
 
 def second_moment_reward(reward, q):
-    """Reward of Q^: a return G = r + gamma G' has G^2 = 2 r G - r^2 + gamma^2 G'^2; Q = E[G]."""
+    """Reward of Q^. From G = r + gamma G' follows G^2 = 2 r G - r^2 + gamma^2 G'^2.
+
+    Q = E[G] takes the place of G, which is exact if r is a function of s and a.
+    """
     return 2.0 * reward * q - reward**2
 
 
@@ -584,7 +591,8 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         """Fitted Q evaluation of Q or Q^, the only network in `params`; the target is constant."""
         (name,) = params
         apply, online, target_net = nets[name].apply, params[name], state.target_params[name]
-        # As in the authors' code, only continuous actions without symlog use the target network.
+        # As in the authors' code: only continuous actions without symlog bootstrap from the target
+        # network.
         bootstrap_net = online if config.symlog_targets or env.discrete else target_net
         pi = actor.apply(state.params["actor"], batch.next_obs)
         next_value = to_value(apply(bootstrap_net, batch.next_obs, sampled(pi, key)))
@@ -659,17 +667,6 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         rollouts = jnp.minimum(state.update + 1, K)
         filled, steps = rollouts * (len(data.obs) // K), rollouts * (num_minibatches // K)
 
-        def fit_step(state, batch, key, last):
-            params = {name: state.params[name]}
-            grads, aux = jax.grad(loss, has_aux=True)(params, state, batch, key)
-            state = descend(state, grads)
-            if name in nets:  # mu has no target network
-                tau = config.polyak_tau or jnp.where(last, 1.0, 0.0)  # 0: copy after each epoch
-                online, target_net = state.params[name], state.target_params[name]
-                target_net = optax.incremental_update(online, target_net, tau)
-                state = state._replace(target_params=state.target_params | {name: target_net})
-            return state, aux
-
         def fit_epoch(carry, key):
             key_order, key_steps = jax.random.split(key)
             index = jax.random.permutation(key_order, len(data.obs))
@@ -680,7 +677,15 @@ def build(config: Config, env: envs.Env) -> common.Algo:
                 state, metrics = carry
                 batch = jax.tree.map(lambda x: x[index[i]], data)
                 key = jax.random.fold_in(key_steps, i)
-                state, aux = fit_step(state, batch, key, last=i == steps - 1)
+                params = {name: state.params[name]}
+                grads, aux = jax.grad(loss, has_aux=True)(params, state, batch, key)
+                state = descend(state, grads)
+                if name in nets:  # mu has no target network
+                    # 0: copy after each epoch
+                    tau = config.polyak_tau or jnp.where(i == steps - 1, 1.0, 0.0)
+                    online, target_net = state.params[name], state.target_params[name]
+                    target_net = optax.incremental_update(online, target_net, tau)
+                    state = state._replace(target_params=state.target_params | {name: target_net})
                 return state, {k: metrics[k] + aux[k] / (num_epochs * steps) for k in aux}
 
             return jax.lax.fori_loop(0, steps, step, carry), None
@@ -711,23 +716,23 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         if config.shuffle == "transitions":
             data = jax.tree.map(lambda x: x.reshape((K * T * N, *x.shape[2:])), data)
 
-        epochs = config.num_vf_epochs, config.num_vf_minibatches
-        state, metrics = fit(state, "q", fqe_loss_fn, data, key_q, *epochs)
+        sizes = config.num_vf_epochs, config.num_vf_minibatches
+        state, metrics = fit(state, "q", fqe_loss_fn, data, key_q, *sizes)
 
         r_hat = second_moment_reward(data.reward, q_value("q", state, data.obs, data.action))
         filled = jnp.arange(K)[:, None] <= state.update  # [K, 1] rollouts
         r_hat_max = jnp.max(r_hat.reshape(K, -1), where=filled, initial=0.0) / scale**2
         state = state._replace(r_hat_max=jnp.maximum(state.r_hat_max, r_hat_max))
         data = data._replace(reward=r_hat)
-        state, aux = fit(state, "qhat", fqe_loss_fn, data, key_qhat, *epochs)
+        state, aux = fit(state, "qhat", fqe_loss_fn, data, key_qhat, *sizes)
         metrics |= aux
 
-        epochs = config.num_mu_epochs, config.num_mu_minibatches
-        state, aux = fit(state, "mu", mu_loss_fn, data, key_mu, *epochs)
+        sizes = config.num_mu_epochs, config.num_mu_minibatches
+        state, aux = fit(state, "mu", mu_loss_fn, data, key_mu, *sizes)
         return state, metrics | aux
 
     def diagnostics(state, batch):
-        """How far mu was from pi in the rollout, and how Q^ compares with Q^2."""
+        """How far mu was from pi in the rollout, and how Q^ compares with the square of Q."""
         ratio = jnp.exp(batch.log_ratio)
         q, qhat = (
             to_value(net.apply(state.params[name], batch.obs, batch.action))
@@ -798,8 +803,10 @@ def config_for(env: str, *presets: str, **changes) -> Config:
 
 
 # Fields that may be arrays, so that a sweep is one more vmap.
-TRACEABLE = ("learning_rate", "max_grad_norm", "gamma", "gae_lambda", "clip_eps", "ent_coef")
-TRACEABLE += ("vf_coef", "clip_rho", "clip_c", "symlog_reg_coef")
+TRACEABLE = (
+    "learning_rate", "max_grad_norm", "gamma", "gae_lambda", "clip_eps", "ent_coef", "vf_coef",
+    "clip_rho", "clip_c", "symlog_reg_coef",
+)  # fmt: skip
 
 # --- presets ---
 

@@ -169,9 +169,9 @@ class Stats(NamedTuple):
 
 
 class RewardScale(NamedTuple):
-    """Running statistics of the discounted return, by whose std rewards are divided.
+    """Scales rewards by 1 / std of a discounted return of past rewards, R_t = gamma R_{t-1} + r_t.
 
-    This return adds up the past rewards of an episode: R_t = gamma R_{t-1} + r_t.
+    R_t starts at 0 in each episode.
     """
 
     stats: Stats
@@ -185,8 +185,7 @@ class RewardScale(NamedTuple):
     def factor(self) -> jax.Array:
         """Reward scale: 1 / std of the discounted return.
 
-        At most 10, because the std is close to 0 as long as rewards are rare, and the next reward
-        would be scaled up without bound.
+        At most 10: while rewards are rare the std is close to 0, and the next reward would be huge.
         """
         return jnp.minimum(1.0 / jnp.sqrt(self.stats.var + 1e-8), 10.0)
 

@@ -20,12 +20,15 @@ Differences from ppo.py:
 1. A rollout gives one gradient step, without a ratio and without minibatches.
 2. A replay buffer keeps the newest rollouts. A segment is T steps of one environment with T + 1
    observations, normalised by the running statistics when it was collected.
-3. At a time limit a segment does not hold the true successor. Instead, gamma times its value is
-   added to the reward after the rollout, and the step counts as terminated in both losses.
+3. At a time limit a segment does not hold the true successor s'. Instead, gamma V(s') is added to
+   the reward after the rollout, and the step counts as terminated in both losses. A replayed
+   segment keeps this old value.
 4. The gradient of all parameters is clipped by one norm. For images, actor and critic share their
    hidden layers.
-5. The optimiser is RMSprop as in PyTorch. The learning rate ends a little above 0.
-6. Hidden layers start with gain sqrt(2). Large images (Atari) have three convolutions.
+5. The optimiser is RMSprop as in PyTorch. Of U updates, update u = 1, ..., U has
+   1 - u / (U + 1) of the learning rate.
+6. Hidden layers start with gain sqrt(2), and so does the critic's last layer if it shares none.
+   Large images (Atari) have three convolutions. Bytes are divided by 255.
 7. Advantages are not standardised.
 
     python algos/p3o.py --env cartpole --num-seeds 16
@@ -114,17 +117,17 @@ class Config:
 
     @property
     def num_slots(self) -> int:
-        """Rollouts in the replay buffer: `replay_fraction` of the run's, at least `sample_mult`.
+        """Rollouts in the replay buffer: `replay_fraction` of all, but at least `sample_mult`.
 
-        With fewer, many segments of a replayed minibatch would be copies of others. A run of
-        fewer rollouts keeps all of them.
+        With fewer, a replayed minibatch would hold many segments more than once. A run of fewer
+        rollouts keeps all of them.
         """
         kept = round(self.replay_fraction * self.num_updates)
         return min(max(kept, self.sample_mult), self.num_updates)
 
     @property
     def warmup_slots(self) -> int:
-        """Rollouts in the replay buffer when it is first used."""
+        """Rollouts in the replay buffer when it is first used: two or more, if it holds as many."""
         return min(self.num_slots, max(2, round(self.warmup_fraction * self.num_slots)))
 
     def validate(self) -> None:
@@ -219,7 +222,7 @@ class Segments(NamedTuple):
     obs: jax.Array  # [B, T + 1, ...], normalised by the running statistics when collected
     action: jax.Array
     policy: common.Categorical | common.Gaussian  # beta
-    reward: jax.Array  # scaled; with gamma V(s') at a time limit
+    reward: jax.Array  # scaled; at a time limit with gamma V(s') of the critic when collected
     done: jax.Array  # terminated or truncated; both count as terminated from here on
 
 
@@ -291,7 +294,7 @@ def estimates(policy, value, segments, config):
     policy = jax.tree.map(lambda x: x[:, :-1], policy)
     value, next_value = value[:, :-1], value[:, 1:]
     steps = segments.reward, value, next_value, segments.done, segments.done
-    advantage = gae(*(x.T for x in steps), config.gamma, config.gae_lambda).T  # it scans axis 0
+    advantage = gae(*(x.T for x in steps), config.gamma, config.gae_lambda).T  # gae scans axis 0
     target = jax.lax.stop_gradient(advantage + value)
     return policy, policy.log_prob(segments.action), value, target
 
@@ -454,7 +457,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), segments)
 
     def remaining(state):
-        """Share of the run that is left, for schedules; never 0 or 1, as published."""
+        """Share of the run that is left, for schedules: U / (U + 1) in the first of U updates."""
         return 1.0 - (state.update + 1) / (config.num_updates + 1)
 
     def loss_fn(params, segments, replayed):

@@ -251,7 +251,7 @@ def gae(reward, value, next_value, terminated, done, gamma, lam):
 
 def policy_loss(log_prob, old_log_prob, advantage, clip_eps):
     """Clipped surrogate loss (Schulman et al. 2017, eq. 7) and its metrics."""
-    log_ratio = log_prob - old_log_prob
+    log_ratio = jnp.clip(log_prob - old_log_prob, -20.0, 20.0)  # so that exp stays finite
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1.0 - clip_eps, 1.0 + clip_eps)
     loss = -jnp.minimum(ratio * advantage, clipped * advantage).mean()
@@ -450,7 +450,9 @@ def config_for(env: str, *presets: str, **changes) -> Config:
 
 
 # Fields that may be arrays, so that a sweep is one more vmap.
-TRACEABLE = ("learning_rate", "max_grad_norm", "gamma", "gae_lambda", "clip_eps", "ent_coef")
+TRACEABLE = (
+    "learning_rate", "max_grad_norm", "gamma", "gae_lambda", "clip_eps", "ent_coef", "vf_coef",
+)  # fmt: skip
 
 # --- presets ---
 
@@ -518,7 +520,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "noise_interval": 4, "hidden": (256, 256), "activation": "relu",
         "kernel_init": "lecun_normal", "log_std_init": -1.0,
     },
-    # the PPO baseline of Voelcker et al. 2025 (REPPO), without its clipped value loss
+    # the PPO baseline of Voelcker et al. 2025 (REPPO), without its clipped value loss and its gain
+    # of sqrt(2) for hidden layers
     "dmc_ppo": {
         **PAPER, "total_timesteps": 50_000_000, "num_envs": 2048, "num_steps": 64, "num_epochs": 16,
         "num_minibatches": 32, "shuffle": "transitions", "normalize_obs": True,

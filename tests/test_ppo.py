@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 from tiny import assert_allclose, assert_close
 
-from algos import ppo
+from algos import bpo, ppo
 from envs.wrappers import RawEnv, raw_state
 
 # In one worker, so that updates are compiled once.
@@ -79,6 +79,14 @@ def test_policy_loss_gradient():
     expected = -RATIO * ADVANTAGE / 8
     expected[[3, 4]] = 0.0  # past the range in the direction that the advantage asks for
     assert_allclose(grad, expected)
+
+
+@pytest.mark.parametrize("module", [ppo, bpo])
+@pytest.mark.parametrize("log_ratio", [-200.0, 200.0])
+@pytest.mark.parametrize("advantage", [-1.0, 1.0])
+def test_an_action_that_the_other_policy_hardly_takes_is_no_danger(module, log_ratio, advantage):
+    loss = lambda x: module.policy_loss(x, jnp.zeros(1), jnp.array([advantage]), 0.2)[0]
+    assert jnp.isfinite(jax.grad(loss)(jnp.array([log_ratio]))).all()
 
 
 def test_value_loss_is_a_plain_mean_square():
