@@ -20,8 +20,8 @@ import jax
 from envs.options import COUNT, Kind, choice, read, spell
 from envs.wrappers import RESET_MODES, Env, Goals, RawEnv, check, wrap
 
-# On a CPU, calls of compiled programs wait for them. One that calls MuJoCo through Python, and
-# still runs when Python ends, would crash or hang.
+# On a CPU, the call of a compiled program returns when the program has ended. If Python ended while
+# a program still calls MuJoCo through it, that would crash or hang.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 __all__ = ["ALIASES", "Env", "Goals", "RawEnv", "canonical", "cores", "make"]

@@ -152,7 +152,7 @@ def _pool(task: str, num_envs: int, purpose: str) -> Pool:
 
 
 def one_row(function):
-    """`function` under a `vmap` of one row, which has no pool to itself if it is one of several."""
+    """`function` that works under a `vmap` of one row and refuses several: a pool has one user."""
     function = jax.custom_batching.custom_vmap(function)
 
     @function.def_vmap

@@ -36,7 +36,7 @@ class Task(NamedTuple):
     """One environment of Gymnasium."""
 
     xml: str
-    rule: Callable  # xp, data, memory [..., 1] (the last x if speed is paid), options: see below
+    rule: Callable  # xp, data, memory [..., 1] (the last x, if the reward has a speed), options
     start: Callable  # key, qpos0, nv, options -> qpos, qvel
     reads: tuple[str, ...]  # derived fields of MjData
     options: dict[str, Any]  # Gymnasium's arguments and their defaults

@@ -1,4 +1,4 @@
-"""Options in the names of environments: what each may be, and the values that texts stand for."""
+"""Options in the names of environments: the values that each may have, read and written."""
 
 import json
 import math

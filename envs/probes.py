@@ -81,8 +81,8 @@ def _both(name, discrete):
 def _truncation(name, discrete):
     """Reward 1 for ever, stopped by a time limit of 8 that the constant observation does not show.
 
-    V = 1 / (1 - gamma), 10 for gamma 0.9; truncation taken for termination gives
-    less than half of it.
+    V = 1 / (1 - gamma), 10 for gamma 0.9. What takes truncation for termination learns less than
+    half of it.
     """
     return _probe(name, discrete, lambda state, action: (1.0, False, state.obs), max_steps=8)
 
@@ -135,8 +135,6 @@ def _probe(name, discrete, transition, obs_size=1, start=lambda key: jnp.ones(1)
         return obs, ProbeState(obs, jnp.int32(0))
 
     def step(key, state, action):
-        if not discrete:
-            action = jnp.clip(action, -1.0, 1.0)
         reward, terminated, obs = transition(state, action)
         obs = jnp.asarray(obs, jnp.float32)
         state = ProbeState(obs, state.t + 1)

@@ -15,9 +15,9 @@ its own: the two work in turn, at the same sizes (`experiments/peers.py`).
 """
 
 import argparse
-import dataclasses
 import functools
 import importlib
+import importlib.util
 import itertools
 import json
 import os
@@ -257,9 +257,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.peer and args.envs:
         parser.error("--peer has tasks of its own: leave out --envs")
     for algo in args.algos:
-        config = getattr(importlib.import_module(f"algos.{algo}"), "Config", None)
-        if "num_envs" not in {field.name for field in dataclasses.fields(config or cli.Launch)}:
-            parser.error(f"algos/{algo}.py is not an online algorithm")
+        found = importlib.util.find_spec(f"algos.{algo}") is not None
+        module = importlib.import_module(f"algos.{algo}") if found else None
+        if not hasattr(getattr(module, "Config", None), "num_envs"):
+            parser.error(f"--algos {algo}: algos/{algo}.py is not an online algorithm")
     for env in args.envs:
         try:
             envs.canonical(env)
@@ -273,7 +274,10 @@ def cases(args: argparse.Namespace):
     if args.peer:
         for contest in peers.PEERS[args.peer](args.seeds):
             print(f"{contest.label}, {contest.num_seeds} seeds", file=sys.stderr)
-            yield peers.hold(args.peer, args.peer_python, contest, args.rounds, args.limit)
+            try:
+                yield peers.hold(args.peer, args.peer_python, contest, args.rounds, args.limit)
+            except RuntimeError as error:
+                yield contest._asdict() | {"error": str(error)}
         return
     envs = args.envs or ("cartpole", "hopper", "ant")
     for algo, env, num_seeds in itertools.product(args.algos, envs, args.seeds):
@@ -298,7 +302,6 @@ def main():
     for case in cases(args):
         measured["cases"].append(case)
         if args.out:
-            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
             rundir.write_json(Path(args.out), measured)
     found = measured["cases"]
     print(peers.markdown(args.peer, found) if args.peer else markdown(found), end="")

@@ -9,7 +9,7 @@ POLICY is any policy that an algorithm here exported. The types of Wu et al. 201
     pure                 the policy's own, sampled actions
     eps1, eps3           20 % uniform actions, 40 % pure, 40 % pure in which an action is replaced
                          by a uniform one with probability 0.1 or 0.3
-    gaussian1, gaussian3 the same, the last part with Gaussian noise of deviation 0.1 or 0.3 added
+    gaussian1, gaussian3 the same, the last part with Gaussian noise of std 0.1 or 0.3 added
 
 counted in steps, one part after the other. A mixture of your own is a list of parts in JSON:
 
@@ -42,6 +42,7 @@ if __name__ == "__main__":  # import from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import envs
+from algos import common
 from algos.launch import datasets, evaluation, logs, policies, program
 from algos.launch.datasets import Dataset
 
@@ -60,7 +61,7 @@ class Part:
     share: float = 1.0
     policy: str = ""  # exported policy; empty: uniform actions
     eps: float = 0.0  # probability that an action is replaced by a uniform one
-    std: float = 0.0  # deviation of the noise added to an action
+    std: float = 0.0  # std of the noise added to an action
 
     def validate(self) -> None:
         """Raise ValueError for a part that cannot act."""
@@ -86,6 +87,8 @@ def read_mixture(path: Path) -> list[Part]:
     """The parts in a file; paths of policies are relative to it."""
     try:
         parts = [Part(**part) for part in json.loads(path.read_text())]
+        for part in parts:
+            common.check(part)
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is not a mixture: {error}") from None
     if not parts:
@@ -155,7 +158,7 @@ def make_collect(env: envs.Env, act: Callable) -> Callable:
     They are cut into streams of about STREAM steps, each of one environment and with an end as its
     last row. A part that needs fewer streams than there are environments keeps the first of them.
     The action at the end of an episode is the policy's at the true successor, and is not taken.
-    Steps of broken physics are left out: the step before is an end that was cut.
+    Steps of broken physics are left out, and the step before such a step is marked as truncated.
     """
 
     @jax.jit
@@ -292,8 +295,6 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("give either POLICY and --type, or --mixture")
     kind = args.type or "pure"
     parts = read_mixture(args.mixture) if args.mixture else parts_of(kind, args.policy)
-    for part in parts:
-        part.validate()
     minari_dataset = args.format == "minari"
     out = datasets.minari_root() / args.out if minari_dataset else Path(args.out)
     if minari_dataset:

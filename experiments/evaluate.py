@@ -66,12 +66,12 @@ def main(argv: list[str] | None = None):
     try:
         run = evaluate_run(rundir.read_run(args.run_dir), args.episodes, args.seed)
         rows = [report.summary(*entry) for entry in report.entries([run])]
+        print(report.markdown(rows), end="")
         if args.json:
             known = {"episodes": args.episodes, "seed": args.seed, "rows": rows}
             rundir.write_json(Path(args.json), known | logs.surroundings())
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
-    print(report.markdown(rows), end="")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def jobs_of(args: argparse.Namespace, flags: list[str]) -> dict[Path, Job]:
 
 
 def check_present(job: Job, run_dir: Path, seed: int, num_seeds: int) -> None:
-    """ValueError if a launch that is there is not the one that is asked for."""
+    """ValueError if an existing launch differs from what is asked for."""
     for path in runner.launches(run_dir, "config.json"):
         runner.check_settings(job, run_dir, path)
         count = len({*rundir.read_description(path)["rows"]["seeds"]})

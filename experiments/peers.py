@@ -109,7 +109,11 @@ class Side:
         )
         self.timer = threading.Timer(limit, self.process.kill)
         self.timer.start()
-        self.description = self.answer()
+        try:
+            self.description = self.answer()
+        except BaseException:
+            self.close()
+            raise
 
     def answer(self) -> dict[str, Any]:
         """The next line of JSON; RuntimeError if the process has ended."""
@@ -161,13 +165,12 @@ def markdown(peer: str, measured: list[dict[str, Any]]) -> str:
     head = ["work", "our seeds", "PurePO, steps/s", f"{peer}, steps/s", "ratio [min, max]"]
     rows = []
     for case in measured:
-        ratios = case["ratios"]
-        rows.append(
-            [
-                case["label"],
-                str(case["num_seeds"]),
-                *(f"{statistics.median(x):,.0f}" for x in case["rates"].values()),
-                f"{statistics.median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]",
-            ]
-        )
+        cells = [case["label"], str(case["num_seeds"])]
+        if "error" in case:
+            cells += [case["error"], "", ""]
+        else:
+            ratios = case["ratios"]
+            cells += [f"{statistics.median(x):,.0f}" for x in case["rates"].values()]
+            cells.append(f"{statistics.median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]")
+        rows.append(cells)
     return report.table(head, rows)

@@ -274,7 +274,6 @@ def main(argv: list[str] | None = None) -> None:
         algos, tasks = dict.fromkeys(run.algo for run in runs), report.by_task(entries)
         title = args.title or f"{', '.join(algos)} on {', '.join(tasks)}"
         page = page_of(title, sections(entries, sources))
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         rundir.write_atomic(args.out, lambda file: file.write(page.encode()))
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -1,4 +1,4 @@
-"""Variance of what BPO learns from when pi acts, when mu acts, and when its centred variant does.
+"""Variance of BPO's value targets and gradients when pi acts, when mu acts, and with a centred mu.
 
     python experiments/return_variance.py --out results/return_variance/exact
     python experiments/return_variance.py --run-dir runs/... --out results/return_variance/cartpole
@@ -259,6 +259,8 @@ def sampled_rows(run_dir: str, row: int, starts: int, repeats: int, num_steps: i
         )
     few = envs.make(config.env, starts, stagger=False)
     many = envs.make(config.env, starts * repeats, stagger=False)
+    if not 0 <= row < len(run.seeds):
+        raise ValueError(f"--row {row}: the run has rows 0 to {len(run.seeds) - 1}")
     networks = read_networks(run, config, algo, few, row)
     noise_of = jax.random.gumbel if few.discrete else jax.random.normal
 

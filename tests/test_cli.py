@@ -138,6 +138,8 @@ def test_counts_may_be_written_as_people_write_them():
             r"--anneal-lr takes no value: write --anneal-lr or --no-anneal-lr",
         ),
         (["--anneal-lr=True"], r"--anneal-lr takes no value"),
+        (["--num-seeds", "2", "false"], r"unknown argument 'false': it is the value of no flag"),
+        (["true"], r"unknown argument 'true': it is the value of no flag"),
         (["--num-envs", "8", "16"], r"unknown argument '16': it is the value of no flag"),
         (["--stop-at-return", "nan"], r"stop_at_return=nan: it should be a finite number"),
         (

@@ -65,6 +65,8 @@ def test_mixture_of_a_file(tmp_path):
         ("[]", "has no parts"),
         ('[{"shar": 2}]', "is not a mixture: .*shar"),
         ('[{"share": 0}]', "share above 0"),
+        ('[{"share": "2"}]', "share='2': it should be a valid number"),
+        ('[{"policy": 3}]', "policy=3: it should be a valid string"),
         ('[{"policy": "p", "eps": 1.5}]', r"eps in \[0, 1\]"),
         ('[{"eps": 0.5}]', "noise needs a policy"),
     ],

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import json
 import sys
+import threading
 from types import SimpleNamespace
 
 import jax
@@ -200,6 +201,7 @@ def test_what_cannot_be_evaluated_is_one_line(tmp_path, capsys, monkeypatch):
     [
         (["--envs", "cartpol"], "did you mean"),
         (["--algos", "common"], "algos/common.py is not an online algorithm"),
+        (["--algos", "foo"], "--algos foo: algos/foo.py is not an online algorithm"),
         (["--algos", "bc"], "algos/bc.py is not an online algorithm"),
         (["--seeds", "0"], "must be at least 1"),
         (["--peer", "sbx"], "--peer and --peer-python go together"),
@@ -339,8 +341,15 @@ def test_cleanrl_is_timed_by_the_last_rate_that_its_script_prints(tmp_path, monk
 def test_a_side_that_ends_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "benchmark.py").write_text("raise SystemExit(1)")
     monkeypatch.setattr(peers, "HERE", tmp_path)
+    threads = threading.active_count()
     with pytest.raises(RuntimeError, match="ended or took too long"):
         peers.hold("sbx", sys.executable, next(peers.ppo([1])), 1, 60.0)
+    assert threading.active_count() == threads  # no timer is left, for which Python would wait
+    args = benchmark.parse(["--peer", "sbx", "--peer-python", sys.executable, "--seeds", "1"])
+    found = list(benchmark.cases(args))
+    assert len(found) == 2  # the first failure does not end the others
+    assert all("ended or took too long" in case["error"] for case in found)
+    assert peers.markdown("sbx", found).count("took too long") == 2
 
 
 @pytest.mark.parametrize("peer", peers.PEERS)

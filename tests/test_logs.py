@@ -15,10 +15,12 @@ from tiny import lines_of
 
 from algos.launch import cli, logs
 from algos.launch.rows import Rows
+from algos.launch.rundir import write_json
 
 
 def make_log(run_dir, **changes):
     run_dir.mkdir(exist_ok=True)
+    write_json(run_dir / "meta.json", {"id": "an id"})
     launch, rows = cli.Launch(**changes), Rows(np.array([3, 4]), {}, ["", ""])
     log = logs.Log(launch.verbose)
     log.open(run_dir, "ppo", tiny.config_of("ppo"), launch, rows, 0)

@@ -100,6 +100,23 @@ def test_only_the_cores_that_the_process_may_use_count():
     assert said.split() == ["1", "1"]
 
 
+DEVICES = """
+import jax, envs
+from algos.launch import program
+envs.cores = lambda: 4
+program.setup_jax(num_rows=6)
+print(jax.local_device_count(), len(program.row_devices(6)))
+"""
+
+
+def test_no_device_is_without_rows():
+    """It would keep its share of the cores from the physics of the others."""
+    command = [sys.executable, "-c", DEVICES]
+    variables = os.environ | {"XLA_FLAGS": ""}
+    said = subprocess.run(command, env=variables, check=True, capture_output=True, text=True).stdout
+    assert said.split() == ["3", "3"]
+
+
 # --- settings of jax ---
 
 
@@ -134,8 +151,12 @@ def test_settings_that_are_made_before_jax_starts(monkeypatch, tmp_path):
         monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
         with pytest.raises(ValueError, match="not 'JAX_NUM_PROCESSES'"):
             program.setup_jax(1)
-        monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+        monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost")
+        monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
         monkeypatch.setenv("JAX_PROCESS_ID", "0")
+        with pytest.raises(ValueError, match="DDRESS=localhost: it is to be HOST:PORT"):
+            program.setup_jax(1)
+        monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
         with pytest.raises(ValueError, match="JAX_NUM_PROCESSES and JAX_PROCESS_ID are to be num"):
             program.setup_jax(1)
     finally:

@@ -118,22 +118,35 @@ def test_a_job_is_started_resumed_or_left_alone(tmp_path):
     flags = ["--env", "cartpole", "--gamma", "0.9", "--seed", "0", "--num-seeds", "3"]
     assert started[2:] == [*flags, "--run-dir", str(run_dir)]
     write_run(run_dir, done=False)
+    described_by(job, run_dir)
     assert command(job, run_dir, 0, 3)[2:] == ["--resume", str(run_dir)]
+    other = job._replace(flags="--gamma 0.8")  # as after an edit of the list of jobs
+    with pytest.raises(
+        ValueError, match=r"has other settings \(gamma=0.9, now 0.8\): move it away"
+    ):
+        command(other, run_dir, 0, 3)
     (run_dir / "done.json").write_text("{}")
     assert command(job, run_dir, 0, 3) is None
+
+
+def described_by(job, run_dir):
+    """Give a run that `write_run` wrote the settings of a job."""
+    module = importlib.import_module(f"algos.{job.algo}")
+    argv = runner.flags_of(job, run_dir, run_dir)
+    config, launch = cli.parse(job.algo, module.Config, module.PRESETS, argv)
+    settings = {"config": dataclasses.asdict(config), "launch": dataclasses.asdict(launch)}
+    saved = rundir.read_description(run_dir) | settings
+    rundir.write_json(run_dir / "config.json", saved)
+    return saved
 
 
 @pytest.fixture
 def cloned(tmp_path):
     """A job that learns from clones, its complete run of seeds 0 to 3, and what that says."""
     job, run_dir = Job("pendulum", "kl", *brac.LEARNERS["brac_kl_vp"]), tmp_path / "kl"
-    argv = runner.flags_of(job, run_dir, run_dir)
-    config, launch = cli.parse("brac", brac_file.Config, brac_file.PRESETS, argv)
     write_run(run_dir)
-    settings = {"config": vars(config), "launch": dataclasses.asdict(launch)}
-    saved = rundir.read_description(run_dir) | settings
-    rundir.write_json(run_dir / "config.json", saved)
-    return job, run_dir, saved
+    (run_dir / "final.npz").touch()
+    return job, run_dir, described_by(job, run_dir)
 
 
 def test_seeds_are_added_to_a_run(cloned):
@@ -144,12 +157,15 @@ def test_seeds_are_added_to_a_run(cloned):
     assert flags[-6:] == ["--seed", "4", "--num-seeds", "2", "--run-dir", str(more)]
     assert flags[flags.index("--behavior") + 1] == str(run_dir.with_name("bc_s4"))
     write_run(more, seeds=(4, 5), done=False)
-    assert command(job, run_dir, 4, 2)[2:] == ["--resume", str(more)]
-    assert command(job, run_dir, 0, 4) is None
     config = saved["config"] | {"behavior": str(run_dir.with_name("bc_s4"))}
     description = saved | {"config": config, "rows": {"seeds": [4, 5], "labels": ["", ""]}}
     rundir.write_json(more / "config.json", description)
+    assert command(job, run_dir, 4, 2)[2:] == ["--resume", str(more)]
+    assert command(job, run_dir, 0, 4) is None
     (more / "done.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"kl_s4 has no final.npz, .*: move it away"):
+        command(job, run_dir, 6, 3)
+    (more / "final.npz").touch()
     assert command(job, run_dir, 4, 2) is None
     assert command(job, run_dir, 6, 3)[-2:] == ["--run-dir", str(run_dir.with_name("kl_s6"))]
 
@@ -266,6 +282,8 @@ def test_a_dataset_is_collected_before_what_learns_from_it(tmp_path, monkeypatch
         datasets.write(data, tiny.transitions(4), {"env": task})
 
     monkeypatch.setattr(runner, "run", run)
+    shipped = brac.POLICY_RESULTS
+    monkeypatch.setattr(brac, "POLICY_RESULTS", tmp_path / "none")
     argv = ["eps1", "--tasks", task, "--num-seeds", "2", "--out", str(tmp_path)]
     with pytest.raises(SystemExit, match=f"no partly trained policy of {task} in {tmp_path}: run"):
         brac.main(argv)
@@ -282,6 +300,11 @@ def test_a_dataset_is_collected_before_what_learns_from_it(tmp_path, monkeypatch
     assert ran == [[script, str(policy), *sizes]]
     assert json.loads((here / "data.json").read_text()) == {"env": task}
     brac.collect(dual, here / "brac_dual_kl_pr")
+    monkeypatch.setattr(brac, "POLICY_RESULTS", shipped)
+    policy.unlink()
+    data.unlink()
+    brac.collect(bc, here / "bc")
+    assert ran[-1][1] == str(shipped / task / "sac" / "partial_s000.npz")
     assert len(ran) == 1
     assert str(data) in command(dual, here / "brac_dual_kl_pr", 0, 2)
 
@@ -310,7 +333,7 @@ def test_both_policies_are_in_the_table(tmp_path):
     greedy = report.iqm(run.returns[:, -1].mean(-1))
     assert f"| pendulum | bc | {greedy:.1f} [" in text
     assert "|  | 17.5 |" in text
-    assert f"| {greedy + 1000:.1f} [" in text
+    assert f"| {greedy + 1000:,.1f} [" in text
 
 
 def test_returns_are_drawn_against_alpha(tmp_path, monkeypatch):
@@ -339,7 +362,7 @@ def test_returns_are_drawn_against_alpha(tmp_path, monkeypatch):
     kind, alpha, middle, error = drawn["brac_kl_vp"]
     assert (kind, alpha, middle.tolist()) == ("errorbar", [0.1, 10.0], [17.0, 17.0])
     assert (error > 0).all()
-    assert drawn["who collected"] == ("axhline", 5.0)
+    assert drawn["behaviour policy"] == ("axhline", 5.0)
     assert (tmp_path / "pendulum_alpha.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -36,12 +36,15 @@ def test_a_clipped_surrogate_has_no_gradient(ratio, advantage, weight):
 
 @pytest.mark.xdist_group("ppo")
 @pytest.mark.parametrize("env", ["probe/action", "probe/action-continuous"])
-def test_a_run_is_measured(env, tmp_path, signals):
+def test_a_run_is_measured(env, tmp_path, signals, capsys):
     run_dir, out = tmp_path / "run", tmp_path / "out"
     sizes = ["--num-envs", "4", "--num-steps", "8", "--hidden", "8", "--total-timesteps", "64"]
     flags = ["--env", env, *sizes, "--num-seeds", "1", "--num-evals", "1"]
     launch.main("bpo", [*flags, "--run-dir", str(run_dir)])
     size = ["--starts", "3", "--repeats", "4", "--num-steps", "5"]
+    with pytest.raises(SystemExit):
+        return_variance.main(["--run-dir", str(run_dir), "--row", "1", "--out", str(out)])
+    assert "--row 1: the run has rows 0 to 0" in capsys.readouterr().err
     return_variance.main(["--run-dir", str(run_dir), *size, "--out", str(out)])
     rows = json.loads(out.with_suffix(".json").read_text())["rows"]
     found = {(row["acting"], row["estimate"]): row for row in rows}

@@ -14,11 +14,11 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from launching import FLAGS, checkpoint, events, run, session_of, start, strict_json
+from launching import FLAGS, checkpoint, content, events, run, session_of, start, strict_json
 from tiny import assert_same, lines_of
 
 from algos import ppo
-from algos.launch import cli, logs, report, rundir, session
+from algos.launch import cli, logs, policies, report, rundir, session
 
 pytestmark = [pytest.mark.usefixtures("signals"), pytest.mark.xdist_group("ppo")]
 
@@ -184,6 +184,27 @@ def test_a_crash_before_the_first_checkpoint_costs_the_start_only(whole, copy):
     assert [x["global_step"] for x in lines_of(copy)] == [0, 96, 96, 192, 192]
     shown = [step for step, tag, _ in events(copy) if tag == "eval/episodic_return"]
     assert shown == [0, 96, 192]
+
+
+def test_an_interrupted_run_is_not_resumed_with_fewer_steps_than_it_has(tmp_path, monkeypatch):
+    """Its last evaluation would be of two policies."""
+    run_dir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5)
+        run(*FLAGS, "--verbose", "0", "--run-dir", str(run_dir))
+    before = content(run_dir)
+    status, said = run("--resume", str(run_dir), "--total-timesteps", "96")
+    assert status == 2
+    assert said == (
+        f"error: {run_dir} has 5 updates, more than the 3 of --total-timesteps 96: raise it\n"
+    )
+    assert content(run_dir) == before
+
+
+def test_a_policy_has_the_return_that_tables_quote(whole):
+    final = rundir.read_run(whole[0]).final.mean(-1)
+    about = [policies.describe_policy(whole[0] / f"policy_s00{i}.npz") for i in (0, 1)]
+    np.testing.assert_allclose([x["return"] for x in about], final)
 
 
 @pytest.mark.slow

@@ -76,7 +76,7 @@ class Launch:
             )
 
 
-# A resumed run may differ from the saved one in these; everything else would change its past.
+# What a resumed run may change. Anything else would contradict the steps that are trained already.
 RESUMABLE = {
     *("total_timesteps", "num_evals", "final_episodes", "checkpoint_every", "preset", "resume"),
     *("track", "wandb_project", "wandb_entity", "wandb_tags", "wandb_seeds", "tensorboard"),
@@ -169,9 +169,10 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
 
 def about_unknown(word: str, argv: list[str], fields: list[str]) -> str:
     """What is wrong with a word of `argv` that is no flag and no value of one."""
-    if word.lower() in ("true", "false", "yes", "no"):
-        words = [word for arg in argv for word in arg.split("=", 1)]
-        flag = words[words.index(word) - 1].removeprefix("--")
+    words = [word for arg in argv for word in arg.split("=", 1)]
+    before = words[words.index(word) - 1] if word in words[1:] else ""
+    if word.lower() in ("true", "false", "yes", "no") and before.startswith("--"):
+        flag = before.removeprefix("--")
         return f"--{flag} takes no value: write --{flag} or --no-{flag}"
     if not word.startswith("-"):
         return f"unknown argument {word!r}: it is the value of no flag"

@@ -114,8 +114,8 @@ def check(dataset: Dataset, source: str, env: envs.Env) -> None:
     rows = np.flatnonzero(dataset.terminated & dataset.truncated)
     if len(rows):
         raise ValueError(
-            f"{source}: {len(rows)} rows, first {rows[0]}, are terminated and truncated: a step "
-            "that failed is not cut"
+            f"{source}: {len(rows)} rows, first {rows[0]}, are terminated and truncated: a row may "
+            "be only one of them"
         )
     for name in ("action", "next_action"):
         rows = np.flatnonzero((np.abs(getattr(dataset, name)) > 1.0 + 1e-5).any(1))
@@ -152,7 +152,7 @@ def from_episodes(episodes: Iterable[tuple]) -> Dataset:
         n = len(action) if terminated else len(action) - 1
         if n < 1:
             continue
-        # After a failure neither the observation nor the action counts: any will do.
+        # After a termination the next observation and action are never used: any will do.
         following = lambda x: np.concatenate([x, x[-1:]])[1 : n + 1]  # noqa: B023
         last = np.arange(n) == n - 1
         ends = last & terminated, last & ~np.bool_(terminated)

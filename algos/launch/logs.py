@@ -23,7 +23,7 @@ import tqdm
 
 import envs
 from algos.launch import report
-from algos.launch.rundir import jsonable
+from algos.launch.rundir import jsonable, read_json
 
 WIDTH = 78  # columns of a line on the console
 
@@ -297,6 +297,7 @@ def start_wandb(log: Log, run_dir: Path, name: str, config: Any, launch: Any, ro
     if mode == "offline":
         log.say(f"W&B is offline: `wandb sync {run_dir}/wandb/offline-run-*` uploads its runs", 0)
     device = jax.devices()[0].device_kind
+    run_id = read_json(run_dir / "meta.json")["id"]
     group = f"{name}__{config.env}"
     settings = {"algo": name} | dataclasses.asdict(config) | dataclasses.asdict(launch) | versions()
     options = {
@@ -315,7 +316,7 @@ def start_wandb(log: Log, run_dir: Path, name: str, config: Any, launch: Any, ro
             suffix = rows.name(row).replace("seed ", "seed")
             own = {field: float(values[row]) for field, values in rows.hparams.items()}
             own["seed"] = int(rows.seeds[row])
-        identity = hashlib.sha256(f"{run_dir.resolve()} {suffix}".encode()).hexdigest()[:12]
+        identity = hashlib.sha256(f"{run_id} {suffix}".encode()).hexdigest()[:12]
         run = wandb.init(
             name=f"{run_dir.name}-{suffix}",
             id=identity,
@@ -367,11 +368,17 @@ def surroundings() -> dict[str, Any]:
     }
 
 
+PACKAGES = ["jax", "jaxlib", "flax", "optax", "brax", "mujoco", "mujoco-mjx", "gymnax", "numpy"]
+PACKAGES += ["gymnasium", "playground", "ale-py"]
+
+
 def versions() -> dict[str, str]:
-    """Versions of what can change a result."""
-    names = ("jax", "jaxlib", "flax", "optax", "brax", "mujoco", "mujoco-mjx", "gymnax", "numpy")
-    found = {name: importlib.metadata.version(name) for name in names}
-    return {"python": platform.python_version(), **found}
+    """Versions of what can change a result, where it is installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def commit() -> str:

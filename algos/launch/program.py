@@ -47,27 +47,37 @@ class Program(NamedTuple):
 # --- devices ---
 
 # Single precision, programs that are compiled before they run, and float times int is float.
-SETTINGS: dict[str, Any] = {"jax_enable_x64": False, "jax_disable_jit": False}
-SETTINGS["jax_numpy_dtype_promotion"] = "standard"
+SETTINGS: dict[str, Any] = {
+    "jax_enable_x64": False,
+    "jax_disable_jit": False,
+    "jax_numpy_dtype_promotion": "standard",
+}
 
 
 def setup_jax(num_rows: int) -> None:
-    """Settings that must be made before jax starts its backends."""
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+    """Settings that must be made before jax starts its backends; `num_rows` of all hosts."""
+    num_hosts = 1
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if address is not None:
         try:
-            count, index = (int(os.environ[f"JAX_{x}"]) for x in ("NUM_PROCESSES", "PROCESS_ID"))
+            names = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+            num_hosts, index = (int(os.environ[name]) for name in names)
         except KeyError as missing:
             raise ValueError(f"JAX_COORDINATOR_ADDRESS is set, but not {missing}") from None
         except ValueError:
             raise ValueError("JAX_NUM_PROCESSES and JAX_PROCESS_ID are to be numbers") from None
-        jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], count, index)
+        if ":" not in address:
+            raise ValueError(f"JAX_COORDINATOR_ADDRESS={address}: it is to be HOST:PORT")
+        jax.distributed.initialize(address, num_hosts, index)
     if jax.config.jax_logging_level == "NOTSET":  # type: ignore[attr-defined]
         # XLA prints three warnings for every compilation that it finds in the cache.
         jax.config.update("jax_logging_level", "CRITICAL")
-    # One host device per core: on a CPU, seeds run faster side by side than with shared threads.
+    # Several devices on a CPU: rows run faster side by side than with shared threads. Not more than
+    # share the rows equally, because physics divides the cores by all of them.
     if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # the backend is already up, as in tests
-            jax.config.update("jax_num_cpu_devices", max(1, min(num_rows, envs.cores())))
+            count = largest_divisor(num_rows // num_hosts, envs.cores())
+            jax.config.update("jax_num_cpu_devices", count)
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         with contextlib.suppress(RuntimeError):  # no home directory: nothing is cached
             cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "purepo"
@@ -88,7 +98,12 @@ def setup_jax(num_rows: int) -> None:
 def row_devices(num_rows: int) -> list[jax.Device]:
     """As many local devices as divide the rows of this host equally."""
     devices = jax.local_devices()
-    return devices[: max(d for d in range(1, len(devices) + 1) if num_rows % d == 0)]
+    return devices[: largest_divisor(num_rows, len(devices))]
+
+
+def largest_divisor(n: int, limit: int) -> int:
+    """The largest divisor of n that is at most `limit`."""
+    return max(d for d in range(1, limit + 1) if n % d == 0)
 
 
 # --- from an algorithm to a program ---

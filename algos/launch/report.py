@@ -38,8 +38,8 @@ def groups(run: rundir.Run) -> list[tuple[str, np.ndarray]]:
 def entries(runs: Iterable[rundir.Run]) -> list[Entry]:
     """Every swept value of the runs, named by the algorithm and the value.
 
-    Those that would have one name on one task get that part of their paths in which they differ,
-    unless it is the algorithm's name.
+    If several have one name on the same task, the part of their paths that differs is added to
+    it, unless that is the algorithm's name.
     """
     found = [
         Entry(f"{run.algo} {label}".strip(), run, rows)
@@ -108,7 +108,7 @@ def iqm_interval(*x: np.ndarray, num_resamples: int = 2000) -> tuple[float, floa
     """
     rng = np.random.default_rng(0)
     drawn = np.concatenate([resampled(part, rng, num_resamples) for part in x], 1)
-    if np.isnan(drawn).any():  # the mean would leave NaN out as the highest value
+    if np.isnan(drawn).any():  # sorting would put it last, and the mean cut it off as the highest
         return float("nan"), float("nan")
     lo, hi = np.percentile(middle_mean(drawn), [2.5, 97.5])
     return float(lo), float(hi)
@@ -225,8 +225,8 @@ COLORS = {
 def looks(entries: list[Entry]) -> dict[str, tuple[str, str]]:
     """Colour and line style of each label.
 
-    An algorithm's colour goes to the label that is its name, or else to its first; further labels
-    have colours of algorithms that are absent, then other styles.
+    An algorithm's colour goes to the label that is its name, or else to its first label. Other
+    labels get colours of algorithms that are not shown, and then other styles.
     """
     algos: dict[str, str] = {}
     for entry in entries:
@@ -406,7 +406,6 @@ def figure(
             legend.remove()
         fig.suptitle(title)
         fig.set_figheight(num_rows * height + below + 0.25 * bool(title))
-        path.parent.mkdir(parents=True, exist_ok=True)
         kind = path.suffix[1:]
         rundir.write_atomic(path, lambda file: fig.savefig(file, format=kind, dpi=200))
 

@@ -102,6 +102,7 @@ def load_tree(path: Path, template: Any) -> tuple[Any, dict[str, Any]]:
 
 def write_atomic(path: Path, write: Callable) -> None:
     """Call `write(binary file)` and put the file in place only when it is complete on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -173,9 +174,7 @@ def files(run_dir: Path) -> list[Path]:
 
 def save_checkpoint(run_dir: Path, arrays: dict[str, Any], meta: dict[str, Any]) -> None:
     """Save the flattened state after `meta["update"]` updates and keep the last two."""
-    folder = run_dir / "checkpoints"
-    folder.mkdir(exist_ok=True)
-    save_arrays(folder / f"{meta['update']:09d}.npz", arrays, meta)
+    save_arrays(run_dir / "checkpoints" / f"{meta['update']:09d}.npz", arrays, meta)
     for old in checkpoints(run_dir)[:-2]:
         old.unlink()
 
@@ -295,7 +294,7 @@ def read_final(path: Path, num_rows: int) -> dict[str, np.ndarray]:
 def read_metrics(run_dir: Path, num_rows: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Steps [T] and values [T, R] of each metric in metrics.jsonl; ValueError if it is damaged.
 
-    A number of the whole launch is the same for every row. What is null or not finite is NaN.
+    A number of the whole launch is repeated for every row. null and what is not finite become NaN.
     """
     path = run_dir / "metrics.jsonl"
     lines = lines_of(path)

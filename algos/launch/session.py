@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import secrets
 import signal
 import sys
 import threading
@@ -75,8 +76,8 @@ def main(name: str, argv: list[str] | None = None) -> None:
         except KeyboardInterrupt:
             said = f"stopped at once; {session.advice}"
             if argv is None:
-                # The compiled program still runs and may call MuJoCo through Python, which then
-                # cannot end: it would crash or hang.
+                # The compiled program still runs and may call MuJoCo through Python. If Python
+                # ended meanwhile, it would crash or hang.
                 print(said, file=sys.stderr, flush=True)
                 os._exit(130)
             end(launch, 130, said)
@@ -177,7 +178,7 @@ class Session:
         if self.launch.resume and path.exists():
             first = rundir.read_json(path)
             meta = first | {"resumed": [*first.get("resumed", []), meta]}
-        rundir.write_json(path, meta)
+        rundir.write_json(path, {"id": secrets.token_hex(6)} | meta)  # a resumed run keeps its own
 
     def restore(self) -> None:
         """Read the last checkpoint and forget what was logged after it."""
@@ -199,6 +200,12 @@ class Session:
                 f"{self.run_dir} is complete ({self.update} updates): "
                 "raise --total-timesteps to train on"
             )
+        if self.update > self.config.num_updates:
+            raise ValueError(
+                f"{self.run_dir} has {self.update} updates, more than the "
+                f"{self.config.num_updates} of --total-timesteps {self.config.total_timesteps}: "
+                "raise it"
+            )
         self.evals = rundir.rewind(self.run_dir, self.step, write=self.lead)
         if self.lead:  # these describe a shorter run
             done.unlink(missing_ok=True)
@@ -211,7 +218,8 @@ class Session:
     def plan(self) -> str:
         """What will run, and where."""
         config, devices = self.config, self.devices()
-        rows = f"{len(self.rows.seeds)} {'rows' if self.launch.sweep else 'seeds'}"
+        rows = f"{len(self.rows.seeds)} {'row' if self.launch.sweep else 'seed'}"
+        rows += "s" * (len(self.rows.seeds) > 1)
         where = f"{len(devices)} x {devices[0].device_kind}"
         return (
             f"{self.name} on {envs.canonical(config.env)}, {where}\n"
@@ -239,7 +247,7 @@ class Session:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        self.log.close()
+            self.log.close()
         if not complete or self.dead.all():
             raise SystemExit(3 if complete else 130)
 
@@ -251,7 +259,7 @@ class Session:
                 state = self.train_until(point, state)
                 if self.stopped() or not self.evaluate(state):
                     return state, False
-                self.export(state, self.partial_rows(), "partial")
+                self.export(state, self.partial_rows(), "partial", self.evals["returns"][-1])
                 every = self.launch.checkpoint_every
                 last = point == self.config.num_updates
                 if last or (every and i % every == 0 and i > 0):
@@ -408,8 +416,8 @@ class Session:
         twice = reached[1:] & reached[:-1]
         return np.flatnonzero(twice[-1] & ~twice[:-1].any(0))
 
-    def export(self, state: Any, rows: Any, prefix: str) -> None:
-        """Write the policies of some rows as PREFIX_sNNN.npz."""
+    def export(self, state: Any, rows: Any, prefix: str, returns: np.ndarray) -> None:
+        """Write the policies of some rows, with their returns [R, K], as PREFIX_sNNN.npz."""
         if not len(rows):
             return
         arrays = rundir.flatten(self.program.policies(state))
@@ -419,7 +427,7 @@ class Session:
                 "seed": int(self.rows.seeds[i]),
                 "label": self.rows.labels[i],
                 "step": self.step,
-                "return": rundir.jsonable(self.evals["returns"][-1][i].mean()),
+                "return": rundir.jsonable(returns[i].mean()),
             }
             path = self.run_dir / f"{prefix}_s{i:03d}.npz"
             row = {k: v[i] for k, v in arrays.items()}
@@ -436,15 +444,15 @@ class Session:
         parts = [{k: x[-1] for k, x in self.evals.items() if k not in ("steps", "seconds")}]
         count = math.ceil(self.launch.final_episodes / self.launch.eval_episodes)
         with self.log.waiting("last evaluation"):
-            for part in range(1, 1 if self.dead.all() else count):
-                played = self.play(state, part)
+            for part in range(1, count):
+                played = parts[0] if self.dead.all() else self.play(state, part)
                 if played is None:
                     return False
                 parts.append(played)
-        self.export(state, range(len(self.rows.seeds)), "policy")
+        final = {k: np.concatenate([part[k] for part in parts], 1) for k in parts[0]}
+        self.export(state, range(len(self.rows.seeds)), "policy", final["returns"])
         if not self.lead:
             return True
-        final = {k: np.concatenate([part[k] for part in parts], 1) for k in parts[0]}
         rundir.write_final(self.run_dir, final)
         run = rundir.read_run(self.run_dir)
         curve = self.run_dir / "plots" / "curve.png"

@@ -143,7 +143,7 @@ def differences(done: Report) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Reproduce from the command line."""
     further = dict.fromkeys(GROUPS, lambda done: milestones(done) + differences(done))
-    runner.main(__doc__ or "", GROUPS, "results/bnpo", further, argv)
+    runner.main(__doc__ or "", GROUPS, "runs/bnpo", further, argv)
 
 
 if __name__ == "__main__":

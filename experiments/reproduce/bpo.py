@@ -80,7 +80,7 @@ def beside_authors(done: Report) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Reproduce from the command line."""
     further = dict.fromkeys(("v5", "normalized"), beside_authors)
-    runner.main(__doc__ or "", GROUPS, "results/bpo", further, argv)
+    runner.main(__doc__ or "", GROUPS, "runs/bpo", further, argv)
 
 
 if __name__ == "__main__":

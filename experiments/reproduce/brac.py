@@ -4,7 +4,8 @@
     python experiments/reproduce/brac.py eps1 --tasks pendulum --num-seeds 4
 
 groups:
-  policy     SAC, which exports its policy when it is partly trained
+  policy     SAC, which exports its policy when it is partly trained; without this group the
+             policies in results/ are used
   pure, eps1, eps3, gaussian1, gaussian3
              a dataset of this type, clones of it, and offline algorithms at a CPU's sizes
 
@@ -40,6 +41,7 @@ POLICIES = {
     "gym/HalfCheetah-v5": f"--stop-at-return 3686 --total-timesteps 200000 --num-evals 20 {V5_SAC}",
     "gym/Walker2d-v5": f"--stop-at-return 1437 --total-timesteps 600000 --num-evals 30 {V5_SAC}",
 }
+POLICY_RESULTS = runner.ROOT / "results" / "brac" / "policy"
 ROWS = {"pendulum": 100_000, "hopper": 200_000, **dict.fromkeys(V5, 200_000)}
 BUDGETS = {  # gradient steps and evaluations of every learner
     "pendulum": "--total-timesteps 10000 --batch-size 128 --num-evals 5",
@@ -93,9 +95,10 @@ def collect(job: Job, run_dir: Path) -> None:
 
 
 def collect_dataset(job: Job, run_dir: Path, path: Path) -> None:
-    """Collect with the first seed that has a partly trained policy."""
+    """Collect with the first partly trained policy: of the group policy, or of the results."""
     group = run_dir.parents[len(Path(job.task).parts)]
-    found = sorted((group.parent / "policy" / job.task / "sac").glob("partial_s*.npz"))
+    folders = (group.parent / "policy", POLICY_RESULTS)
+    found = [x for folder in folders for x in sorted(folder.glob(f"{job.task}/sac/partial_s*.npz"))]
     if not found:
         raise SystemExit(
             f"no partly trained policy of {job.task} in {group.parent}: run the group policy"
@@ -107,7 +110,7 @@ def collect_dataset(job: Job, run_dir: Path, path: Path) -> None:
 
 
 def behaviour_return(folder: Path) -> float:
-    """Mean return of those who collected the dataset of a task, by their shares."""
+    """Mean return of the policies that collected the dataset of a task, by their shares."""
     parts = json.loads((folder / "data.json").read_text())["parts"]
     shares = [part["count"] for part in parts]
     return np.average([part["returns"]["mean"] for part in parts], weights=shares)
@@ -116,7 +119,8 @@ def behaviour_return(folder: Path) -> float:
 def plot_alphas(done: Report) -> None:
     """Draw the last greedy returns of every form of BRAC against alpha, to TASK_alpha.png.
 
-    Points: IQM and 95 % interval over seeds. Lines: the learners without alpha, and who collected.
+    Points: IQM and 95 % interval over seeds. Lines: the learners without alpha, and the behaviour
+    policy.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -137,7 +141,7 @@ def plot_alphas(done: Report) -> None:
             error = np.abs(interval - middle)
             axis.errorbar(alpha, middle, error, color=color, marker="o", capsize=3, label=job.name)
         behaviour = behaviour_return(done.folder / task)
-        axis.axhline(behaviour, color="black", linestyle=":", label="who collected")
+        axis.axhline(behaviour, color="black", linestyle=":", label="behaviour policy")
         axis.set(xscale="log", xlabel="alpha", ylabel="last greedy return", title=task)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -146,26 +150,21 @@ def plot_alphas(done: Report) -> None:
 
 
 def both_policies(done: Report) -> str:
-    """Table of the returns of both policies of every run, beside those who collected."""
+    """Table of the returns of both policies of every run, beside the behaviour policy's."""
     rows = []
-    for task in dict.fromkeys(job.task for job in done.runs):
-        behaviour = behaviour_return(done.folder / task)
-        for job in (job for job in done.runs if job.task == task):
-            run = done.runs[job]
-            for label, index in report.groups(run):
-                name = f"{job.name} {label}".strip()
-                cells = [
-                    cell(returns[index]) for returns in (run.final, *run.final_further.values())
-                ]
-                rows.append([task, name, *[*cells, ""][:2], f"{behaviour:.1f}"])
-    return "\n" + report.table(["task", "learner", "greedy", "max_q", "who collected"], rows)
+    for job, run in done.runs.items():
+        behaviour = behaviour_return(done.folder / job.task)
+        for label, index in report.groups(run):
+            name = f"{job.name} {label}".strip()
+            cells = [cell(returns[index]) for returns in (run.final, *run.final_further.values())]
+            rows.append([job.task, name, *[*cells, ""][:2], report.number(behaviour, 1)])
+    return "\n" + report.table(["task", "learner", "greedy", "max_q", "behaviour policy"], rows)
 
 
 def cell(returns: np.ndarray) -> str:
     """IQM and interval of final returns [R, F]."""
     final = report.final(returns)
-    lo, hi = final["interval"]
-    return f"{final['iqm']:.1f} [{lo:.1f}, {hi:.1f}]"
+    return report.estimate(final["iqm"], final["interval"])
 
 
 def further(done: Report) -> str:
@@ -177,7 +176,7 @@ def further(done: Report) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Reproduce from the command line."""
     tables = dict.fromkeys(TYPES, further)
-    runner.main(__doc__ or "", GROUPS, "results/brac", tables, argv, before=collect)
+    runner.main(__doc__ or "", GROUPS, "runs/brac", tables, argv, before=collect)
 
 
 if __name__ == "__main__":

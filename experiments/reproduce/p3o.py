@@ -8,7 +8,6 @@ groups:
              OUT/ablations/<task>-replay.png: ESS, KL and share of clipped ratios
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from matplotlib.figure import Figure
 if __name__ == "__main__":  # import from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from algos.launch import rundir
 from experiments.reproduce import runner
 from experiments.reproduce.runner import Job, Report
 
@@ -62,12 +62,12 @@ def replay_curves(done: Report) -> str:
     figure = Figure(figsize=(4 * len(SHOWN), 3.5), layout="constrained")
     axes = figure.subplots(1, len(SHOWN))
     for job, run in done.runs.items():
-        records = [json.loads(x) for x in (run.path / "metrics.jsonl").read_text().splitlines()]
+        metrics = rundir.read_metrics(run.path, len(rundir.read_run(run.path).seeds))
         for axis, (metric, label) in zip(axes, SHOWN.items(), strict=True):
-            found = [(r["global_step"], np.array(r[metric], float)) for r in records if metric in r]
-            found = [(step, np.nanmean(x)) for step, x in found if np.isfinite(x).any()]
-            if found:
-                axis.plot(*zip(*found, strict=True), label=job.name)
+            if metric in metrics:
+                steps, values = metrics[metric]
+                filled = np.isfinite(values).any(1)
+                axis.plot(steps[filled], np.nanmean(values[filled], 1), label=job.name)
             axis.set(xlabel="environment steps", ylabel=label)
     axes[0].legend(fontsize="x-small")
     out = done.folder / f"{next(iter(done.runs)).task}-replay.png"
@@ -77,7 +77,7 @@ def replay_curves(done: Report) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Reproduce from the command line."""
-    runner.main(__doc__ or "", GROUPS, "results/p3o", {"ablations": replay_curves}, argv)
+    runner.main(__doc__ or "", GROUPS, "runs/p3o", {"ablations": replay_curves}, argv)
 
 
 if __name__ == "__main__":

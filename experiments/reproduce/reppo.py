@@ -67,7 +67,7 @@ GROUPS: dict[str, list[Job]] = {
     ],
 }
 
-# Return of the authors' dmc_small runs after 10M true steps: mean, deviation over runs, runs. Their
+# Return of the authors' dmc_small runs after 10M true steps: mean, std over runs, runs. Their
 # files label the steps of these runs four times too high.
 PUBLISHED = {
     "CartpoleBalance": (999.6, 0.2, 10),
@@ -83,17 +83,17 @@ def beside_published(done: Report) -> str:
     """Table of the means beside those of the authors."""
     rows = []
     for job, row in zip(done.runs, done.rows, strict=True):
-        mean, deviation, n = PUBLISHED[job.task]
+        mean, std, n = PUBLISHED[job.task]
         ours = np.array(row["per_seed"], float)
         here = f"{np.nanmean(ours):.1f} ± {np.nanstd(ours):.1f} (n={row['alive']})"
-        rows.append([job.task, f"{mean} ± {deviation} (n={n})", here])
+        rows.append([job.task, f"{mean} ± {std} (n={n})", here])
     return "\n" + report.table(["task", "authors at 10M steps, mean ± std", "here"], rows)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Reproduce from the command line."""
     further = {"published": beside_published}
-    runner.main(__doc__ or "", GROUPS, "results/reppo", further, argv)
+    runner.main(__doc__ or "", GROUPS, "runs/reppo", further, argv)
 
 
 if __name__ == "__main__":

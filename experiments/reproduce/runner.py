@@ -5,7 +5,7 @@ interrupted is resumed, so the same command goes on where it stopped. With --see
 to a run: <run directory>_s<seed> is a further launch of it. In tables and figures the launches of a
 run are one, with the sum of their seconds and the first one's device.
 
-A reproduction has groups of runs, OUT/<group>/<task>/<name>. At the end of each group
+A reproduction has groups of runs, OUT/<group>/<task>/<name>; those of the docs are in results/. At the end of each group
 OUT/<group>/table.md and table.json hold its numbers, OUT/<group>/<task>.png its curves.
 """
 
@@ -28,9 +28,9 @@ ROOT = Path(__file__).parents[2]
 
 
 class Job(NamedTuple):
-    """A run. {here} in its flags is the parent of its run directory.
+    """A run. In its flags {here} is the parent of its run directory.
 
-    {more} in flags is the end of the name of a launch that adds seeds: _s<seed>, otherwise nothing.
+    {more} is the end of the name of a launch: _s<seed> if it adds seeds, else nothing.
     """
 
     task: str
@@ -74,10 +74,15 @@ def check_settings(job: Job, run_dir: Path, path: Path) -> None:
 
 
 def check_launch(job: Job, run_dir: Path, path: Path, seeds: range) -> None:
-    """ValueError if a launch of other settings, or with some of these seeds, is among the run's."""
+    """ValueError if `path`, a launch of the run, has other settings or some of these seeds.
+
+    Launches of old versions have no final episodes beside the last evaluation.
+    """
     shared = sorted({*rundir.read_description(path)["rows"]["seeds"]} & {*seeds})
     if shared:
         raise ValueError(f"{path} has seed {shared[0]} already: give other seeds, or move it away")
+    if (path / "done.json").exists() and not (path / "final.npz").exists():
+        raise ValueError(f"{path} has no final.npz, as it is of an old version: move it away")
     check_settings(job, run_dir, path)
 
 
@@ -99,6 +104,7 @@ def command(job: Job, run_dir: Path, seed: int, num_seeds: int) -> list[str] | N
             check_launch(job, run_dir, other, range(seed, seed + num_seeds))
     program = [sys.executable, os.path.relpath(ROOT / "algos" / f"{job.algo}.py")]
     if (path / "config.json").exists():
+        check_settings(job, run_dir, path)
         return [*program, "--resume", str(path)]
     seeds = ["--seed", str(seed), "--num-seeds", str(num_seeds)]
     return [*program, *flags_of(job, run_dir, path), *seeds, "--run-dir", str(path)]
@@ -242,7 +248,7 @@ def main(
     parser.add_argument("--jobs", nargs="+", help="only jobs of these names")
     parser.add_argument("--num-seeds", type=int, default=8, help="of runs that are not there yet")
     parser.add_argument("--seed", type=int, default=0, help="the first; others add to the runs")
-    parser.add_argument("--out", type=Path, default=Path(out))
+    parser.add_argument("--out", type=Path, default=Path(out), help=f"default: {out}")
     args = parser.parse_args(argv)
     for flag, field in (("tasks", "task"), ("jobs", "name")):
         known = {getattr(job, field) for group in args.groups for job in groups[group]}

@@ -1,6 +1,6 @@
 """Gymnasium's MuJoCo v5 tasks, beside published numbers: runs, tables, and curves.
 
-    python experiments/reproduce/v5.py tasks --jobs ppo --num-seeds 10 --out results/v5
+    python experiments/reproduce/v5.py tasks --jobs ppo --num-seeds 10
 
 groups:
   tasks      the presets of this collection at equal environment steps: PPO on eight tasks, BPO,
@@ -133,7 +133,7 @@ def beside_published(done: Report) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Reproduce from the command line."""
-    runner.main(__doc__ or "", GROUPS, "results/v5", {"tasks": beside_published}, argv)
+    runner.main(__doc__ or "", GROUPS, "runs/v5", {"tasks": beside_published}, argv)
 
 
 if __name__ == "__main__":
