@@ -5,8 +5,9 @@ interrupted is resumed, so the same command goes on where it stopped. With --see
 to a run: <run directory>_s<seed> is a further launch of it. In tables and figures the launches of a
 run are one, with the sum of their seconds and the first one's device.
 
-A reproduction has groups of runs, OUT/<group>/<task>/<name>; those of the docs are in results/. At the end of each group
-OUT/<group>/table.md and table.json hold its numbers, OUT/<group>/<task>.png its curves.
+A reproduction has groups of runs, OUT/<group>/<task>/<name>; those of the docs are in results/. At
+the end of each group OUT/<group>/table.md and table.json hold its numbers, OUT/<group>/<task>.png
+its curves.
 """
 
 import argparse
