@@ -10,8 +10,8 @@ one step of Adam on each loss, in this order:
 The first loss trains pi, with v as a constant. The second trains v, with pi as a constant.
 b and c are new draws from the current policy, each tanh(u) with u Gaussian. clip(a) is the
 dataset's action a, clipped to [-0.999, 0.999]. A is the number of action dimensions, and -m A is
-the target entropy. While the entropy is above its target, w falls to 0, and the policy loss becomes
-the negative log-likelihood.
+the target entropy (m: `target_entropy_mult`). While the entropy is above its target, w falls to 0,
+and the policy loss becomes the negative log-likelihood.
 
 Differences from ppo.py:
 
@@ -145,27 +145,13 @@ def policy_loss(own_log_prob, log_prob, entropy_weight):
     return (jax.lax.stop_gradient(entropy_weight) * own_log_prob - log_prob).mean()
 
 
-@jax.custom_vjp
-def floor_at_zero(x):
-    """max(x, 0), but at or below 0 the gradient passes if descent moves x back."""
-    return jnp.maximum(x, 0.0)
-
-
-def _floor_forward(x):
-    return floor_at_zero(x), x
-
-
-def _floor_backward(x, grad):
-    return (jnp.where((grad > 0.0) & (x <= 0.0), 0.0, grad),)  # a positive gradient lowers x
-
-
-floor_at_zero.defvjp(_floor_forward, _floor_backward)
-
-
 def entropy_loss(v, own_log_prob, target_entropy):
-    """Loss whose gradient step raises the weight while the entropy is below its target."""
+    """Loss whose gradient step raises the weight while the entropy is below its target.
+
+    The gradient is 0 where descent would move v further below 0.
+    """
     surplus = jax.lax.stop_gradient(-own_log_prob - target_entropy).mean()
-    return floor_at_zero(v) * surplus
+    return jnp.where((surplus > 0.0) & (v <= 0.0), 0.0, surplus) * v
 
 
 # --- build ---
@@ -204,7 +190,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         )
 
     def noise_of(key, shape):
-        """Exploration noise [*shape, action_size] for actions of batch shape `shape`."""
+        """Noise [*shape, action_size] for sampling actions of batch shape `shape`."""
         return jax.random.normal(key, (*shape, env.action_size))
 
     def draw(params, obs, key):
@@ -215,7 +201,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     def policy_loss_fn(params, state, batch, key):
         policy, own_log_prob = draw(params, batch.obs, key)
         log_prob = given_log_prob(policy, batch.action)
-        entropy_weight = floor_at_zero(state.params["entropy_weight"])
+        entropy_weight = jnp.maximum(state.params["entropy_weight"], 0.0)
         loss = policy_loss(own_log_prob, log_prob, entropy_weight)
         return loss, {
             "losses/policy_loss": loss,
@@ -228,7 +214,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     def entropy_loss_fn(v, state, batch, key):
         _, own_log_prob = draw(state.params["actor"], batch.obs, key)
         loss = entropy_loss(v, own_log_prob, target_entropy)
-        return loss, {"losses/entropy_weight": floor_at_zero(v)}
+        return loss, {"losses/entropy_weight": jnp.maximum(v, 0.0)}
 
     # In the order of a gradient step; the gradient is with respect to the first argument.
     losses = {"actor": policy_loss_fn, "entropy_weight": entropy_loss_fn}

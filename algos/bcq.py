@@ -19,8 +19,9 @@ fbar, and takes one step of Adam on each loss, in this order:
 
 The first loss trains the Q_i, the second f, the third e and g. In each, y and all other parameters
 are constants. c ~ G(s) and c_k ~ G(s') are new draws, xbar is x with fbar, and mix Q is the
-weighted sum l min_i Q_i + (1 - l) max_i Q_i. Both terms of the vae loss are means over dimensions
-too. The policy takes 10 draws c and plays the x(s, c) with the largest Q_1, greedy or not.
+weighted sum l min_i Q_i + (1 - l) max_i Q_i, with l = `min_weight`. P is `max_perturbation`. Both
+terms of the vae loss are means over dimensions too. The policy takes 10 draws c and plays the
+x(s, c) with the largest Q_1, greedy or not.
 
 s' is the true successor of s, taken before any reset. A time limit (truncated) therefore bootstraps
 from it, and a terminal state (terminated) does not.
@@ -265,9 +266,9 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return (Batch(*(getattr(dataset, name) for name in Batch._fields)),), ()
 
     def init(key) -> TrainState:
-        # Split as before an option was removed, so that a seed still gives the same run.
-        key_start, _, key_encoder, key_decoder, key = jax.random.split(key, 5)
-        key_critic, key_perturbation = jax.random.split(key_start)
+        # One key is unused, so that a seed gives the same run as in earlier versions.
+        key_networks, _, key_encoder, key_decoder, key = jax.random.split(key, 5)
+        key_critic, key_perturbation = jax.random.split(key_networks)
         obs, action, latent = (jnp.zeros((1, size)) for size in (env.obs_size, A, 2 * A))
         params = {
             "critic": critic.init(key_critic, obs, action),

@@ -15,9 +15,12 @@ losses use the n-step target y = y_0 of a sampled step, computed by target netwo
     critic:  E[(Q(s, g, mean, std) - y)^2]
     PPO:     -E[min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)],   A = y - Q(s, g, pi(s, g))
     DDPG:    -E[Q(s, g, pi(s, g))]
+    weighted DDPG: -E[min(ratio D, clip(ratio, 1 - eps, 1 + eps) D)],   D = Q(s, g, pi(s, g)) - y
 
-mean and std are the behaviour policy's; pi(s, g) are those of pi. ratio is pi(a | s, g) over the
-behaviour policy's density, by default the geometric mean over the action's dimensions.
+In the critic's loss mean and std are those of the behaviour policy, as stored, and pi(s, g) stands
+for those of the current actor. ratio is pi(a | s, g) over the behaviour policy's density, by
+default the geometric mean over the action's dimensions. It is a constant in weighted DDPG. A and D
+are sums over the parts of the reward.
 
 Hindsight relabelling replaces the goals of some sampled steps by goals that the same episode had at
 other times ("shift"), recomputes the rewards, and sets n to 1. The behaviour policy under the
@@ -208,6 +211,9 @@ class Config:
                 )
 
 
+NUM_CANDIDATES = 8  # steps drawn for each one that importance resampling keeps
+
+
 # --- networks ---
 
 
@@ -278,6 +284,7 @@ class Transition(NamedTuple):
     policy: common.Gaussian  # the behaviour policy, with its parameter noise
     reward: jax.Array  # of the task, whatever reward_kind
     terminated: jax.Array
+    valid: jax.Array  # the physics was finite
     next_obs: jax.Array  # true successor, never a reset observation
 
 
@@ -316,8 +323,8 @@ class TrainState(NamedTuple):
     """Everything that a run carries from one update to the next."""
 
     params: dict  # keys "actor" and "critic"
-    target_params: dict  # of "critic" and of "actor0", "actor1", ...: one per brain, or one for all
-    opt_state: dict  # of "critic" and of "actor0", "actor1", ...: one per brain
+    target_params: dict  # keys "critic" and "actor0", "actor1", ...; only "actor0" if it is shared
+    opt_state: dict  # keys "critic" and "actor0", "actor1", ..., one for each brain
     noise: tuple  # parameter noise of the actor, [in, out] per layer
     obs_stats: common.Stats
     replay: Trajectory
@@ -343,18 +350,20 @@ def reward_of(goals, kind, obs):
 def draw_rows(config, brain, update, size, keys) -> Rows:
     """`size` steps, drawn uniformly from the brain's window of finished episodes; five `keys`.
 
-    At least max_nstep steps of its episode follow each, so that no target reaches the time limit.
+    At least max_nstep steps of the episode come after each of them, so that no target reaches the
+    time limit.
     """
+    key_age, key_env, key_step, key_relabel, key_goal = keys
     T, H = config.num_steps, config.max_nstep
-    age = jax.random.randint(keys[0], (size,), 0, jnp.minimum(update, config.window(brain)))
-    step = jax.random.randint(keys[2], (size,), 0, T - H)
+    age = jax.random.randint(key_age, (size,), 0, jnp.minimum(update, config.window(brain)))
+    step = jax.random.randint(key_step, (size,), 0, T - H)
     first, end = (step + 1, T + 1) if config.her_strategy == "future" else (0, T - H + 1)
     return Rows(
         episode=(update - 1 - age) % config.buffer_episodes,
-        env=jax.random.randint(keys[1], (size,), 0, config.num_envs),
+        env=jax.random.randint(key_env, (size,), 0, config.num_envs),
         step=step,
-        relabel=jax.random.uniform(keys[3], (size,)) < brain.her_ratio,
-        goal_step=jax.random.randint(keys[4], (size,), first, end),
+        relabel=jax.random.uniform(key_relabel, (size,)) < brain.her_ratio,
+        goal_step=jax.random.randint(key_goal, (size,), first, end),
     )
 
 
@@ -523,8 +532,9 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     U = math.gcd(T, config.param_noise_interval, *(x.turn_interval for x in config.brains))
     goals, kind, K = env.goals, config.reward_kind, len(config.brains)
     obs_like = jnp.zeros((1, env.obs_size))
-    has_rewards = goals and kind != "env"  # the stand-in for a saved policy has no goals
-    num_heads = reward_of(goals, kind, obs_like).shape[-1] if has_rewards else 1
+    # A saved policy plays without its task, and so without goals and without its critic.
+    from_goals = goals and kind != "env"
+    num_heads = reward_of(goals, kind, obs_like).shape[-1] if from_goals else 1
     actor, critic = Actor(config, A), Critic(config, num_heads)
     no_noise = tuple(map(jnp.zeros, itertools.pairwise((env.obs_size, *config.hidden, A))))
     optimizer = optax.chain(
@@ -562,7 +572,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         )
 
     def noise_of(key, shape):
-        """Exploration noise [*shape, action_size] for actions of batch shape `shape`."""
+        """Noise [*shape, action_size] for sampling actions of batch shape `shape`."""
         return jax.random.normal(key, (*shape, A))
 
     def redraw(noise, key, due):
@@ -589,6 +599,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
                 policy=policy,
                 reward=reward,
                 terminated=terminated,
+                valid=~info["env_nan"],
                 next_obs=info.pop("final_observation"),
             )
             return (next_obs, obs_stats, env_state), (transition, info)
@@ -601,6 +612,8 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     def episode_of(traj) -> Trajectory:
         """A whole rollout [T, N] as the replay buffer keeps it, with the rewards to learn from."""
         reward = traj.reward[..., None] if kind == "env" else reward_of(goals, kind, traj.next_obs)
+        # Where the physics broke, next_obs is no state and has no reward.
+        reward = jnp.where(traj.valid[..., None], reward, 0.0)
         return Trajectory(
             obs=jnp.concatenate([traj.obs, traj.next_obs[-1:]]),
             action=traj.action,
@@ -621,12 +634,16 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             return relabel(goals, config, state.replay, rows, traj) if brain.her_ratio else traj
 
         def sample(state, key) -> Rows:
-            """Steps of the window, uniform or resampled by the mean of the dimensions' ratios."""
+            """A minibatch of steps of the brain's window, drawn uniformly.
+
+            With importance_resampling it is chosen from more candidates, by the means of their
+            ratios over the action's dimensions.
+            """
             *keys, key_choice = jax.random.split(key, 6)
             draw = lambda size: draw_rows(config, brain, state.update, size, keys)
             if not brain.importance_resampling:
                 return draw(brain.batch_size)
-            rows = draw(8 * brain.batch_size)
+            rows = draw(NUM_CANDIDATES * brain.batch_size)
             step = jax.tree.map(lambda x: x[:, 0], trajectory(state, rows, 1))
             obs = normalize(state.obs_stats, step.obs)
             policy = actor.apply(state.params["actor"], obs, state.noise)

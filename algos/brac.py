@@ -18,6 +18,7 @@ The losses train the Q_i, pi, g, alpha and T. In each, y and all other parameter
 c and d are new draws from the current policy, each tanh(u) with u Gaussian, and mix Q is the
 weighted sum l min_i Q_i + (1 - l) max_i Q_i. p is 1 (value penalty) or 0 (policy regularisation), t
 counts gradient steps from 0, A is the number of action dimensions, and -m A is the target entropy.
+In the fields l is `min_weight`, p `value_penalty` and m `target_entropy_mult`.
 
 D is estimated from draws x of pi and, with a critic g, from the behaviour policy's action a
 (at s', its next action). clip limits x to [-0.999, 0.999]:
@@ -324,34 +325,21 @@ def policy_loss(value, log_prob, divergence, temperature, alpha, warm):
     return (temperature * log_prob + alpha * divergence - jnp.where(warm, 0.0, value)).mean()
 
 
-@jax.custom_vjp
-def clamp(x, high):
-    """clip(x, 0, high), but at or beyond a bound the gradient passes if descent moves x back."""
-    return jnp.clip(x, 0.0, high)
-
-
-def _clamp_forward(x, high):
-    return clamp(x, high), (x, high)
-
-
-def _clamp_backward(saved, grad):
-    x, high = saved
-    passes = jnp.where(grad > 0.0, x > 0.0, x < high)  # a positive gradient lowers x
-    return jnp.where(passes, grad, 0.0), None
-
-
-clamp.defvjp(_clamp_forward, _clamp_backward)
+def bounded(x, slope, high):
+    """The product slope x, with a gradient of 0 where descent would move x out of [0, high]."""
+    inside = jnp.where(slope > 0.0, x > 0.0, x < high)  # a positive slope lowers x
+    return jnp.where(inside, slope, 0.0) * x
 
 
 def alpha_loss(alpha, divergence, target):
     """Loss whose gradient step raises alpha while the divergence is above its target."""
-    return -clamp(alpha, MAX_ALPHA) * jax.lax.stop_gradient(divergence - target).mean()
+    return bounded(alpha, -jax.lax.stop_gradient(divergence - target).mean(), MAX_ALPHA)
 
 
 def temperature_loss(temperature, log_prob, target_entropy):
     """Loss whose gradient step raises the temperature while the entropy is below its target."""
     surplus = jax.lax.stop_gradient(-log_prob - target_entropy).mean()
-    return clamp(temperature, jnp.inf) * surplus
+    return bounded(temperature, surplus, jnp.inf)
 
 
 # --- build ---
@@ -396,7 +384,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return (rows,), (datasets.load_clones(config.behavior, env, config.hidden, seeds),)
 
     def init(key) -> TrainState:
-        # Split as before an option was removed, so that a seed still gives the same run.
+        # One key is unused, so that a seed gives the same run as in earlier versions.
         key_actor, key_critic, key_divergence, _, key = jax.random.split(key, 5)
         obs, action = (jnp.zeros((1, size)) for size in (env.obs_size, A))
         params = {
@@ -416,7 +404,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         )
 
     def noise_of(key, shape):
-        """Exploration noise [*shape, A] for actions of batch shape `shape`."""
+        """Noise [*shape, A] for sampling actions of batch shape `shape`."""
         return jax.random.normal(key, (*shape, A))
 
     def draw(params, obs, key):
@@ -449,7 +437,8 @@ def build(config: Config, env: envs.Env) -> common.Algo:
 
     def multipliers(state):
         """Temperature and alpha, clipped to their ranges."""
-        return clamp(state.params["temperature"], jnp.inf), clamp(state.params["alpha"], MAX_ALPHA)
+        temperature, alpha = state.params["temperature"], state.params["alpha"]
+        return jnp.maximum(temperature, 0.0), jnp.clip(alpha, 0.0, MAX_ALPHA)
 
     def critic_loss_fn(params, state, batch, key):
         key_draw, key_divergence = jax.random.split(key)

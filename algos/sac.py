@@ -13,8 +13,8 @@ and takes one step of Adam on each loss, in this order:
     temperature loss = alpha E[-log pi(c | s) + m A]             (minimised over log alpha)
 
 a', b and c are new draws from the current policy, each tanh(u) with u Gaussian. A is the number of
-action dimensions, and -m A is the target entropy. y is a constant in the critic loss, alpha in the
-policy loss, and log pi in the temperature loss.
+action dimensions, and -m A is the target entropy (m: `target_entropy_mult`). y is a constant in the
+critic loss, alpha in the policy loss, and log pi in the temperature loss.
 
 s' is the true successor of s, taken before any reset. A time limit (truncated) therefore bootstraps
 from it, and a terminal state (terminated) does not.
@@ -297,7 +297,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return obs_stats.normalize(obs.astype(jnp.float32)) if config.normalize_obs else obs
 
     def noise_of(key, shape):
-        """Exploration noise [*shape, action_size] for actions of batch shape `shape`."""
+        """Noise [*shape, action_size] for sampling actions of batch shape `shape`."""
         return jax.random.normal(key, (*shape, env.action_size))
 
     def rollout(state, key):

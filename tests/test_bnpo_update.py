@@ -76,6 +76,28 @@ def still():
     return raw._replace(name="still", step=step, goals=goals)
 
 
+def breaking():
+    """`tiny.seek` whose physics breaks on large actions, and which never ends otherwise."""
+    raw = tiny.seek()
+
+    def step(key, state, action):
+        obs, state, reward, _, info = raw.step(key, state, action)
+        obs = jnp.where(action[0] > 0.5, jnp.nan, obs)
+        return obs, state, reward, jnp.zeros((), bool), info
+
+    return raw._replace(name="breaking", step=step)
+
+
+def test_a_step_of_broken_physics_has_reward_0():
+    """As the environment says. What stands in for its observation is no state to be rewarded."""
+    algo = tiny.build("bnpo", frozen_config(env="test_bnpo_update:breaking"))
+    replay = jax.jit(algo.update)(algo.init(jax.random.key(0)))[0].replay
+    reward, broken = replay.reward[0], replay.terminated[0]
+    assert 0 < broken.sum() < broken.size
+    assert (reward[broken] == 0.0).all()
+    assert (reward[~broken] != 0.0).any(-1).all()
+
+
 def different(tree, key, scale=0.3):
     """The same tree, moved at random."""
     leaves, structure = jax.tree.flatten(tree)
