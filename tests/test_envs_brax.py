@@ -127,26 +127,28 @@ def rows_of(task, packed):
 @pytest.mark.parametrize(("task", "backend", "engine"), MODELS)
 def test_parity_with_brax(task, backend, engine):
     result = parity(task, backend, engine)
-    source = result.rollout.outputs
     np.testing.assert_allclose(result.start, result.rollout.start, rtol=1e-5, atol=1e-5)
-    assert not result.env_nan.any()
+    # The generalized pendulum of Brax itself breaks once, long after it has fallen.
+    finite = np.isfinite(result.rollout.outputs[0]).all(-1)
+    assert finite.mean() > 0.99
+    np.testing.assert_array_equal(result.env_nan, ~finite)
+    ours, source = ([x[finite] for x in y] for y in (result.outputs, result.rollout.outputs))
+    errors = [np.abs(x - y) / (1 + np.abs(y)) for x, y in zip(ours[:2], source[:2], strict=True)]
     if engine == "c":
         # Brax stops the solver of ant and humanoid after one iteration, where the engines differ;
         # elsewhere float32 and float64 differ, most where a limit or contact is just touched
         tolerance = 2e-2 if task in ("ant", "humanoid") else 1e-4
-        for ours, brax_own in zip(result.outputs[:2], source[:2], strict=True):
-            errors = np.abs(ours - brax_own) / (1 + np.abs(brax_own))
-            assert np.quantile(errors, 0.9) < 1e-4
-            assert np.quantile(errors, 0.99) < tolerance
-        assert np.mean(result.outputs[2] == source[2]) > 0.99
+        for error in errors:
+            assert np.quantile(error, 0.9) < 1e-4
+            assert np.quantile(error, 0.99) < tolerance
+        assert np.mean(ours[2] == source[2]) > 0.99
         return
     # programs compiled apart round apart, in the stiffer models by up to 5e-4 in one step, and by
     # more where a contact is just touched
     tolerance = 1e-5 if task in ("hopper", "inverted_pendulum") else 2e-3
-    for ours, brax_own in zip(result.outputs[:2], source[:2], strict=True):
-        errors = np.abs(ours - brax_own) / (1 + np.abs(brax_own))
-        assert np.mean(errors > tolerance) < 1e-3
-    np.testing.assert_array_equal(result.outputs[2], source[2])
+    for error in errors:
+        assert np.mean(error > tolerance) < 1e-3
+    np.testing.assert_array_equal(ours[2], source[2])
 
 
 def test_the_line_search_cap_is_what_runs():
