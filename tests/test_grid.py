@@ -41,6 +41,8 @@ def ran(monkeypatch):
             (path / "done.json").write_text('{"seconds": {"train": 2.0, "compile": 30.0}}')
             return
         write_run(path, config.env, seeds=range(launch.seed, launch.seed + launch.num_seeds))
+        last = rundir.read_run(path)
+        rundir.write_final(path, {"returns": last.final, "lengths": last.lengths[:, -1]})
         saved = rundir.read_description(path) | {"algo": algo, "config": dataclasses.asdict(config)}
         rundir.write_json(path / "config.json", saved | {"launch": dataclasses.asdict(launch)})
 
