@@ -294,7 +294,7 @@ def _load_factory(name: str) -> RawEnv:
             function = getattr(importlib.import_module(path), factory, None)
     except ModuleNotFoundError as error:
         if error.name not in (path, path.split(".")[0]):
-            raise
+            raise ImportError(f"{name}: {error}") from error
     if not callable(function):
         raise ValueError(
             f"{name!r}: no such function; the module must be importable (its folder on PYTHONPATH)"

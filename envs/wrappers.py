@@ -230,7 +230,7 @@ def describe(tree: Any) -> str:
     """A value in words: dtype and shape of an array, else what it is."""
     if hasattr(tree, "shape") and hasattr(tree, "dtype"):
         return f"{tree.dtype}{list(tree.shape)}"
-    if isinstance(tree, (int, float, str, type(None))):
+    if all(isinstance(x, (int, float, str)) for x in jax.tree.leaves(tree)):
         return repr(tree)
     return str(jax.tree.map(describe, tree))
 

@@ -157,6 +157,7 @@ def facts(source: Source) -> dict[str, str]:
         "commit": meta.get("commit", ""),
         "versions": ", ".join(named),
         "command": meta.get("command", ""),
+        "resumed by": "; ".join(resumed["command"] for resumed in meta.get("resumed", [])),
         "directory": str(run.path),
     }
 
@@ -164,9 +165,10 @@ def facts(source: Source) -> dict[str, str]:
 def settings(run: rundir.Run) -> dict[str, str]:
     """Fields of the configuration by their path, and the flags that decide what is measured."""
     flags = {name: run.launch[name] for name in FLAGS if name in run.launch}
+    swept = dict(item.partition("=")[::2] for item in run.launch.get("sweep", []))
     nested = lambda x: isinstance(x, dict) or (isinstance(x, list) and dict in map(type, x))
     leaves, _ = jax.tree_util.tree_flatten_with_path(
-        run.config | flags, is_leaf=lambda x: not nested(x)
+        run.config | swept | flags, is_leaf=lambda x: not nested(x)
     )
     name_of = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
     return {name_of(path): json.dumps(x) for path, x in leaves}

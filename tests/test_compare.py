@@ -269,7 +269,7 @@ def test_scores_that_cannot_be_compared_are_refused(tmp_path):
         (["--width", "0"], "--width 0: 2 to 30 inches"),
         (["--x", "gradient_steps"], "invalid choice: 'gradient_steps'"),
         (["--labels", "a", "b"], "2 labels for 1 curves: ppo"),
-        (["--normalise", "{none}"], "none.json is damaged"),
+        (["--normalise", "{none}"], "none.json does not exist"),
         (["--normalise", "{ranges}"], "cartpole is to have [low, high], two numbers, not [5, 5]"),
         (["{none}"], "is not a run directory"),
         (["{none}/../run"], "../run is given twice: name each run once"),

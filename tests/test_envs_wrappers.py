@@ -393,7 +393,10 @@ def spoiled(**changes):
         ({"max_steps": 0}, r"max_steps is 0"),
         ({"max_steps": 10**10}, r"max_steps is 10000000000"),
         ({"action_size": 0}, r"action_size is 0"),
-        ({"obs_shape": (2, 2)}, r"obs_shape is .*, and a tuple of integers with the product 3"),
+        (
+            {"obs_shape": (2, 2)},
+            r"obs_shape is \(2, 2\), and a tuple of .* product 3",
+        ),
         ({"obs_shape": 3}, r"obs_shape is 3"),
         ({"privileged_size": 3}, r"privileged_size is 3, and an integer from 0 to 2"),
         ({"action_range": (-1, 1)}, r"action_range is .*, and None or numbers \[2, 1\]"),

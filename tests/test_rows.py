@@ -8,7 +8,7 @@ from launching import FLAGS, checkpoint, run, strict_json
 from tiny import assert_close, lines_of
 
 from algos import ppo
-from algos.launch import cli, report, rows, rundir
+from algos.launch import cli, policies, report, rows, rundir
 
 pytestmark = [pytest.mark.usefixtures("signals"), pytest.mark.xdist_group("ppo")]
 
@@ -48,6 +48,8 @@ def test_dead_seeds_are_named_and_left_out(whole, tmp_path):
         rtol=1e-3,
         atol=1e-4,
     )
+    about = policies.describe_policy(run_dir / "policy_s001.npz")
+    assert (about["label"], about["config"]["learning_rate"]) == ("learning_rate=0.0003", 0.0003)
     last = [x for x in lines_of(run_dir) if "losses/policy_loss" in x][-1]
     assert last["health/seeds_alive"] == 2
     assert last["health/finite"] == [1, 1, 0, 0]

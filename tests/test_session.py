@@ -6,9 +6,11 @@ import os
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
 import warnings
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -199,6 +201,26 @@ def test_an_interrupted_run_is_not_resumed_with_fewer_steps_than_it_has(tmp_path
         f"error: {run_dir} has 5 updates, more than the 3 of --total-timesteps 96: raise it\n"
     )
     assert content(run_dir) == before
+
+
+def test_a_longer_run_with_a_schedule_says_that_the_schedule_changes(tmp_path):
+    run_dir = tmp_path / "run"
+    run(*FLAGS, "--anneal-lr", "--total-timesteps", "32", "--run-dir", str(run_dir))
+    status, said = run("--resume", str(run_dir), "--total-timesteps", "64")
+    assert status == 0
+    assert "anneal_lr: from here on towards the new end" in said
+    assert "anneal" not in run("--resume", str(run_dir))[1]  # it is complete
+
+
+def test_a_copied_file_does_not_start_the_original(tmp_path, monkeypatch, capsys):
+    copy = Path(session.__file__).parents[1] / "mine.py"
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(copy), raising=False)
+    monkeypatch.setattr(sys, "argv", [str(copy), "--run-dir", str(tmp_path / "run")])
+    with pytest.raises(SystemExit):
+        session.main("ppo")
+    said = "error: algos/mine.py ends with launch.main('ppo'), which would run algos/ppo.py: write "
+    assert capsys.readouterr().err == f"{said}launch.main('mine')\n"
+    session.check_script("mine")
 
 
 def test_a_policy_has_the_return_that_tables_quote(whole):

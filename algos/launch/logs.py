@@ -314,8 +314,7 @@ def start_wandb(log: Log, run_dir: Path, name: str, config: Any, launch: Any, ro
         suffix, own = "launch", {}
         if row is not None:
             suffix = rows.name(row).replace("seed ", "seed")
-            own = {field: float(values[row]) for field, values in rows.hparams.items()}
-            own["seed"] = int(rows.seeds[row])
+            own = {**rows.swept(row), "seed": int(rows.seeds[row])}
         identity = hashlib.sha256(f"{run_id} {suffix}".encode()).hexdigest()[:12]
         run = wandb.init(
             name=f"{run_dir.name}-{suffix}",

@@ -322,7 +322,8 @@ def draw_curves(
         axis.fill_between(along, lo, hi, color=color, alpha=0.2, linewidth=0)
         marker = "o" if len(along) == 1 else ""  # one evaluation makes no line
         axis.plot(along, middle, style, color=color, label=name[label], marker=marker, markersize=3)
-    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if x == "steps":
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def draw_metric(axis: Any, lines: list[tuple[tuple[str, str], np.ndarray, np.ndarray]]) -> None:
@@ -357,10 +358,11 @@ def plot_scores(
     look = looks(entries)
     every = np.concatenate([score.ravel() for score in scores.values()])
     taus = np.linspace(min(0.0, np.nanmin(every)), max(1.0, np.nanmax(every)), 201)
+    flat = {"solid_capstyle": "butt"}  # the default adds half a line width at each end
     with figure(path, 2, 2, width, title) as (left, right):
         for i, (label, score) in enumerate(scores.items()):
             color, style = look[label]
-            left.plot(iqm_interval(*score), [i, i], color=color, alpha=0.3, linewidth=6)
+            left.plot(iqm_interval(*score), [i, i], color=color, alpha=0.3, linewidth=6, **flat)
             left.plot(iqm(score), i, "o", color=color, markersize=4)
             share, lo, hi = profile(score, taus)
             right.fill_between(taus, lo, hi, color=color, alpha=0.2, linewidth=0)

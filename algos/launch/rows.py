@@ -25,6 +25,10 @@ class Rows(NamedTuple):
         """Row i in words: its seed and swept values."""
         return f"seed {self.seeds[i]} {self.labels[i]}".strip()
 
+    def swept(self, row: int) -> dict[str, float]:
+        """Swept values of a row, to the digits of its label."""
+        return {field: float(f"{values[row]:g}") for field, values in self.hparams.items()}
+
 
 def make_rows(launch: Launch, config: Any, traceable: tuple[str, ...]) -> Rows:
     """Seeds times swept values, values outermost; ValueError for a malformed sweep."""

@@ -140,6 +140,8 @@ def read_json(path: Path, **wanted: type) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{path} does not exist") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error})") from None
     if not isinstance(value, dict):

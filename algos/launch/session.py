@@ -58,6 +58,8 @@ def main(name: str, argv: list[str] | None = None) -> None:
         held.callback(setattr, warnings, "showwarning", warnings.showwarning)
         logs.print_warnings_once()
         try:
+            if argv is None:
+                check_script(name)
             algorithm = importlib.import_module(f"algos.{name}")
             config, launch = cli.parse(name, algorithm.Config, algorithm.PRESETS, argv)
             rows = prepare(algorithm, config, launch)
@@ -81,6 +83,16 @@ def main(name: str, argv: list[str] | None = None) -> None:
                 print(said, file=sys.stderr, flush=True)
                 os._exit(130)
             end(launch, 130, said)
+
+
+def check_script(name: str) -> None:
+    """ValueError if a copy of an algorithm's file would start the original."""
+    script = Path(getattr(sys.modules["__main__"], "__file__", "")).resolve()
+    if script.parent == Path(__file__).resolve().parents[1] and script.stem != name:
+        raise ValueError(
+            f"algos/{script.name} ends with launch.main({name!r}), which would run "
+            f"algos/{name}.py: write launch.main({script.stem!r})"
+        )
 
 
 def prepare(algorithm: ModuleType, config: Any, launch: Launch) -> Rows:
@@ -205,6 +217,13 @@ class Session:
                 f"{self.run_dir} has {self.update} updates, more than the "
                 f"{self.config.num_updates} of --total-timesteps {self.config.total_timesteps}: "
                 "raise it"
+            )
+        planned = rundir.read_description(self.run_dir)["config"]["total_timesteps"]
+        annealed = [x for x in vars(self.config) if x.startswith("anneal") and vars(self.config)[x]]
+        if annealed and planned != self.config.total_timesteps:
+            self.log.say(
+                f"{', '.join(annealed)}: from here on towards the new end, so this is not what a "
+                f"run of\n  {self.config.total_timesteps:,} steps gives"
             )
         self.evals = rundir.rewind(self.run_dir, self.step, write=self.lead)
         if self.lead:  # these describe a shorter run
@@ -432,7 +451,8 @@ class Session:
             path = self.run_dir / f"{prefix}_s{i:03d}.npz"
             row = {k: v[i] for k, v in arrays.items()}
             interface = self.program.interface
-            policies.save_policy(path, row, self.name, self.config, interface, record)
+            config = dataclasses.replace(self.config, **self.rows.swept(i))
+            policies.save_policy(path, row, self.name, config, interface, record)
             if prefix == "partial":
                 self.log.say(f"seed {self.rows.seeds[i]} reached the return: {path.name}")
 
