@@ -32,6 +32,12 @@ def test_a_policy_that_is_not_there(whole):
         rundir.read_run(whole[0] / "plots")
 
 
+def test_an_unfinished_run_says_why_it_has_no_policies(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="there: no policies, as its run writes them at its end"):
+        policies.load_policy(tmp_path / "policy_s000.npz")
+
+
 def test_curves_and_groups(whole):
     run = rundir.read_run(whole[0])
     middle, lo, hi = report.curve_of(run.returns)

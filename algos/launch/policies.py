@@ -80,11 +80,11 @@ def describe_policy(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         folder = path if path.is_dir() else path.parent
-        found = ", ".join(sorted(p.name for p in folder.glob("*_s*.npz"))) or "no policies"
+        found = ", ".join(sorted(p.name for p in folder.glob("*_s*.npz")))
         problem = "is a folder, name a policy" if path.is_dir() else "does not exist"
-        if (folder / "config.json").exists() and not (folder / "done.json").exists():
-            problem += "; the run is not complete, which writes its policies at the end"
-        raise ValueError(f"{path} {problem}; there: {found}")
+        running = (folder / "config.json").exists() and not (folder / "done.json").exists()
+        nothing = "no policies" + running * ", as its run writes them at its end"
+        raise ValueError(f"{path} {problem}; there: {found or nothing}")
     meta = rundir.load_arrays(path)[1]
     if "format" not in meta:
         return rundir.read_description(path.parent) | meta
