@@ -307,6 +307,10 @@ def _load_factory(name: str) -> RawEnv:
         raw = function()
     except ValueError as error:  # such as MuJoCo's, of a model
         raise ValueError(f"{name}: {error}") from error
+    except TypeError as error:
+        if "RawEnv" not in str(error):  # otherwise a field of it is missing or unknown
+            raise
+        raise ValueError(f"{name}: {error}") from error
     if not isinstance(raw, RawEnv):
         raise ValueError(f"{name!r} returned {type(raw).__name__}; it must return envs.RawEnv")
     check(raw)

@@ -1,6 +1,6 @@
 """Speed: start-up, compilation, environments, training and evaluation, each timed apart.
 
-    python experiments/benchmark.py --out results/benchmark/cpu.json
+    python experiments/benchmark.py --out runs/benchmark.json
     python experiments/benchmark.py --envs cartpole hopper --algos ppo --seeds 1 16
     python experiments/benchmark.py --peer sbx --peer-python SBX_PYTHON --seeds 1 8
 
@@ -246,7 +246,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peer", choices=peers.PEERS, help="library to compare with")
     parser.add_argument("--peer-python", help="Python that has it")
     parser.add_argument("--rounds", type=int, default=11, help="calls of each side of a comparison")
-    parser.add_argument("--out", default="", help="JSON to write")
+    parser.add_argument("--out", type=Path, help="JSON to write")
+    parser.add_argument("--force", action="store_true", help="replace a file that exists")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--serve", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -261,11 +262,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         module = importlib.import_module(f"algos.{algo}") if found else None
         if not hasattr(getattr(module, "Config", None), "num_envs"):
             parser.error(f"--algos {algo}: algos/{algo}.py is not an online algorithm")
-    for env in args.envs:
-        try:
+    try:
+        rundir.check_new([args.out] if args.out else [], args.force)
+        for env in args.envs:
             envs.canonical(env)
-        except ValueError as error:
-            parser.error(str(error))
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 
@@ -302,7 +304,7 @@ def main():
     for case in cases(args):
         measured["cases"].append(case)
         if args.out:
-            rundir.write_json(Path(args.out), measured)
+            rundir.write_json(args.out, measured)
     found = measured["cases"]
     print(peers.markdown(args.peer, found) if args.peer else markdown(found), end="")
 

@@ -352,7 +352,7 @@ def run(args: argparse.Namespace) -> None:
         name, returns = about["policy"] or "uniform actions", about["returns"]
         print(
             f"  {about['count']:>9,}  {name} eps={about['eps']:g} std={about['std']:g}: "
-            f"return {returns['mean']:.1f} +- {returns['std']:.1f}"
+            f"return {returns['mean']:.1f}, std {returns['std']:.1f} of {EVAL_EPISODES} episodes"
             + (f", without {about['broken']:,} of broken physics" if about["broken"] else "")
         )
 

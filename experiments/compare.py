@@ -1,17 +1,18 @@
-"""Runs side by side: a figure for a paper, Markdown tables, and scores over several tasks.
+"""Runs side by side: Markdown tables, a figure for a paper, and scores over several tasks.
 
+    python experiments/compare.py RUN_DIR RUN_DIR
     python experiments/compare.py RUN_DIR RUN_DIR --out comparison.pdf --json comparison.json
-    python experiments/compare.py RUN_DIR ... --labels PPO BPO --width 3.25 --x seconds
+    python experiments/compare.py RUN_DIR ... --out narrow.pdf --width 3.25 --labels PPO BPO
     python experiments/compare.py RUN_DIR ... --normalise scores.json
 
-The figure has a panel for each task. The table has a row for each run, and for each value of a
-swept run: the interquartile mean over seeds of the last greedy evaluation, with its 95 % bootstrap
-interval. Seconds are of the whole launch, all of its rows together.
+The table has a row for each run, and for each value of a swept run: the interquartile mean over
+seeds of the last greedy evaluation, with its 95 % bootstrap interval. Seconds are of the whole
+launch, all of its rows together. The figure of --out has a panel for each task.
 
 --normalise names a JSON file with the returns of each task that count as 0 and as 1, such as those
 of a random and of a trained policy: {"gym/Hopper-v5": [18, 3500], "gym/Ant-v5": [-60, 5000]}. With
-it there are a second table and a second figure, OUT_scores: the interquartile mean over the seeds
-of all tasks, and the share of seeds above each score.
+it there is a second table, the interquartile mean over the seeds of all tasks, and --out writes a
+second figure, OUT_scores, which adds the share of seeds above each score.
 """
 
 import argparse
@@ -35,23 +36,23 @@ def read_runs(run_dirs: list[Path]) -> list[rundir.Run]:
     return [rundir.read_run(path) for path in run_dirs]
 
 
-def check_outputs(out: Path, endings: tuple[str, ...], force: bool, *further: Path) -> None:
-    """ValueError if `out` has another ending, or if it or one of `further` would be replaced."""
+def check_ending(out: Path, *endings: str) -> None:
+    """ValueError if the name of a file to write has another ending."""
     if out.suffix not in endings:
         raise ValueError(f"--out {out}: its name is to end in {', '.join(endings)}")
-    for path in (out, *further):
-        if path.exists() and not force:
-            raise ValueError(f"{path} exists: choose another name, or --force to replace it")
 
 
 def outputs_of(args: argparse.Namespace) -> dict[str, Path]:
     """The files that will be written; ValueError for an unknown format, or one that exists."""
-    outputs = {"curves": args.out}
-    if args.normalise:
-        outputs["scores"] = args.out.with_stem(f"{args.out.stem}_scores")
+    outputs = {}
+    if args.out:
+        check_ending(args.out, *report.FORMATS)
+        outputs["curves"] = args.out
+        if args.normalise:
+            outputs["scores"] = args.out.with_stem(f"{args.out.stem}_scores")
     if args.json:
         outputs["numbers"] = args.json
-    check_outputs(args.out, report.FORMATS, args.force, *outputs.values())
+    rundir.check_new(outputs.values(), args.force)
     return outputs
 
 
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--out", type=Path, default=Path("comparison.png"), help="png, pdf or svg")
+    parser.add_argument("--out", type=Path, help="figure to write: png, pdf or svg")
     parser.add_argument("--labels", nargs="+", help="names of the curves, in the legend's order")
     parser.add_argument("--title", default="", help="above the figure; default: a single task")
     parser.add_argument("--width", type=float, default=report.TEXT_WIDTH, help="inches")
@@ -96,17 +97,19 @@ def main(argv: list[str] | None = None) -> None:
         rows = [report.summary(*entry) for entry in entries]
         scores = report.scores(entries, read_ranges(args.normalise)) if args.normalise else {}
         summaries = [report.score_summary(*item) for item in scores.items()]
-        report.plot_curves(entries, outputs["curves"], args.title, tuple(args.x), args.width)
-        if scores:
+        if "curves" in outputs:
+            report.plot_curves(entries, outputs["curves"], args.title, tuple(args.x), args.width)
+        if "scores" in outputs:
             report.plot_scores(entries, scores, outputs["scores"], args.title, args.width)
-        if args.json:
+        if "numbers" in outputs:
             rundir.write_json(outputs["numbers"], {"rows": rows, "scores": summaries})
     except (ValueError, OSError) as error:
         parser.error(str(error))
     print(report.markdown(rows))
     if summaries:
         print(report.score_markdown(summaries))
-    print("\n".join(f"{what}: {path}" for what, path in outputs.items()))
+    for what, path in outputs.items():
+        print(f"{what}: {path}")
 
 
 if __name__ == "__main__":

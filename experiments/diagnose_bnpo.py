@@ -1,6 +1,6 @@
 """Why a run of `algos/bnpo.py` returns what it does: its actors, its critic and its gradients.
 
-    python experiments/diagnose_bnpo.py --run-dir runs/... --out results/bnpo/diagnosis/a1
+    python experiments/diagnose_bnpo.py --run-dir runs/... --out runs/diagnosis
 
 Reads the last checkpoint of a run on the arm, without a sweep, whose critic takes the policy's
 parameters. It measures:
@@ -246,12 +246,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num-envs", type=int, default=200, help="episodes of each actor")
     parser.add_argument("--num-rows", type=int, default=4096, help="rows of the replay")
     parser.add_argument("--out", type=Path, required=True, help="path without suffix")
+    parser.add_argument("--force", action="store_true", help="replace files that exist")
     args = parser.parse_args(argv)
     if args.num_envs < 1 or args.num_envs % GROUP:
         parser.error(f"--num-envs {args.num_envs}: a multiple of {GROUP} is needed")
     if args.num_rows < 2 or args.num_rows % 2:
         parser.error(f"--num-rows {args.num_rows}: an even number is needed")
+    out = args.out.with_suffix(".md"), args.out.with_suffix(".json")
     try:
+        rundir.check_new(out, args.force)
         config, state = read_state(args.run_dir)
     except ValueError as error:
         parser.error(str(error))
@@ -259,12 +262,13 @@ def main(argv: list[str] | None = None) -> None:
     diagnose = make_diagnose(config, args.num_envs, args.num_rows)
     measured = jax.jit(jax.vmap(diagnose, (axes, None)))(state, jax.random.key(1))
     measured = {name: np.asarray(x, np.float64) for name, x in measured.items()}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    table, numbers = out
+    table.parent.mkdir(parents=True, exist_ok=True)
     text = markdown(measured)
-    args.out.with_suffix(".md").write_text(text)
+    table.write_text(text)
     seeds = {name: x.tolist() for name, x in measured.items()}
     made = {"run_dir": str(args.run_dir), **logs.surroundings()}
-    rundir.write_json(args.out.with_suffix(".json"), {"made": made, "seeds": seeds})
+    rundir.write_json(numbers, {"made": made, "seeds": seeds})
     print(text, end="")
 
 

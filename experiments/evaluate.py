@@ -59,17 +59,19 @@ def main(argv: list[str] | None = None):
     parser.add_argument("run_dir", metavar="RUN_DIR")
     parser.add_argument("--episodes", type=int, default=256, help="of each policy")
     parser.add_argument("--seed", type=int, default=1, help="of the start states")
-    parser.add_argument("--json", help="JSON to write, with the means of every policy")
+    parser.add_argument("--json", type=Path, help="JSON to write, with the means of every policy")
+    parser.add_argument("--force", action="store_true", help="replace a file that exists")
     args = parser.parse_args(argv)
     if args.episodes < 1:
         parser.error(f"--episodes {args.episodes}: at least 1 is needed")
     try:
+        rundir.check_new([args.json] if args.json else [], args.force)
         run = evaluate_run(rundir.read_run(args.run_dir), args.episodes, args.seed)
         rows = [report.summary(*entry) for entry in report.entries([run])]
         print(report.markdown(rows), end="")
         if args.json:
             known = {"episodes": args.episodes, "seed": args.seed, "rows": rows}
-            rundir.write_json(Path(args.json), known | logs.surroundings())
+            rundir.write_json(args.json, known | logs.surroundings())
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
 

@@ -52,8 +52,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("policy", type=Path, metavar="POLICY")
     parser.add_argument("--out", type=Path, required=True, help="file to write")
+    parser.add_argument("--force", action="store_true", help="replace a file that exists")
     args = parser.parse_args(argv)
     try:
+        rundir.check_new([args.out], args.force)
         model = to_onnx(args.policy)
         rundir.write_atomic(args.out, lambda file: file.write(model.SerializeToString()))
     except (ValueError, OSError, ImportError) as error:

@@ -99,10 +99,17 @@ def seeds(entries: list[report.Entry], summaries: list[dict[str, Any]]) -> ET.El
 
 
 def metrics(entries: list[report.Entry], sources: list[Source]) -> list[ET.Element]:
-    """A chart for each metric in metrics.jsonl, by task; constant metrics are listed instead."""
+    """A chart for each metric in metrics.jsonl, by task and by what the runs count as steps.
+
+    Metrics that are constant are listed instead.
+    """
     look, parts = report.looks(entries), []
     of_run = {source.run.path: source.metrics for source in sources}
+    groups: dict[str, list[report.Entry]] = {}
     for task, present in report.by_task(entries).items():
+        for entry in present:
+            groups.setdefault(f"{task}, {report.unit_of_steps([entry])}", []).append(entry)
+    for title, present in groups.items():
         names = {name for entry in present for name in of_run[entry.run.path]}
         figures, constant = [], []
         for name in sorted(x for x in names if not x.startswith(NO_METRIC)):
@@ -118,7 +125,7 @@ def metrics(entries: list[report.Entry], sources: list[Source]) -> list[ET.Eleme
             else:
                 paint = lambda axis, lines=lines: report.draw_metric(axis, lines)
                 figures.append(chart(paint, SMALL, "", name))
-        parts += [node("h3", task), charts(figures, "charts small")] if names else []
+        parts += [node("h3", title), charts(figures, "charts small")] if names else []
         parts += [node("p", f"Constant: {', '.join(constant)}.")] if constant else []
     return parts
 
@@ -234,8 +241,8 @@ def sections(entries: list[report.Entry], sources: list[Source]) -> list[ET.Elem
         *section(
             "Losses and health",
             "Line: median over seeds. Band: from the lowest to the highest seed. Horizontal axis: "
-            "steps. A vertical axis is logarithmic if all values are positive and the highest is "
-            "over 100 times the lowest.",
+            "the steps that the heading names. A vertical axis is logarithmic if all values are "
+            "positive and the highest is over 100 times the lowest.",
             *([legend(entries), *small] if small else []),
         ),
         *section(
@@ -270,7 +277,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--force", action="store_true", help="replace a page that exists")
     args = parser.parse_args(argv)
     try:
-        compare.check_outputs(args.out, (".html",), args.force)
+        compare.check_ending(args.out, ".html")
+        rundir.check_new([args.out], args.force)
         runs = compare.read_runs(args.run_dirs)
         entries, sources = report.entries(runs), read_sources(runs)
         algos, tasks = dict.fromkeys(run.algo for run in runs), report.by_task(entries)

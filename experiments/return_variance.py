@@ -1,7 +1,7 @@
 """Variance of BPO's value targets and gradients when pi acts, when mu acts, and with a centred mu.
 
-    python experiments/return_variance.py --out results/return_variance/exact
-    python experiments/return_variance.py --run-dir runs/... --out results/return_variance/cartpole
+    python experiments/return_variance.py --out runs/variance
+    python experiments/return_variance.py --run-dir runs/... --out runs/cartpole
 
 Without --run-dir: the exact variance on a task of two states, by dynamic programming, for value
 targets without clipping and with lambda = 1.
@@ -356,19 +356,22 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--starts", type=int, default=32, help="start states")
     parser.add_argument("--repeats", type=int, default=256, help="rollouts from each")
     parser.add_argument("--num-steps", type=int, default=128, help="length of a rollout")
-    parser.add_argument("--out", required=True, help="path without suffix of the .md and .json")
+    parser.add_argument("--out", type=Path, required=True, help="path without suffix")
+    parser.add_argument("--force", action="store_true", help="replace files that exist")
     args = parser.parse_args(argv)
+    out = args.out.with_suffix(".md"), args.out.with_suffix(".json")
     try:
+        rundir.check_new(out, args.force)
         rows = exact_rows()
         if args.run_dir:
             rows = sampled_rows(args.run_dir, args.row, args.starts, args.repeats, args.num_steps)
     except ValueError as error:
         parser.error(str(error))
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".md").write_text(markdown(rows))
-    settings = {k: v for k, v in vars(args).items() if k != "out"}
-    rundir.write_json(out.with_suffix(".json"), {"settings": settings, "rows": rows})
+    text, numbers = out
+    text.parent.mkdir(parents=True, exist_ok=True)
+    text.write_text(markdown(rows))
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "force")}
+    rundir.write_json(numbers, {"settings": settings, "rows": rows})
     print(markdown(rows))
 
 

@@ -266,6 +266,7 @@ def test_scores_that_cannot_be_compared_are_refused(tmp_path):
         (["--out", "x"], "--out x: its name"),
         (["--out", "{old}"], "old.png exists: choose another name, or --force to replace it"),
         (["--json", "{old}"], "old.png exists"),
+        (["--out", "x.png", "--json", "{old}"], "old.png exists"),
         (["--width", "0"], "--width 0: 2 to 30 inches"),
         (["--x", "gradient_steps"], "invalid choice: 'gradient_steps'"),
         (["--labels", "a", "b"], "2 labels for 1 curves: ppo"),
@@ -288,6 +289,18 @@ def test_bad_input_is_one_line_and_writes_nothing(flags, message, tmp_path, caps
     assert error.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert old.read_text() == "precious"
+    assert {*tmp_path.iterdir()} == before
+
+
+def test_without_out_there_is_only_the_table(tmp_path, capsys, monkeypatch):
+    run, other = write_run(tmp_path / "run"), write_run(tmp_path / "other", env="pendulum")
+    ranges = tmp_path / "ranges.json"
+    rundir.write_json(ranges, {"cartpole": [0, 5], "pendulum": [0, 5]})
+    monkeypatch.chdir(tmp_path)
+    before = {*tmp_path.iterdir()}
+    for _ in range(2):
+        compare.main([str(run), str(other), "--normalise", str(ranges)])
+        assert capsys.readouterr().out.count("| ppo |") == 3  # two tasks, and the scores
     assert {*tmp_path.iterdir()} == before
 
 

@@ -213,6 +213,9 @@ def test_a_run_is_read_and_reported(tmp_path, monkeypatch, capsys):
     table = out.with_suffix(".md").read_text()
     assert table == capsys.readouterr().out
     assert f"| x | {expected.mean():.3g} [" in table
+    with pytest.raises(SystemExit):
+        diagnose_bnpo.main(flags)
+    assert "found.md exists: choose another name, or --force" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -321,6 +321,8 @@ def user_module(monkeypatch):
     module.number = lambda: 3
     module.of_a_size = lambda size: counter()
     module.broken = lambda: jnp.no_such_function
+    module.mixed = lambda: 1 + "1"
+    module.partial = lambda: envs.RawEnv(name="partial")
     monkeypatch.setitem(sys.modules, "user_module", module)
 
 
@@ -344,6 +346,7 @@ def test_a_users_factory_gets_the_whole_stack(user_module):
         ("user_module:__name__", "no such function"),
         ("user_module:number", "must return envs.RawEnv"),
         ("user_module:of_a_size", "must need no arguments .*'size'"),
+        ("user_module:partial", "user_module:partial: .*missing .* 'max_steps'"),
     ],
 )
 def test_a_wrong_factory_is_named(user_module, name, message):
@@ -354,6 +357,8 @@ def test_a_wrong_factory_is_named(user_module, name, message):
 def test_an_error_in_a_factory_is_the_users_to_see(user_module):
     with pytest.raises(AttributeError, match="no_such_function"):
         envs.make("user_module:broken", 2)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        envs.make("user_module:mixed", 2)
 
 
 def spoiled(**changes):

@@ -163,6 +163,12 @@ def test_policies_are_evaluated_again(tmp_path, capsys, monkeypatch):
     assert row["steps"] == 150  # when they were exported, not of the last evaluation
     assert {"command", "commit", "versions"} <= saved.keys()
     assert table_of(capsys)[0][3].startswith(f"{report.iqm(np.array(expected)):.1f} [")
+    with pytest.raises(SystemExit):
+        evaluate.main([str(run), "--json", str(result)])
+    assert "result.json exists: choose another name, or --force" in capsys.readouterr().err
+    assert json.loads(result.read_text()) == saved
+    evaluate.main([str(run), "--episodes", "2", "--json", str(result), "--force"])
+    assert json.loads(result.read_text())["episodes"] == 2
 
 
 def test_what_cannot_be_evaluated_is_one_line(tmp_path, capsys, monkeypatch):
@@ -204,6 +210,7 @@ def test_what_cannot_be_evaluated_is_one_line(tmp_path, capsys, monkeypatch):
         (["--algos", "foo"], "--algos foo: algos/foo.py is not an online algorithm"),
         (["--algos", "bc"], "algos/bc.py is not an online algorithm"),
         (["--seeds", "0"], "must be at least 1"),
+        (["--out", __file__], "test_experiments.py exists: choose another name, or --force"),
         (["--peer", "sbx"], "--peer and --peer-python go together"),
         (["--peer", "sbx", "--peer-python", "python", "--envs", "ant"], "leave out --envs"),
     ],

@@ -64,4 +64,5 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
     missing = tmp_path / "policy_s001.npz"
     assert "does not exist; there: policy_s000" in refused(missing, "--out", tmp_path / "x.onnx")
     assert "no ONNX for a policy of bcq" in refused(path, "--out", tmp_path / "x.onnx")
+    assert "exists: choose another name, or --force" in refused(path, "--out", path)
     assert not (tmp_path / "x.onnx").exists()

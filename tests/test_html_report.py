@@ -173,6 +173,18 @@ def test_offline_and_other_runs_share_seconds_alone(tmp_path):
     assert "seconds, all seeds" in page.texts
 
 
+def test_gradient_steps_and_environment_steps_have_charts_of_their_own(tmp_path):
+    online, offline = write_run(tmp_path / "ppo"), write_run(tmp_path / "bc", algo="bc")
+    change(offline, "config", dataset="data.npz")
+    for run in (online, offline):
+        write_metrics(run, [{"global_step": i, "losses/a": [i] * 4} for i in range(2)])
+    page = write_page(tmp_path, online, offline)
+    assert page.captions()[1:] == ["losses/a", "losses/a"]
+    headings = [x for x in page.texts if x.startswith("gymnax/CartPole-v1, ") and "step" in x]
+    units = ["environment steps", "gradient steps"]
+    assert headings == [f"gymnax/CartPole-v1, {unit}" for unit in units]
+
+
 def test_charts_of_metrics(tmp_path):
     """What changes has a chart, what does not is named; nulls and a last line cut short are left
     out."""

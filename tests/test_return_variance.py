@@ -46,6 +46,9 @@ def test_a_run_is_measured(env, tmp_path, signals, capsys):
         return_variance.main(["--run-dir", str(run_dir), "--row", "1", "--out", str(out)])
     assert "--row 1: the run has rows 0 to 0" in capsys.readouterr().err
     return_variance.main(["--run-dir", str(run_dir), *size, "--out", str(out)])
+    with pytest.raises(SystemExit):
+        return_variance.main(["--run-dir", str(run_dir), *size, "--out", str(out)])
+    assert "out.md exists: choose another name, or --force" in capsys.readouterr().err
     rows = json.loads(out.with_suffix(".json").read_text())["rows"]
     found = {(row["acting"], row["estimate"]): row for row in rows}
     discrete = env == "probe/action"

@@ -185,7 +185,9 @@ def unboxed(text: str) -> str:
     _, *lines = (line.strip("│ ") for line in text.splitlines())
     ruler = lambda line: not line.strip("─-")  # a box in ASCII has one below the title too
     problem = itertools.takewhile(lambda x: not ruler(x), itertools.dropwhile(ruler, lines))
-    return " ".join(problem).removeprefix("Error parsing ").replace(" .", ".")
+    text = " ".join(problem).removeprefix("Error parsing ").replace(" .", ".")
+    start, unread, words = text.partition("Could not find valid parse for arguments: ")
+    return f"{start}cannot read {words}; write values with spaces between them" if unread else text
 
 
 def dashed(argv: list[str]) -> list[str]:
@@ -251,6 +253,10 @@ def with_sweeps(argv: list[str], config_type: type) -> list[str]:
             items.append(f"{field}={','.join(values)}")
         else:
             rest += [flag, *values]
+    swept = {item.partition("=")[0] for item in items}
+    for field, (flag, *_) in zip(fields, groups[1:], strict=True):
+        if flag in rest and field in swept:
+            raise ValueError(f"{field} is swept, so one value has no effect: drop {flag}")
     return [*rest, "--sweep", *items] if items else rest
 
 

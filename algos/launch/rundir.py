@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -113,6 +113,13 @@ def write_atomic(path: Path, write: Callable) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)  # a full disk needs the space
         raise
+
+
+def check_new(paths: Iterable[Path], force: bool = False) -> None:
+    """ValueError if a file that is to be written exists, unless `force`."""
+    for path in paths:
+        if path.exists() and not force:
+            raise ValueError(f"{path} exists: choose another name, or --force to replace it")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -488,7 +488,7 @@ class Session:
             self.log.say(line)
             alive = sum(x is not None for x in result["per_seed"])
             episodes = run.final.shape[1]
-            self.log.say(f"  {alive} of {result['n']} seeds alive, {episodes} episodes each")
+            self.log.say(f"  seeds alive: {alive} of {result['n']}; episodes of each: {episodes}")
         seconds = self.times()
         done: dict[str, Any] = {"steps": int(run.steps[-1]), "alive": int((~self.dead).sum())}
         done |= {"episodes": run.final.shape[1], "results": results, "seconds": seconds}

@@ -1,6 +1,6 @@
 """BNPO: the author's comparison beside PPO, and what it leaves open; runs, tables, and curves.
 
-    python experiments/reproduce/bnpo.py tasks --jobs a1 ppo --num-seeds 10 --out results/bnpo
+    python experiments/reproduce/bnpo.py tasks --jobs a1 ppo --num-seeds 10
     python experiments/reproduce/bnpo.py ablations hindsight --num-seeds 4
 
 groups:

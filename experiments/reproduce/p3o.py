@@ -1,6 +1,6 @@
 """P3O beside A2C and PPO, and its ablations: runs, a table, and curves.
 
-    python experiments/reproduce/p3o.py tasks ablations --num-seeds 10 --out results/p3o
+    python experiments/reproduce/p3o.py tasks ablations --num-seeds 10
 
 groups:
   tasks      cartpole, MinAtar and hopper at budgets for a CPU, at equal environment steps

@@ -1,7 +1,7 @@
 """REPPO's tasks beside PPO, and its ablations: runs, a table, and curves.
 
-    python experiments/reproduce/reppo.py tasks ablations --num-seeds 8 --out results/reppo
-    python experiments/reproduce/reppo.py published --num-seeds 4 --out results/reppo
+    python experiments/reproduce/reppo.py tasks ablations --num-seeds 8
+    python experiments/reproduce/reppo.py published --num-seeds 4
 
 groups:
   tasks      the presets sized for a CPU, on three tasks with PPO at equal environment steps
