@@ -6,7 +6,6 @@ limit and auto-reset are not.
 
 import colorsys
 import math
-from pathlib import Path
 
 import gymnax
 import jax.numpy as jnp
@@ -57,11 +56,7 @@ def make(task: str) -> RawEnv:
 
     def render(frames, path):
         draw = _draw_grid if grid else lambda obs: _draw_lines(task, obs)
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return viewer.write_gif(
-            [draw(obs) for obs in frames], path.with_name(path.name + ".gif"), 0.04
-        )
+        return viewer.write_gif([draw(obs) for obs in frames], path.with_suffix(".gif"), 0.04)
 
     return RawEnv(
         name=f"gymnax/{task}",

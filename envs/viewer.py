@@ -27,24 +27,23 @@ def frame(physics: dict) -> dict:
     return {field: physics[field] for field in ("qpos", "mocap_pos", "mocap_quat")}
 
 
-def render(model: mujoco.MjModel, frames: dict, path: str | Path, dt: float, gif: bool) -> Path:
+def render(model: mujoco.MjModel, frames: dict, path: Path, dt: float, gif: bool) -> Path:
     """Write frames (leaves [T, ...], dt seconds apart) to path.html, or path.gif if GL is there."""
     stride = max(1, round(1 / (FPS * dt)))
     frames = {field: np.asarray(value)[::stride] for field, value in frames.items()}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture = path.with_name(path.name + ".gif")
+    picture = path.with_suffix(".gif")
     backends = [os.environ["MUJOCO_GL"]] if "MUJOCO_GL" in os.environ else ["egl", "osmesa"]
     if gif and any(_render_gif(gl, model, frames, picture, dt * stride) for gl in backends):
         return picture
-    return write_html(model, frames, path.with_name(path.name + ".html"), dt * stride)
+    return write_html(model, frames, path.with_suffix(".html"), dt * stride)
 
 
 def write_gif(images, path: Path, dt: float) -> Path:
-    """Write a list of Pillow images as a looping GIF, dt seconds apart."""
+    """Write Pillow images as a looping GIF, dt seconds apart."""
     milliseconds = max(20, round(1000 * dt / 10) * 10)  # viewers slow down anything shorter
-    images[0].save(
-        path, save_all=True, append_images=images[1:], duration=milliseconds, loop=0, optimize=True
+    first, *rest = images
+    first.save(
+        path, save_all=True, append_images=rest, duration=milliseconds, loop=0, optimize=True
     )
     return path
 

@@ -46,7 +46,8 @@ class RawEnv(NamedTuple):
     reset_mode: str  # default auto-reset: "fresh" | "cached" | "refreshed"
     privileged_size: int = 0  # trailing entries of obs that only a critic may see
     frame: Callable | None = None  # state -> small pytree, all that drawing it needs
-    render: Callable | None = None  # frames (leaves [T, ...], numpy), path without suffix -> path
+    # frames (leaves [T, ...], numpy), path without suffix in a folder that exists -> path written
+    render: Callable | None = None
     goals: Goals | None = None
     action_range: Any = None  # [2, action_size], to which the adapter scales; None: it does not
 

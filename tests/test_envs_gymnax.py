@@ -112,8 +112,8 @@ def test_drawing(task, tmp_path):
     _, state = jax.jit(env.reset)(jax.random.key(0))
     frame = env.frame(raw_state(jax.tree.map(lambda x: x[0], state)))
     frames = np.stack([np.asarray(frame), np.roll(np.asarray(frame), 1, axis=0)])
-    path = env.render(frames, tmp_path / "folder" / "episode")
-    assert path == tmp_path / "folder" / "episode.gif"
+    path = env.render(frames, tmp_path / "episode")
+    assert path == tmp_path / "episode.gif"
     with Image.open(path) as image:
         assert image.n_frames == 2
         assert len(image.convert("RGB").getcolors()) > 1

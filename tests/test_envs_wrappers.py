@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import envs
 from envs import wrappers
@@ -461,6 +462,8 @@ def test_the_example_of_the_docs_runs(tmp_path, monkeypatch):
     (tmp_path / "line_walk.py").write_text(example)
     monkeypatch.syspath_prepend(tmp_path)
     env = envs.make("line_walk:factory", 8)
+    with Image.open(env.render(np.array([-1.0, 0.0, 1.0]), tmp_path / "walk")) as picture:
+        assert (picture.format, picture.n_frames) == ("GIF", 3)
     step = jax.jit(env.step)
     _, state = env.reset(jax.random.key(0))
     for t in range(15):

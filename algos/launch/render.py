@@ -43,7 +43,9 @@ def draw(run: rundir.Run) -> list[Path]:
     paths = []
     for i, (rank, row) in enumerate(rows.items()):
         episode = jax.tree.map(lambda x, i=i: x[: lengths[i], i], frames)
-        path = Path(env.render(episode, stem_of(run, rank, row)))
+        stem = stem_of(run, rank, row)
+        stem.parent.mkdir(exist_ok=True)
+        path = env.render(episode, stem)
         print(f"{caption(run, rank, row)}, {path}", file=sys.stderr)
         paths.append(path)
     return paths
