@@ -13,6 +13,7 @@ import inspect
 import io
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,6 +26,8 @@ from envs.wrappers import RESET_MODES, Env, Goals, RawEnv, check, wrap
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 __all__ = ["ALIASES", "Env", "Goals", "RawEnv", "canonical", "cores", "make"]
+
+CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # limit of the control group, on Linux
 
 BRAX_BACKENDS = ("mjx", "generalized", "spring", "positional")
 
@@ -226,10 +229,16 @@ def make(
 
 
 def cores() -> int:
-    """CPU cores that this process may use. A cluster often grants fewer than the machine has."""
+    """CPU cores that this process may use. Clusters and containers grant fewer than there are."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    try:  # microseconds of all cores in each period, as `docker run --cpus` sets them
+        quota, period = CPU_MAX.read_text().split()
+        return max(1, min(count, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such limit, or "max"
+        return count
 
 
 def canonical(name: str) -> str:

@@ -12,6 +12,7 @@ import pytest
 from launching import FLAGS, checkpoint, start
 from tiny import assert_close
 
+import envs
 from algos.launch import program, rundir
 
 pytestmark = [pytest.mark.usefixtures("signals"), pytest.mark.xdist_group("ppo")]
@@ -98,6 +99,19 @@ def test_only_the_cores_that_the_process_may_use_count():
     command = [sys.executable, "-c", CORES]
     said = subprocess.run(command, env=variables, check=True, capture_output=True, text=True).stdout
     assert said.split() == ["1", "1"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "count"),
+    [("max 100000", 8), ("200000 100000", 2), ("250000 100000", 2), ("50000 100000", 1),
+     ("900000 100000", 8), ("", 8), (None, 8)],
+)  # fmt: skip
+def test_only_the_cores_that_a_container_grants_count(limit, count, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(envs, "CPU_MAX", tmp_path / "cpu.max")
+    if limit is not None:
+        (tmp_path / "cpu.max").write_text(limit + "\n")
+    assert envs.cores() == count
 
 
 DEVICES = """
