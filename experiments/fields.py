@@ -22,14 +22,13 @@ import importlib
 import json
 import re
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # import this checkout's algorithms
 
-from algos.launch import cli
+from algos.launch import cli, report
 
 ROOT = Path(__file__).resolve().parents[1]
 OBJECTIVE, OPTIMISER = "constant of the objective", "constant of the optimiser"
@@ -119,13 +118,7 @@ def names_algorithm(words: list[str], algo: str) -> bool:
     return any(word == algo or f"algos/{algo}.py" in word for word in words)
 
 
-def table(head: list[str], rows: Iterable[list[Any]]) -> str:
-    """Markdown of the rows of cells."""
-    lines = [" | ".join(map(str, cells)) for cells in (head, ["---"] * len(head), *rows)]
-    return "".join(f"| {line} |\n" for line in lines)
-
-
-def report(algo: str, results: list[dict], experiments: dict[str, list[str]]) -> dict[str, list]:
+def describe(algo: str, results: list[dict], experiments: dict[str, list[str]]) -> dict[str, list]:
     """Print the tables of an algorithm; returns the lists for the end."""
     module = importlib.import_module(f"algos.{algo}")
     default = flat(module.Config())
@@ -138,24 +131,26 @@ def report(algo: str, results: list[dict], experiments: dict[str, list[str]]) ->
         if names_algorithm(words, algo)
     }
 
-    rows: dict[str, list[Any]] = {}
+    rows: dict[str, list[str]] = {}
     for field, value in default.items():
         users = [
             ", ".join(name for name, names in found.items() if field in names)
             for found in (presets, passed)
         ]
-        rows[field] = [field, json.dumps(value), *users, sum(field in x for x in sets)]
+        rows[field] = [field, json.dumps(value), *users, str(sum(field in x for x in sets))]
     used = [{cli.task_preset(x["config"]["env"], presets), *x["launch"]["preset"]} for x in results]
     ran = {name: sum(name in names for names in used) for name in presets}
     print(f"## {algo}\n\n{len(results)} results\n")
-    print(table(["field", "default", "presets", "experiments", "results"], rows.values()))
+    print(report.table(["field", "default", "presets", "experiments", "results"], rows.values()))
     if ran:
-        print(table(["preset", "results"], ran.items()))
-    unused = [field for field, row in rows.items() if not any(row[2:])]
+        cells = ([name, str(count)] for name, count in ran.items())
+        print(report.table(["preset", "results"], cells))
+    unset = [field for field, row in rows.items() if row[4] == "0"]
+    unused = [field for field in unset if not any(rows[field][2:4])]
     return {
         "unused": [field for field in unused if field not in KEPT],
         "unused, kept": [f"{field} ({KEPT[field]})" for field in unused if field in KEPT],
-        "in no result": [x for x, row in rows.items() if x not in unused and not row[4]],
+        "in no result": [field for field in unset if field not in unused],
         "presets that never ran": [name for name, count in ran.items() if not count],
     }
 
@@ -176,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = ROOT / "experiments"
     files = sorted(folder.rglob("*.py"))
     experiments = {str(x.relative_to(folder).with_suffix("")): strings(x) for x in files}
-    found = {algo: report(algo, results, experiments) for algo in chosen}
+    found = {algo: describe(algo, results, experiments) for algo in chosen}
     for title in ("unused, kept", "presets that never ran", "in no result", "unused"):
         for algo, lists in found.items():
             if lists[title]:

@@ -18,6 +18,7 @@ import envs
 from algos import common
 from algos.launch import cli
 from algos.launch.rows import make_rows
+from experiments import fields
 
 ROOT = Path(__file__).parents[1]
 SHARED = {"__init__", "common"}
@@ -272,3 +273,20 @@ def test_the_readme_has_commands():
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_no_field_is_unused_and_presets_that_never_ran_are_listed(capsys):
+    assert fields.main([]) == 0
+    found = re.findall(r"^presets that never ran: (\w+): (.*)$", capsys.readouterr().out, re.M)
+    never = {(algo, name) for algo, names in found for name in names.split(", ")}
+    section = (ROOT / "docs" / "presets.md").read_text().split("## ")[1]
+    table, text = section.rsplit("|\n", 1)
+    rows = [line.split("|", 2)[1:] for line in table.splitlines() if "`" in line and "|" in line]
+    listed = {
+        (title.strip().lower().replace(", ", "_"), name)
+        for title, names in rows
+        for name in re.findall("`(.*?)`", names)
+    }
+    by_flags = {("p3o", name) for name in ("fixed_clip", "no_kl")}
+    assert all(f"`{name}`" in text for _, name in by_flags)
+    assert listed == never - by_flags
