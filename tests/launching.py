@@ -16,8 +16,9 @@ from algos import launch, ppo
 from algos.launch import cli, rows, session
 
 ROOT = Path(__file__).parents[1]
-FLAGS = [*tiny.flags_of(tiny.config_of("ppo")), "--num-seeds", "2", "--eval-episodes", "2"]
-FLAGS += ["--num-evals", "2", "--checkpoint-every", "1", "--final-episodes", "6"]
+LAUNCH = ["--num-seeds", "2", "--eval-episodes", "2", "--num-evals", "2"]
+LAUNCH += ["--checkpoint-every", "1", "--final-episodes", "6"]
+FLAGS = [*tiny.flags_of(tiny.config_of("ppo")), *LAUNCH]
 
 
 def run(*argv):

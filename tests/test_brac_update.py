@@ -267,7 +267,8 @@ def test_a_sweep_with_clones_is_its_separate_runs(divergence, tmp_path, capsys):
     argv = ["--seed", 3, "--num-seeds", 2, "--num-evals", 2, "--eval-episodes", 2, "--verbose", 0]
     argv += ["--checkpoint-every", 1, "--run-dir", run_dir]
     sweep = ["--sweep", "alpha=0.5,3", "learning_rate=1e-3,1e-4", "value_penalty=0,1"]
-    main(*tiny.flags_of(config), *argv, *sweep)
+    fields = ("alpha", "learning_rate", "value_penalty")
+    main(*tiny.flags_of(config, swept=fields), *argv, *sweep)
     state, rows = checkpoint(run_dir), json.loads((run_dir / "config.json").read_text())["rows"]
     assert len(rows["seeds"]) == 16
 

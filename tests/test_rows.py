@@ -4,13 +4,16 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from launching import FLAGS, checkpoint, run, strict_json
+from launching import LAUNCH, checkpoint, run, strict_json
 from tiny import assert_close, lines_of
 
 from algos import ppo
 from algos.launch import cli, policies, report, rows, rundir
 
 pytestmark = [pytest.mark.usefixtures("signals"), pytest.mark.xdist_group("ppo")]
+
+
+SWEPT = [*tiny.flags_of(tiny.config_of("ppo"), swept=("learning_rate",)), *LAUNCH]
 
 
 def test_rows_of_a_sweep():
@@ -27,7 +30,7 @@ def test_rows_of_a_sweep():
 
 def test_dead_seeds_are_named_and_left_out(whole, tmp_path):
     run_dir = tmp_path / "run"
-    status, said = run(*FLAGS, "--sweep", "learning_rate=3e-4,1e30", "--run-dir", str(run_dir))
+    status, said = run(*SWEPT, "--sweep", "learning_rate=3e-4,1e30", "--run-dir", str(run_dir))
     assert status == 0
     for seed in (0, 1):
         dead = [x for x in said.splitlines() if x.startswith(f"seed {seed}") and "dead" in x]
@@ -65,7 +68,7 @@ def test_dead_seeds_are_named_and_left_out(whole, tmp_path):
 
 def test_a_launch_ends_when_every_seed_is_dead(tmp_path):
     run_dir = tmp_path / "run"
-    status, said = run(*FLAGS, "--sweep", "learning_rate=1e29,1e30", "--run-dir", str(run_dir))
+    status, said = run(*SWEPT, "--sweep", "learning_rate=1e29,1e30", "--run-dir", str(run_dir))
     assert status == 3
     assert "no seed is alive" in said
     assert [x["global_step"] for x in lines_of(run_dir)] == [0, 96, 96]

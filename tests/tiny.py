@@ -278,10 +278,13 @@ def run_update(name, **changes):
     return compiled_update(name, dataclasses.replace(config, **default))(jax.random.key(0), values)
 
 
-def flags_of(config, prefix=""):
-    """Command line that gives this configuration; of parts in a tuple, --NAME.NUMBER.FIELD."""
+def flags_of(config, prefix="", swept=()):
+    """Command line that gives this configuration; of parts in a tuple, --NAME.NUMBER.FIELD.
+
+    Fields in `swept` are left out.
+    """
     flags = []
-    for field in dataclasses.fields(config):
+    for field in (x for x in dataclasses.fields(config) if x.name not in swept):
         value, flag = getattr(config, field.name), field.name.replace("_", "-")
         values = value if isinstance(value, tuple) else (value,)
         if isinstance(value, bool):
