@@ -145,7 +145,7 @@ def test_parity_with_brax(task, backend, engine):
         return
     # programs compiled apart round apart, in the stiffer models by up to 5e-4 in one step, and by
     # more where a contact is just touched
-    tolerance = 1e-5 if task in ("hopper", "inverted_pendulum") else 2e-3
+    tolerance = 1e-4 if task in ("hopper", "inverted_pendulum") else 2e-3
     for error in errors:
         assert np.mean(error > tolerance) < 1e-3
     np.testing.assert_array_equal(ours[2], source[2])
