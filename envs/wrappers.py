@@ -219,6 +219,7 @@ def check(raw: RawEnv) -> None:
     ):
         name = f"state{jax.tree_util.keystr(path)} of step"
         require(like(new, old.shape, old.dtype), name, new, f"{describe(old)} as after reset")
+        require(storable(old), name, new, "a type of numpy, bfloat16 or a threefry2x32 key")
     require(like(reward, (), *real), "the reward", reward, "a number without axes")
     require(like(terminated, (), jnp.bool_), "terminated", terminated, "a bool without axes")
     fine = isinstance(info, dict) and all(isinstance(name, str) for name in info)
@@ -234,6 +235,13 @@ def describe(tree: Any) -> str:
     if all(isinstance(x, (int, float, str)) for x in jax.tree.leaves(tree)):
         return repr(tree)
     return str(jax.tree.map(describe, tree))
+
+
+def storable(x: Any) -> bool:
+    """True for what a checkpoint can hold: numpy's types, bfloat16, and keys of one kind."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return x.dtype == jax.random.key(0, impl="threefry2x32").dtype
+    return x.dtype == jnp.bfloat16 or x.dtype.kind in "biufc"
 
 
 def raw_state(state: EpisodeState):

@@ -246,7 +246,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peer", choices=peers.PEERS, help="library to compare with")
     parser.add_argument("--peer-python", help="Python that has it")
     parser.add_argument("--rounds", type=int, default=11, help="calls of each side of a comparison")
-    parser.add_argument("--out", type=Path, help="JSON to write")
+    parser.add_argument("--out", type=rundir.expanded, help="JSON to write")
     parser.add_argument("--force", action="store_true", help="replace a file that exists")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--serve", type=json.loads, help=argparse.SUPPRESS)
@@ -288,6 +288,7 @@ def cases(args: argparse.Namespace):
         yield in_own_process(case, args.budget, args.limit)
 
 
+@logs.steady()
 def main():
     """Measure from the command line."""
     args = parse()

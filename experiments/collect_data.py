@@ -21,6 +21,7 @@ is complete: the same command goes on where it stopped.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -43,7 +44,7 @@ if __name__ == "__main__":  # import from this checkout
 
 import envs
 from algos import common
-from algos.launch import datasets, evaluation, logs, policies, program
+from algos.launch import cli, datasets, evaluation, logs, policies, program, rundir
 from algos.launch.datasets import Dataset
 
 MAX_ACTION = 0.999  # noisy actions are clipped to this
@@ -207,12 +208,22 @@ def make_collect(env: envs.Env, act: Callable) -> Callable:
 
 
 def make_evaluate(env: envs.Env, act: Callable) -> Callable:
-    """evaluate(part, key) -> returns [num_envs], of one episode of a part in each environment."""
+    """evaluate(part, key) -> returns [num_envs], of one episode of a part in each environment.
+
+    It is cut into calls of CHUNK steps, so that ctrl-C is heeded.
+    """
+    begin = jax.jit(lambda key: evaluation.begin(env, key[None]))
 
     @jax.jit
-    def evaluate(part, key):
+    def advance(part, play):
         sampled = lambda _, obs, key, __: act(obs, key, part)
-        return evaluation.evaluate(sampled, None, env, key[None])[0][0]
+        return evaluation.advance(sampled, None, env, play, CHUNK)
+
+    def evaluate(part, key):
+        play = begin(key)
+        while play.alive.any():
+            play = advance(part, play)
+        return np.asarray(play.returns[0])
 
     return evaluate
 
@@ -268,6 +279,7 @@ def write_minari(name: str, dataset: Dataset, meta: dict[str, Any]) -> None:
     )
 
 
+@logs.steady()
 def main(argv: list[str] | None = None) -> None:
     """Collect from the command line."""
     parser = argparse.ArgumentParser(
@@ -275,28 +287,34 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("policy", nargs="?", default="", metavar="POLICY")
     parser.add_argument("--type", choices=TYPES, help="of data, pure if not given")
-    parser.add_argument("--mixture", type=Path, help="file of parts, in place of POLICY and --type")
+    parser.add_argument(
+        "--mixture", type=rundir.expanded, help="file of parts, in place of POLICY and --type"
+    )
     parser.add_argument("--env", default="", help="task, if no policy says it")
     parser.add_argument("--steps", type=int, default=1_000_000, help="rows; 1,000,000 by default")
-    parser.add_argument("--seed", type=int, default=0, help="of start states and noise")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of start states and noise")
     parser.add_argument("--out", required=True, help="file to write, or name of a Minari dataset")
     parser.add_argument("--format", choices=("npz", "minari"), default="npz")
     args = parser.parse_args(argv)
     try:
-        run(args)
+        with contextlib.ExitStack() as held:
+            run(args, held)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def run(args: argparse.Namespace) -> None:
-    """Collect the parts that are not there yet, and put them together."""
+def run(args: argparse.Namespace, held: contextlib.ExitStack) -> None:
+    """Collect the parts that are not there yet, and put them together.
+
+    No other process can do the same until `held` is closed.
+    """
     if bool(args.policy) == bool(args.mixture) or (args.mixture and args.type):
         raise ValueError("give either POLICY and --type, or --mixture")
     kind = args.type or "pure"
     parts = read_mixture(args.mixture) if args.mixture else parts_of(kind, args.policy)
     minari_dataset = args.format == "minari"
-    out = datasets.minari_root() / args.out if minari_dataset else Path(args.out)
+    out = datasets.minari_root() / args.out if minari_dataset else rundir.expanded(args.out)
     if minari_dataset:
         if not re.search(r"-v\d+$", args.out):
             raise ValueError(f"--out {args.out}: Minari's names end with a version: {args.out}-v0")
@@ -306,6 +324,7 @@ def run(args: argparse.Namespace) -> None:
             raise ImportError('--format minari: pip install -e ".[minari]"') from None
     elif out.suffix.lower() in datasets.HDF5:
         raise ValueError(f"--out {out}: it would be read as HDF5: {out.with_suffix('.npz')}")
+    folder = out.with_name(f"{out.name}.parts")
     if out.exists():
         raise ValueError(f"{out} exists already: choose another --out")
     counts = counts_of(args.steps, parts)
@@ -319,8 +338,10 @@ def run(args: argparse.Namespace) -> None:
     evaluate = make_evaluate(make(EVAL_EPISODES), act)
     collect = make_collect(make(max(1, round(max(counts) / STREAM))), act)
     description = describe(task, parts, counts, args.seed)
-    folder = out.with_name(f"{out.name}.parts")
     folder.mkdir(parents=True, exist_ok=True)
+    held.callback(rundir.lock(folder).release)
+    if out.exists():  # another process has just written it
+        raise ValueError(f"{out} exists already: choose another --out")
     done = []
     with tqdm.tqdm(total=args.steps, unit=" steps", unit_scale=True) as bar:
         for i, count in enumerate(counts):

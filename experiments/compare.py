@@ -52,6 +52,8 @@ def outputs_of(args: argparse.Namespace) -> dict[str, Path]:
             outputs["scores"] = args.out.with_stem(f"{args.out.stem}_scores")
     if args.json:
         outputs["numbers"] = args.json
+    if len({*outputs.values()}) < len(outputs):
+        raise ValueError(f"{args.json} is to be written twice: give --json another name")
     rundir.check_new(outputs.values(), args.force)
     return outputs
 
@@ -66,7 +68,10 @@ def read_ranges(path: Path) -> dict[str, tuple[float, float]]:
             low = high = math.nan
         if not -math.inf < low < high < math.inf:
             raise ValueError(f"{path}: {task} is to have [low, high], two numbers, not {ends!r}")
-        found[envs.canonical(task)] = low, high
+        name = envs.canonical(task)
+        if name in found:
+            raise ValueError(f"{path}: {name} is there twice")
+        found[name] = low, high
     return found
 
 
@@ -75,16 +80,20 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--out", type=Path, help="figure to write: png, pdf or svg")
+    parser.add_argument("run_dirs", nargs="+", type=rundir.expanded, metavar="RUN_DIR")
+    parser.add_argument("--out", type=rundir.expanded, help="figure to write: png, pdf or svg")
     parser.add_argument("--labels", nargs="+", help="names of the curves, in the legend's order")
     parser.add_argument("--title", default="", help="above the figure; default: a single task")
     parser.add_argument("--width", type=float, default=report.TEXT_WIDTH, help="inches")
     parser.add_argument(
         "--x", nargs="+", choices=report.X_LABELS, default=["steps"], help="a panel for each"
     )
-    parser.add_argument("--normalise", type=Path, metavar="FILE", help="JSON: TASK -> [low, high]")
-    parser.add_argument("--json", type=Path, help="JSON to write, with the values of every seed")
+    parser.add_argument(
+        "--normalise", type=rundir.expanded, metavar="FILE", help="JSON: TASK -> [low, high]"
+    )
+    parser.add_argument(
+        "--json", type=rundir.expanded, help="JSON to write, with the values of every seed"
+    )
     parser.add_argument("--force", action="store_true", help="replace files that exist")
     args = parser.parse_args(argv)
     if not 2 <= args.width <= 30:

@@ -242,10 +242,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--run-dir", type=Path, required=True, help="run of algos/bnpo.py")
+    parser.add_argument(
+        "--run-dir", type=rundir.expanded, required=True, help="run of algos/bnpo.py"
+    )
     parser.add_argument("--num-envs", type=int, default=200, help="episodes of each actor")
     parser.add_argument("--num-rows", type=int, default=4096, help="rows of the replay")
-    parser.add_argument("--out", type=Path, required=True, help="path without suffix")
+    parser.add_argument("--out", type=rundir.expanded, required=True, help="path without suffix")
     parser.add_argument("--force", action="store_true", help="replace files that exist")
     args = parser.parse_args(argv)
     if args.num_envs < 1 or args.num_envs % GROUP:

@@ -20,7 +20,7 @@ if __name__ == "__main__":  # import from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import envs
-from algos.launch import evaluation, logs, policies, report, rundir
+from algos.launch import cli, evaluation, logs, policies, program, report, rundir
 
 SLICE = 50  # steps between two moves of the progress bar, where ctrl-C ends the program
 
@@ -51,20 +51,24 @@ def evaluate_run(run: rundir.Run, episodes: int, seed: int) -> rundir.Run:
     return run._replace(final=final, steps=np.array([metas[0]["step"]]))
 
 
+@logs.steady()
 def main(argv: list[str] | None = None):
     """Evaluate from the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("run_dir", metavar="RUN_DIR")
+    parser.add_argument("run_dir", type=rundir.expanded, metavar="RUN_DIR")
     parser.add_argument("--episodes", type=int, default=256, help="of each policy")
-    parser.add_argument("--seed", type=int, default=1, help="of the start states")
-    parser.add_argument("--json", type=Path, help="JSON to write, with the means of every policy")
+    parser.add_argument("--seed", type=cli.seed, default=1, help="of the start states")
+    parser.add_argument(
+        "--json", type=rundir.expanded, help="JSON to write, with the means of every policy"
+    )
     parser.add_argument("--force", action="store_true", help="replace a file that exists")
     args = parser.parse_args(argv)
     if args.episodes < 1:
         parser.error(f"--episodes {args.episodes}: at least 1 is needed")
     try:
+        program.setup_jax(1)
         rundir.check_new([args.json] if args.json else [], args.force)
         run = evaluate_run(rundir.read_run(args.run_dir), args.episodes, args.seed)
         rows = [report.summary(*entry) for entry in report.entries([run])]

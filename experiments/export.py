@@ -17,7 +17,7 @@ import jax
 if __name__ == "__main__":  # import from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from algos.launch import policies, rundir
+from algos.launch import policies, program, rundir
 
 
 def to_onnx(path: Path) -> Any:
@@ -50,11 +50,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("policy", type=Path, metavar="POLICY")
-    parser.add_argument("--out", type=Path, required=True, help="file to write")
+    parser.add_argument("policy", type=rundir.expanded, metavar="POLICY")
+    parser.add_argument("--out", type=rundir.expanded, required=True, help="file to write")
     parser.add_argument("--force", action="store_true", help="replace a file that exists")
     args = parser.parse_args(argv)
     try:
+        program.setup_jax(1)
         rundir.check_new([args.out], args.force)
         model = to_onnx(args.policy)
         rundir.write_atomic(args.out, lambda file: file.write(model.SerializeToString()))

@@ -24,7 +24,7 @@ if __name__ == "__main__":  # import from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import envs
-from algos.launch import cli, program, report, rundir, session
+from algos.launch import cli, logs, program, report, rundir, session
 from experiments.reproduce import runner
 from experiments.reproduce.runner import Job
 
@@ -85,6 +85,7 @@ def check_apart(todo: list[tuple[Job, list[str]]]) -> None:
             raise
 
 
+@logs.steady()
 def main(argv: list[str] | None = None) -> None:
     """Run a grid from the command line."""
     parser = argparse.ArgumentParser(
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--envs", nargs="+", required=True, help="tasks: docs/environments.md")
     parser.add_argument("--num-seeds", type=int, default=8, help="of every run")
     parser.add_argument("--seed", type=int, default=0, help="the first; others add to the runs")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--out", type=rundir.expanded, required=True, metavar="DIR")
     args, flags = parser.parse_known_args(cli.dashed(sys.argv[1:] if argv is None else argv))
     try:
         jobs = jobs_of(args, flags)

@@ -13,7 +13,7 @@ from pathlib import Path
 if __name__ == "__main__":  # import from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from algos.launch import render
+from algos.launch import program, render, rundir
 
 
 def main(argv: list[str] | None = None):
@@ -21,9 +21,10 @@ def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("run_dir", metavar="RUN_DIR")
+    parser.add_argument("run_dir", type=rundir.expanded, metavar="RUN_DIR")
     args = parser.parse_args(argv)
     try:
+        program.setup_jax(1)
         paths = render.render_run(args.run_dir)
     except ValueError as error:
         parser.error(str(error))

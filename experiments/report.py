@@ -271,8 +271,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--out", type=Path, required=True, metavar="PAGE.html")
+    parser.add_argument("run_dirs", nargs="+", type=rundir.expanded, metavar="RUN_DIR")
+    parser.add_argument("--out", type=rundir.expanded, required=True, metavar="PAGE.html")
     parser.add_argument("--title", default="", help="of the page; default: algorithms and tasks")
     parser.add_argument("--force", action="store_true", help="replace a page that exists")
     args = parser.parse_args(argv)

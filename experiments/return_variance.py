@@ -35,7 +35,7 @@ if __name__ == "__main__":  # import from this checkout
 
 import envs
 from algos import bpo, common
-from algos.launch import policies, report, rundir
+from algos.launch import logs, policies, report, rundir
 
 # --- exact ---
 
@@ -344,6 +344,7 @@ def markdown(rows: list[dict]) -> str:
     return report.table(["task", "estimate", "acting", "variance", "relative to pi"], cells)
 
 
+@logs.steady()
 def main(argv: list[str] | None = None):
     """Measure from the command line."""
     parser = argparse.ArgumentParser(
@@ -356,7 +357,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--starts", type=int, default=32, help="start states")
     parser.add_argument("--repeats", type=int, default=256, help="rollouts from each")
     parser.add_argument("--num-steps", type=int, default=128, help="length of a rollout")
-    parser.add_argument("--out", type=Path, required=True, help="path without suffix")
+    parser.add_argument("--out", type=rundir.expanded, required=True, help="path without suffix")
     parser.add_argument("--force", action="store_true", help="replace files that exist")
     args = parser.parse_args(argv)
     out = args.out.with_suffix(".md"), args.out.with_suffix(".json")

@@ -480,3 +480,52 @@ def test_cartpole_is_learned():
     assert (jnp.abs(metrics["ratios/mean"] - 1.0) < 0.1).all()
     late = {k: x[:, -100:].sum(-1) for k, x in metrics.items() if k.startswith("episodes/")}
     assert (late["episodes/return"] / late["episodes/count"] > 450).all()
+
+
+NORMAL = replace(LONG, normalize_obs=True, normalize_reward=True)
+
+
+def test_what_is_learned_is_in_standardised_units():
+    """V, Q and Q^ see standardised observations and scaled rewards; rewards seen stay raw."""
+    seen = common.Stats(jnp.full(4, 0.02), jnp.full(4, 0.01), jnp.float32(64))
+    paid = common.Stats(jnp.float32(0), jnp.float32(4), jnp.float32(64))  # rewards are halved
+
+    def change(state):
+        scale = state.reward_scale._replace(stats=paid)
+        state = shifted("q", 1.0)(shifted("mu")(state))
+        targets = {name: state.params[name] for name in ("q", "qhat")}
+        return state._replace(obs_stats=seen, reward_scale=scale, target_params=targets)
+
+    states, [metric] = run(NORMAL, 1, change, **FROZEN)
+    rows, params = states[1].replay, states[0].params
+    obs, next_obs = seen.normalize(rows.obs), seen.normalize(rows.next_obs)
+    critic, actor = bpo.Critic(NORMAL, (4,)), actor_of(NORMAL)
+    value, next_value = (critic.apply(params["critic"], x) for x in (obs, next_obs))
+    pi, next_pi = (actor.apply(params["actor"], x) for x in (obs, next_obs))
+    reward, ends = 0.5 * rows.reward, (rows.terminated, rows.done)
+    log_ratio = pi.log_prob(rows.action) - rows.log_prob
+    args = reward, value, next_value, *ends, log_ratio, 0.9, NORMAL.gae_lambda, 1.4, 1.1
+    _, target = bpo.step_estimator(*args)
+    assert_allclose(metric["losses/value_loss"], ((target - value) ** 2).mean(), rtol=1e-4)
+    explained = 1 - (target - value).var() / target.var()
+    assert_allclose(metric["losses/explained_variance"], explained, rtol=1e-3, atol=1e-4)
+    clipped = (jnp.exp(log_ratio) > 1.4).mean()
+    assert_allclose(metric["ratios/clip_fraction"], clipped)
+
+    def check(name, reward, gamma, low, high):
+        net = q_network(NORMAL, name)
+        out = (net.apply(params[name], obs) * jax.nn.one_hot(rows.action, 2)).sum(-1)
+        probs = jax.nn.softmax(next_pi.logits)
+        after = (probs * bpo.symexp(net.apply(params[name], next_obs))).sum(-1)
+        target = reward + gamma * jnp.where(rows.terminated, 0.0, after)
+        target = jnp.clip(target, low / (1 - gamma), high / (1 - gamma))
+        expected = ((out - bpo.symlog(target)) ** 2).mean()
+        assert_allclose(metric[f"losses/{name}_loss"], expected, rtol=1e-3)
+        return bpo.symexp(out)
+
+    q = check("q", reward, 0.9, *(0.5 * states[1].reward_range))
+    assert 0.05 < metric["health/q_target_clip_fraction"] < 0.95
+    q = jnp.clip(q, *(0.5 * states[1].reward_range / 0.1))
+    r_hat = 2 * reward * q - reward**2
+    assert_allclose(states[1].r_hat_max, jnp.maximum(r_hat.max() / 0.25, 1e-8), rtol=1e-4)
+    check("qhat", r_hat, 0.81, 1e-8, 0.25 * states[1].r_hat_max)

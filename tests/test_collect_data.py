@@ -282,6 +282,7 @@ def test_returns_are_those_of_each_part(mixture, tmp_path, monkeypatch):
         (["sac/policy_s000.npz", "--env", "pendulum"], "are of gymnax/Pendulum-v1, tiny:balance"),
         (["sac/policy_s000.npz", "--type", "eps1", "--steps", "2"], "are too few"),
         (["sac/policy_s000.npz", "--out", "data.hdf5"], "would be read as HDF5: data.npz"),
+        (["sac/policy_s000.npz", "--seed", "4294967296"], "--seed: 4294967296: 0 to 2**32 - 1 are"),
         (["p.npz", "--format", "minari", "--out", "tiny/balance"], "version: tiny/balance-v0"),
     ],
 )
@@ -291,9 +292,57 @@ def test_bad_input_is_one_line(mixture, tmp_path, monkeypatch, capsys, argv, mes
         run("--out", tmp_path / "data.npz", *argv)
     assert status.value.code == 2
     said = capsys.readouterr().err
-    assert message in said
-    assert said.count("\n") == 1
+    assert message in said.splitlines()[-1]
+    assert said.startswith("usage: ") or said.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_one_process_writes_a_dataset(mixture, tmp_path, monkeypatch, capsys):
+    """A second one is refused, also if it started before the first one was done."""
+    out = tmp_path / "data.npz"
+    argv = ["--mixture", mixture, "--steps", 50, "--out", out]
+    (tmp_path / "data.npz.parts").mkdir()
+    held = rundir.lock(tmp_path / "data.npz.parts")
+    with pytest.raises(SystemExit):
+        run(*argv)
+    assert "data.npz.parts is in use by another process" in capsys.readouterr().err
+    held.release()
+
+    def lock(folder):
+        out.write_text("of another process")
+        return real(folder)
+
+    real = rundir.lock
+    monkeypatch.setattr(rundir, "lock", lock)
+    with pytest.raises(SystemExit):
+        run(*argv)
+    assert "data.npz exists already" in capsys.readouterr().err
+    assert out.read_text() == "of another process"
+
+
+def test_returns_are_played_in_slices(monkeypatch):
+    """So that ctrl-C is heeded; `counter` ends after 4 steps, each pays 1."""
+    slices, advance = [], collect_data.evaluation.advance
+    record = lambda *args: slices.append(args[-1]) or advance(*args)
+    monkeypatch.setattr(collect_data.evaluation, "advance", record)
+    monkeypatch.setattr(collect_data, "CHUNK", 3)
+    env = envs.make("tiny:counter", 2, stagger=False)
+    act = lambda obs, key, part: jnp.zeros((len(obs), env.action_size))
+    evaluate = collect_data.make_evaluate(env, act)
+    with jax.disable_jit():
+        assert evaluate(0, jax.random.key(0)).tolist() == [4.0, 4.0]
+    assert slices == [3, 3]
+
+
+def test_parts_draw_apart_and_play_whole_episodes(tmp_path):
+    """Two equal parts of `counter`, whose episodes have 4 steps of reward 1."""
+    mixture, out = tmp_path / "mixture.json", tmp_path / "counter.npz"
+    mixture.write_text(json.dumps([{"share": 1}, {"share": 1}]))
+    run("--mixture", mixture, "--env", "tiny:counter", "--steps", 40, "--out", out)
+    dataset, meta = datasets.read(out)
+    assert (dataset.action[:20] != dataset.action[20:]).any(-1).all()
+    assert dataset.obs[:4, 0].tolist() == [0, 1, 2, 3]
+    assert [part["returns"] for part in meta["parts"]] == 2 * [{"mean": 4.0, "std": 0.0}]
 
 
 def test_a_part_that_is_none_is_refused(tmp_path):

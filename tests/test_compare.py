@@ -267,6 +267,9 @@ def test_scores_that_cannot_be_compared_are_refused(tmp_path):
         (["--out", "{old}"], "old.png exists: choose another name, or --force to replace it"),
         (["--json", "{old}"], "old.png exists"),
         (["--out", "x.png", "--json", "{old}"], "old.png exists"),
+        (["--out", "x.png", "--json", "x.png"], "x.png is to be written twice: give --json"),
+        (["--normalise", "{twice}"], "twice.json: gymnax/CartPole-v1 is there twice"),
+        (["--json=~nosuchuser/x"], "argument --json: invalid expanded value: '~nosuchuser/x'"),
         (["--width", "0"], "--width 0: 2 to 30 inches"),
         (["--x", "gradient_steps"], "invalid choice: 'gradient_steps'"),
         (["--labels", "a", "b"], "2 labels for 1 curves: ppo"),
@@ -281,9 +284,11 @@ def test_bad_input_is_one_line_and_writes_nothing(flags, message, tmp_path, caps
     old, ranges = tmp_path / "old.png", tmp_path / "ranges.json"
     old.write_text("precious")
     rundir.write_json(ranges, {"cartpole": [5, 5]})
+    twice = tmp_path / "twice.json"
+    rundir.write_json(twice, {"cartpole": [0, 500], "gymnax/CartPole-v1": [0, 10]})
     monkeypatch.chdir(tmp_path)
     before = {*tmp_path.iterdir()}
-    names = {"old": old, "ranges": ranges, "none": tmp_path / "none.json"}
+    names = {"old": old, "ranges": ranges, "twice": twice, "none": tmp_path / "none.json"}
     with pytest.raises(SystemExit) as error:
         compare.main([str(run), *(flag.format(**names) for flag in flags)])
     assert error.value.code == 2

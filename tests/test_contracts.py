@@ -491,3 +491,17 @@ def test_values_outside_their_bounds_are_refused(name):
             refused(field.name, as_given(math.nan))
         elif field.name not in MAY_BE_0:
             refused(field.name, as_given(0))
+
+
+@pytest.mark.parametrize("name", [x for x in ALGOS if x not in OFFLINE])
+def test_start_states_are_drawn_anew_in_every_update(name):
+    """Else a launch on a task whose starts are cached would see N of them in its whole life."""
+    config, drawn = config_of(name), []
+    env = module_of(name).make_env(config)
+    refresh = lambda key, state: drawn.append("refresh") or env.refresh(key, state)
+    reset = lambda key: drawn.append("reset") or env.reset(key)
+    algo = module_of(name).build(config, env._replace(refresh=refresh, reset=reset))
+    state = jax.eval_shape(algo.init, jax.random.key(0))
+    drawn.clear()
+    jax.eval_shape(algo.update, state)
+    assert drawn

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -356,13 +357,61 @@ def test_hdf5_without_a_part_is_refused_by_its_name(tmp_path, layout, name, mess
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("layout", "name", "value", "message"),
+    [
+        ("flat", "terminals", np.full(10, np.nan), "terminals has values beside 0 and 1"),
+        ("flat", "timeouts", np.full(10, 0.5), "timeouts has values beside 0 and 1"),
+        ("flat", "terminals", np.zeros((10, 1)), r"terminals is \[10, 1\], and \[10\] is needed"),
+        ("flat", "rewards", np.zeros(12), "it has 10 observations, 10 actions, 12 rewards"),
+        ("flat", "actions", np.zeros((9, 1)), "it has 10 observations, 9 actions, 10 rewards"),
+        (
+            "flat",
+            "observations",
+            np.zeros((10, 4), complex),
+            "observations are complex128: numbers",
+        ),
+        ("flat", "rewards", np.full(10, b"1.0"), r"rewards are \|S3: numbers are needed"),
+        ("flat", "observations", np.zeros((0, 4)), "observations has no rows"),
+        (
+            "minari",
+            "episode_1/rewards",
+            np.zeros(9),
+            r"an episode has 5 observations, 4 actions and 9",
+        ),
+        ("minari", "episode_1/terminations", np.full(4, 2.0), "terminations has values beside 0"),
+    ],
+)
+def test_hdf5_that_does_not_fit_together_is_refused(tmp_path, layout, name, value, message):
+    h5py = pytest.importorskip("h5py")
+    path = tmp_path / "data.hdf5"
+    {"flat": flat_file, "minari": minari_file}[layout](path)
+    with h5py.File(path, "a") as file:
+        del file[name]
+        file[name] = value
+    with pytest.raises(ValueError, match=message):
+        datasets.load(str(path), ENV)
+
+
+def test_minaris_folder_needs_no_home_where_it_is_named(tmp_path, monkeypatch):
+    def homeless(_):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    assert datasets.minari_root() == tmp_path
+    monkeypatch.setenv("MINARI_DATASETS_PATH", "")
+    with pytest.raises(ValueError, match="Could not determine home"):
+        datasets.minari_root()
+
+
 def test_episodes_are_read_in_the_order_of_their_numbers():
     names = [f"episode_{i}" for i in (0, 1, 10, 2)]
-    one = {"observations": 0, "actions": 0, "terminations": [True]}
-    file = {name: one | {"rewards": int(name[8:])} for name in names}
+    one = {"observations": [[0.0]], "actions": [[0.0]], "terminations": [True]}
+    file = {name: one | {"rewards": [int(name[8:])]} for name in names}
     wrap = lambda group: {k: np.array(v) for k, v in group.items()}
     episodes = datasets.minari_episodes({name: wrap(group) for name, group in file.items()})
-    assert [reward for _, _, reward, _ in episodes] == [0, 1, 2, 10]
+    assert [reward for _, _, (reward,), _ in episodes] == [0, 1, 2, 10]
 
 
 def test_bad_hdf5_is_refused(tmp_path, monkeypatch):

@@ -368,11 +368,16 @@ def spoiled(**changes):
 
     def reset(key):
         obs, state = raw.reset(key)
+        if "extra" in changes:
+            state |= {"extra": changes["extra"]()}
         return changes.get("first_obs", lambda x: x)(obs), state
 
-    def step(*args):
+    def step(key, state, action):
         names = "obs", "state", "reward", "terminated", "info"
-        results = zip(names, raw.step(*args), strict=True)
+        obs, new, *others = raw.step(key, state, action)
+        if "extra" in changes:
+            new |= {"extra": state["extra"]}
+        results = zip(names, (obs, new, *others), strict=True)
         return tuple(changes.get(name, lambda x: x)(x) for name, x in results)
 
     fields = {k: v for k, v in changes.items() if k in raw._fields}
@@ -394,6 +399,14 @@ def spoiled(**changes):
         (
             {"state": lambda x: x | {"t": 0.5 * x["t"]}},
             r"state\['t'\] of step is float32\[\], and int32",
+        ),
+        (
+            {"extra": lambda: jax.random.key(0, impl="rbg")},
+            r"state\['extra'\] of step is key<rbg>\[\], and a type of numpy, bfloat16 or a",
+        ),
+        (
+            {"extra": lambda: jnp.zeros(2, jnp.float8_e4m3fn)},
+            r"state\['extra'\] of step is float8_e4m3fn\[2\], and a type of numpy",
         ),
         ({"max_steps": None}, r"max_steps is None, and an integer from 1 to 2\*\*31 - 1"),
         ({"max_steps": 0}, r"max_steps is 0"),
@@ -483,3 +496,8 @@ def test_the_docs_name_every_task():
         for task in tasks:
             name = f"probe/{task.removesuffix('-continuous')}" if source == "probe" else f"`{task}`"
             assert name in text, f"{source}/{task}"
+
+
+def test_a_broken_step_pays_nothing_though_its_reward_is_a_number():
+    out = run(counter(max_steps=100, hidden_nan_at=3), 6)
+    np.testing.assert_array_equal(out["reward"][:, 0], 2 * [2.0, 2.0, 0.0])

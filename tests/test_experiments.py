@@ -15,8 +15,9 @@ import tiny
 from PIL import Image
 
 import envs
-from algos.launch import policies, render, report, rundir
-from experiments import benchmark, evaluate, peer_cleanrl, peers
+from algos.launch import policies, program, render, report, rundir
+from experiments import benchmark, evaluate, export, peer_cleanrl, peers
+from experiments import render as render_tool
 
 EVALS = 3
 
@@ -185,9 +186,14 @@ def test_what_cannot_be_evaluated_is_one_line(tmp_path, capsys, monkeypatch):
             evaluate.main([str(path)])
         assert status.value.code == 2
         assert message in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        evaluate.main([str(path), "--episodes", "0"])
-    assert "--episodes 0: at least 1" in capsys.readouterr().err
+    for flags, message in (
+        (["--episodes", "0"], "--episodes 0: at least 1"),
+        (["--seed", "4294967296"], "argument --seed: 4294967296: 0 to 2**32 - 1 are possible"),
+        (["--seed=-1"], "argument --seed: -1: 0 to 2**32 - 1 are possible"),
+    ):
+        with pytest.raises(SystemExit):
+            evaluate.main([str(path), *flags])
+        assert message in capsys.readouterr().err
 
     def make(*_, **__):
         raise ImportError("Atari games need ale-py")
@@ -369,3 +375,16 @@ def test_both_sides_of_a_contest_have_the_same_sizes(peer):
         assert {name: contest.theirs[name] for name in shared} == changes
         seeds = contest.theirs.get("num_seeds", contest.num_seeds)
         assert contest.ours["num_seeds"] == contest.num_seeds == seeds
+
+
+@pytest.mark.parametrize(
+    ("tool", "flags"), [(evaluate, []), (export, ["--out", "x.onnx"]), (render_tool, [])]
+)
+def test_tools_set_jax_up_as_launches_do(tool, flags, tmp_path, monkeypatch, capsys):
+    def refuse(num_rows):
+        raise ValueError("JAX_ENABLE_X64 is set")
+
+    monkeypatch.setattr(program, "setup_jax", refuse)
+    with pytest.raises(SystemExit, match="2"):
+        tool.main([str(write_run(tmp_path / "run")), *flags])
+    assert "error: JAX_ENABLE_X64 is set" in capsys.readouterr().err

@@ -148,15 +148,17 @@ def test_launches_are_checked_as_they_would_check_themselves(algo, argv, message
         grid.check(runner.Job("TASK", algo, algo), argv)
 
 
-def test_ctrl_c_stops_the_launch_and_says_how_to_go_on(tmp_path):
-    """It goes to all processes of a terminal; the launch may take its time to save."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_the_launch_and_says_how_to_go_on(tmp_path, number):
+    """Ctrl-C goes to all processes of a terminal; the launch may take its time to save."""
     launch = """
 import pathlib, signal, sys, time
 def save(*_):
     time.sleep(0.5)
     pathlib.Path(sys.argv[1], "saved").touch()
     raise SystemExit(130)
-signal.signal(signal.SIGINT, save)
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, save)
 pathlib.Path(sys.argv[1], "started").touch()
 time.sleep(60)
 """
@@ -177,7 +179,10 @@ print("ran on")
     while not (tmp_path / "started").exists():
         assert child.poll() is None
         time.sleep(0.05)
-    os.killpg(child.pid, signal.SIGINT)
+    if number == signal.SIGINT:
+        os.killpg(child.pid, number)
+    else:
+        child.send_signal(number)
     out, err = child.communicate()
     assert child.returncode == 130
     assert (tmp_path / "saved").exists()

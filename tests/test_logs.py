@@ -2,6 +2,7 @@
 
 import io
 import os
+import subprocess
 import sys
 import types
 import warnings
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from launching import events
+from launching import ROOT, events
 from tiny import lines_of
 
 from algos.launch import cli, logs
@@ -278,3 +279,23 @@ def test_a_callers_stream_takes_nothing_else_with_it(capfd):
     os.write(1, b"alive")
     os.write(2, b"alive")
     assert capfd.readouterr() == ("alive", "alive")
+
+
+@pytest.mark.parametrize("lines", [1, 10_000])  # the first fails when the pipe is flushed
+def test_a_tool_goes_on_without_what_it_prints_to(lines, tmp_path):
+    program = f"""
+import sys, tqdm
+from pathlib import Path
+from algos.launch import logs
+@logs.steady()
+def main():
+    for _ in tqdm.tqdm(range({lines})):
+        print("a line of a table", flush={lines} > 1)
+    Path(sys.argv[1]).touch()
+main()
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "done")]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    child.stdout.close()
+    assert child.wait() == 0
+    assert (tmp_path / "done").exists()

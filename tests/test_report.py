@@ -89,3 +89,11 @@ def test_profile_of_one_seed_has_no_interval():
     share, lo, hi = report.profile(np.array([[0.3]]), np.array([0.2, 0.4]))
     assert share.tolist() == [1.0, 0.0]
     assert np.isnan([lo, hi]).all()
+
+
+def test_a_curve_is_made_of_the_means_of_seeds():
+    returns = np.array([[[0.0, 0.0, 9.0], [1.0, 2.0, 6.0]], [[0.0, 6.0, 9.0], [np.nan] * 3]])
+    middle, lo, hi = report.curve_of(returns)  # 2 seeds, 2 evaluations of 3 episodes
+    np.testing.assert_allclose(middle, [4.0, 3.0])
+    np.testing.assert_allclose(lo, [3.0, np.nan])
+    np.testing.assert_allclose(hi, [5.0, np.nan])

@@ -453,3 +453,13 @@ def test_bad_input_is_one_error(argv, message, capsys):
         reppo.main(argv)
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_directory_belongs_to_one_run(tmp_path):
+    """Further seeds of `line` go to line_s2, which may not be another task's."""
+    for name in ("run", "run_s2", "run_s2x", "run_sx"):
+        write_run(tmp_path / name)
+    assert runner.launches(tmp_path / "run", "done.json") == [tmp_path / "run", tmp_path / "run_s2"]
+    jobs = {tmp_path / name: Job(name, "ppo", "ppo") for name in ("mine:line", "mine:line_s2")}
+    with pytest.raises(ValueError, match=r"line_s2 would also hold further seeds of .*mine:line"):
+        runner.plan(jobs, 0, 1)

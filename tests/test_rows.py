@@ -7,7 +7,7 @@ import tiny
 from launching import LAUNCH, checkpoint, run, strict_json
 from tiny import assert_close, lines_of
 
-from algos import ppo
+from algos import bpo, ppo
 from algos.launch import cli, policies, report, rows, rundir
 
 pytestmark = [pytest.mark.usefixtures("signals"), pytest.mark.xdist_group("ppo")]
@@ -26,6 +26,20 @@ def test_rows_of_a_sweep():
     assert swept.labels[2] == swept.labels[3] == "learning_rate=0.001 gamma=0.99"
     plain = rows.make_rows(cli.Launch(seed=5, num_seeds=2), config, ppo.TRACEABLE)
     assert (plain.seeds.tolist(), plain.hparams, plain.labels) == ([5, 6], {}, ["", ""])
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ("learning_rate=1e-3,1e-50", "as float32, 1e-50 is 0"),
+        ("learning_rate=1e-3,1e50", r"as float32, 1e\+50 is inf"),
+        ("gamma=0.9,0.99999999", "clip_targets=True needs gamma below 1"),  # as float32 it is 1
+    ],
+)
+def test_swept_values_are_checked_as_they_are_trained(item, message):
+    config = tiny.config_of("bpo", clip_targets=True)
+    with pytest.raises(ValueError, match=message):
+        rows.make_rows(cli.Launch(sweep=(item,)), config, bpo.TRACEABLE)
 
 
 def test_dead_seeds_are_named_and_left_out(whole, tmp_path):

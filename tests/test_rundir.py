@@ -184,7 +184,9 @@ def test_a_run_directory_has_one_process(tmp_path):
     rundir.lock(tmp_path).release()
 
 
-@pytest.mark.parametrize("name", ["config.json", "eval.npz", "policy_s000.npz", "checkpoints"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "eval.npz", "policy_s000.npz", "checkpoints", "tensorboard"]
+)
 def test_any_file_of_a_run_marks_its_directory(tmp_path, name):
     assert not rundir.files(tmp_path)
     (tmp_path / "notes.txt").touch()

@@ -295,6 +295,11 @@ def test_second_interrupt_stops_at_once():
     [
         (KeyboardInterrupt(), 130, r"stopped at once; go on with --resume \S+run\n"),
         (OSError(28, "No space left"), 1, r"error: .*No space left: .* --resume \S+run\n"),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.\nmore"),
+            1,
+            r"error: RESOURCE_EXHAUSTED: Out of memory.: start a smaller run: fewer .*\n",
+        ),
     ],
 )
 def test_an_early_end_is_one_line(tmp_path, monkeypatch, error, status, message):
@@ -309,6 +314,34 @@ def test_an_early_end_is_one_line(tmp_path, monkeypatch, error, status, message)
     assert re.fullmatch(message, said), said
     with pytest.raises(type(error)):
         run(*FLAGS, "--verbose", "2", "--run-dir", str(tmp_path / "other"))
+
+
+def test_errors_of_the_program_are_no_lack_of_memory(tmp_path, monkeypatch):
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: broken")
+
+    monkeypatch.setattr(session, "trace", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        run(*FLAGS, "--verbose", "0", "--run-dir", str(tmp_path / "run"))
+
+
+def test_an_interrupt_of_the_pictures_says_that_the_rest_is_done(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session.render, "render_run", interrupt)
+    run_dir = tmp_path / "run"
+    status, said = run(*FLAGS, "--render", "--verbose", "0", "--run-dir", str(run_dir))
+    assert status == 130
+    assert said.endswith(f"pictures is done: python experiments/render.py {run_dir}\n")
+
+
+def test_a_run_without_its_evaluations_is_not_resumed(copy):
+    (copy / "eval.npz").unlink()
+    before = {path: path.read_bytes() for path in copy.rglob("*.*") if path.is_file()}
+    status, said = run("--resume", str(copy), "--verbose", "0")
+    assert (status, said) == (2, f"error: {copy} has no eval.npz: its curve so far is lost\n")
+    assert before == {path: path.read_bytes() for path in before}
 
 
 def test_a_launch_that_failed_lets_go_of_its_directory(tmp_path, monkeypatch):

@@ -298,13 +298,21 @@ def nearest(word: str, known: Any) -> str:
     return f"did you mean {', '.join(near)}?" if near else f"choose from {', '.join(known)}"
 
 
+def seed(text: str) -> int:
+    """Type of a tool's --seed for argparse: a number with a key of its own."""
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"{number}: 0 to 2**32 - 1 are possible")
+    return number
+
+
 def check_resumable(saved: Any, wanted: Any) -> None:
     """ValueError if a field changed that a resumed run must keep."""
     for field in dataclasses.fields(saved):
         old, new = getattr(saved, field.name), getattr(wanted, field.name)
         same = old == new
         if field.name == "run_dir":  # one folder has several paths
-            same = Path(old).expanduser().resolve() == Path(new).expanduser().resolve()
+            same = rundir.expanded(old).resolve() == rundir.expanded(new).resolve()
         if not same and field.name not in RESUMABLE:
             raise ValueError(
                 f"cannot resume with {field.name}={new!r}, the run has {old!r}: "
@@ -314,7 +322,7 @@ def check_resumable(saved: Any, wanted: Any) -> None:
 
 def find_run(path: str) -> Path:
     """The run directory at `path`; ValueError if it is none."""
-    run_dir = Path(path).expanduser()
+    run_dir = rundir.expanded(path)
     if not (run_dir / "config.json").exists():
         raise ValueError(f"{path} is not a run directory: it has no config.json")
     return run_dir

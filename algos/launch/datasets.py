@@ -46,7 +46,7 @@ def load(source: str, env: envs.Env) -> Dataset:
     if not source:
         raise ValueError("no dataset: give --dataset PATH or --dataset minari:NAME")
     minari = source.startswith("minari:")
-    path = minari_path(source[7:]) if minari else Path(source).expanduser()
+    path = minari_path(source[7:]) if minari else rundir.expanded(source)
     if not path.is_file():
         where = "" if path.is_absolute() else f" in {Path.cwd()}"
         raise ValueError(f"dataset {source!r} does not exist{where}, or is not a file")
@@ -149,6 +149,11 @@ def from_episodes(episodes: Iterable[tuple]) -> Dataset:
     """
     parts = []
     for obs, action, reward, terminated in episodes:
+        if len(reward) != len(action) or len(obs) - len(action) not in (0, 1):
+            raise ValueError(
+                f"an episode has {len(obs)} observations, {len(action)} actions and {len(reward)} "
+                "rewards"
+            )
         n = len(action) if terminated else len(action) - 1
         if n < 1:
             continue
@@ -199,7 +204,7 @@ def minari_episodes(file: Mapping[str, Any]):
     for name in sorted(names, key=lambda name: int(name[8:])):
         group = file[name]
         obs, action, reward = columns(group, "observations", "actions", "rewards")
-        yield obs, action, reward, bool(group["terminations"][-1])
+        yield obs, action, reward, bool(flags(group, "terminations", len(action))[-1])
 
 
 def flat_episodes(file: Mapping[str, Any]):
@@ -211,7 +216,10 @@ def flat_episodes(file: Mapping[str, Any]):
     obs, action, reward = columns(file, "observations", "actions", "rewards")
     if "timeouts" not in file:
         raise ValueError("it has no timeouts, so nobody knows where episodes were cut")
-    terminals, timeouts = (x.astype(bool) for x in columns(file, "terminals", "timeouts"))
+    n = len(obs)
+    if not n == len(action) == len(reward):
+        raise ValueError(f"it has {n} observations, {len(action)} actions, {len(reward)} rewards")
+    terminals, timeouts = (flags(file, name, n) for name in ("terminals", "timeouts"))
     ends = np.union1d(np.flatnonzero(terminals | timeouts), [len(obs) - 1]).astype(int)
     for start, end in zip([0, *ends[:-1] + 1], ends, strict=True):
         part = slice(start, end + 1)
@@ -219,16 +227,34 @@ def flat_episodes(file: Mapping[str, Any]):
 
 
 def columns(group: Mapping[str, Any], *names: str) -> list[np.ndarray]:
-    """Arrays of a group; ValueError for observations or actions that are dicts or tuples."""
+    """Arrays of numbers in a group; ValueError for dicts and tuples, no rows, and other types."""
+    found = []
     for name in names:
         if isinstance(group[name], Mapping):
             raise ValueError(f"{name} have the parts {', '.join(group[name])}: an array is needed")
-    return [group[name][()] for name in names]
+        x = group[name][()]
+        if x.dtype.kind not in "fiub":
+            raise ValueError(f"{name} are {x.dtype}: numbers are needed")
+        if not len(x):
+            raise ValueError(f"{name} has no rows")
+        found.append(x)
+    return found
+
+
+def flags(group: Mapping[str, Any], name: str, n: int) -> np.ndarray:
+    """Flags [n] of a group; ValueError for another shape and for values beside 0 and 1."""
+    (x,) = columns(group, name)
+    if x.shape != (n,):
+        raise ValueError(f"{name} is {[*x.shape]}, and [{n}] is needed")
+    if not np.isin(x, (0, 1)).all():
+        raise ValueError(f"{name} has values beside 0 and 1")
+    return x.astype(bool)
 
 
 def minari_root() -> Path:
     """Where Minari keeps the datasets of this machine."""
-    return Path(os.environ.get("MINARI_DATASETS_PATH", Path.home() / ".minari" / "datasets"))
+    path = os.environ.get("MINARI_DATASETS_PATH")
+    return Path(path) if path else rundir.expanded("~/.minari/datasets")
 
 
 def minari_path(name: str) -> Path:
@@ -255,7 +281,7 @@ def load_clones(run_dir: str, env: envs.Env, hidden: tuple[int, ...], seeds: Ite
     """
     if not run_dir:
         raise ValueError("behavior='': give --behavior RUN_DIR of bc.py, or a dual divergence")
-    folder = Path(run_dir).expanduser()
+    folder = rundir.expanded(run_dir)
     saved = rundir.read_description(folder)
     task, layers = saved["config"]["env"], tuple(saved["config"].get("hidden", ()))
     if saved["algo"] != "bc" or envs.canonical(task) != envs.canonical(env.name):

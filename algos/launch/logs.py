@@ -29,10 +29,10 @@ WIDTH = 78  # columns of a line on the console
 
 
 class Console:
-    """Standard error, or nothing from the moment it goes away: a run does not end with it."""
+    """A standard stream, or nothing from the moment it goes away: a run does not end with it."""
 
-    def __init__(self) -> None:
-        self.stream = sys.stderr  # None if it was closed from the start
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream  # None if it was closed from the start
 
     def write(self, text: str) -> int:
         """Write if there is a console."""
@@ -61,13 +61,26 @@ class Console:
     def lose(self) -> None:
         """Go on without; what Python itself flushes at its end goes nowhere too."""
         lost, self.stream = self.stream, None
-        if lost is not sys.__stderr__:  # a stream of the caller's: the process keeps its own
+        numbers = (1, 2) if lost is sys.__stderr__ else (1,) if lost is sys.__stdout__ else ()
+        if not numbers:  # a stream of the caller's: the process keeps its own
             return
         null = os.open(os.devnull, os.O_WRONLY)
-        for number in (1, 2):
+        for number in numbers:
             with contextlib.suppress(OSError):
                 os.dup2(null, number)
         os.close(null)
+
+
+@contextlib.contextmanager
+def steady():
+    """Let a program go on if the terminal or the pipe that it prints to goes away."""
+    out, error = Console(sys.stdout), Console(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):  # type: ignore[type-var]
+        try:
+            yield
+        finally:
+            out.flush()  # what it has not printed yet may be the first that fails
+            error.flush()
 
 
 class Log:
@@ -78,7 +91,7 @@ class Log:
 
     def __init__(self, verbose: int):
         self.verbose = verbose
-        self.console: Any = Console()
+        self.console: Any = Console(sys.stderr)
         self.file: Any = None
         self.tensorboard: Any = None
         self.wandb_runs: list[tuple[Any, int | None]] = []  # (run, its row; None: all rows)

@@ -159,6 +159,14 @@ def read_json(path: Path, **wanted: type) -> dict[str, Any]:
     return value
 
 
+def expanded(path: Path | str) -> Path:
+    """The path with the home directory for ~; ValueError if there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 # --- one process, one run ---
 
 
@@ -174,7 +182,8 @@ def lock(run_dir: Path) -> filelock.FileLock:
 
 def files(run_dir: Path) -> list[Path]:
     """What a run has written to the directory, by name."""
-    names = ("config.json", "meta.json", "metrics.jsonl", "done.json", "checkpoints", "*.npz")
+    names = ["config.json", "meta.json", "metrics.jsonl", "done.json", "checkpoints", "*.npz"]
+    names += ["plots", "tensorboard", "videos", "wandb"]
     return sorted(path for name in names for path in run_dir.glob(name))
 
 

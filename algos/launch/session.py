@@ -75,6 +75,12 @@ def main(name: str, argv: list[str] | None = None) -> None:
             session.run()
         except OSError as error:  # such as a full disk
             end(launch, 1, f"error: {error}: {session.advice}")
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            reason = str(error).partition("\n")[0]
+            advice = "start a smaller run: fewer seeds, environments, episodes or units"
+            end(launch, 1, f"error: {reason}: {advice}")
         except KeyboardInterrupt:
             said = f"stopped at once; {session.advice}"
             if argv is None:
@@ -119,7 +125,7 @@ class Session:
     def __init__(self, name: str, config: Any, launch: Launch, rows: Rows):
         self.name, self.config, self.launch, self.rows = name, config, launch, rows
         self.lead = jax.process_index() == 0  # the host that writes and prints
-        self.run_dir = Path(launch.run_dir or default_run_dir(name, config, launch)).expanduser()
+        self.run_dir = rundir.expanded(launch.run_dir or default_run_dir(name, config, launch))
         self.log = logs.Log(launch.verbose if self.lead else -1)
         self.update = 0
         self.seconds = {"compile": 0.0, "train": 0.0, "eval": 0.0}
@@ -139,6 +145,8 @@ class Session:
     @property
     def advice(self) -> str:
         """How to go on after an early end."""
+        if (self.run_dir / "done.json").exists():  # a run that is resumed has none
+            return f"all but its pictures is done: python experiments/render.py {self.run_dir}"
         if self.program.stateful:
             return f"{self.config.env} cannot be resumed"
         return f"go on with --resume {self.run_dir}"
@@ -203,6 +211,8 @@ class Session:
             return
         template = jax.eval_shape(self.program.init, *inputs(self.rows))
         self.restored, meta = rundir.load_tree(saved[-1], template)
+        if meta["update"] and not (self.run_dir / "eval.npz").exists():
+            raise ValueError(f"{self.run_dir} has no eval.npz: its curve so far is lost")
         self.update, self.seconds = meta["update"], meta["seconds"]
         self.started -= self.seconds.pop("wall", 0.0)  # older checkpoints do not have it
         self.dead = np.array(meta["dead"])
@@ -379,6 +389,7 @@ class Session:
         while alive and not (self.stop and jax.process_count() == 1):
             start = time.time()
             plays = self.program.play(state, plays, jnp.int32(length))
+            plays = jax.block_until_ready(plays)  # raises errors, for which np.asarray waits
             alive = any(np.asarray(play.alive).any() for play in plays.values())
             length = max(1, int(length * SLICE_SECONDS / max(time.time() - start, 1e-6)))
         self.seconds["eval"] += time.time() - clock

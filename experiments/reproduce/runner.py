@@ -12,7 +12,9 @@ its curves.
 
 import argparse
 import importlib
+import itertools
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -23,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from algos.launch import cli, report, rundir
+from algos.launch import cli, logs, report, rundir
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,8 +44,14 @@ class Job(NamedTuple):
 
 def launches(run_dir: Path, file: str) -> list[Path]:
     """Directories of the launches of a run that have this file: the first, then added seeds."""
-    paths = [run_dir, *sorted(run_dir.parent.glob(f"{run_dir.name}_s[0-9]*"))]
-    return [path for path in paths if (path / file).exists()]
+    added = sorted(path for path in run_dir.parent.glob("*_s*") if adds_seeds(path, run_dir))
+    return [path for path in (run_dir, *added) if (path / file).exists()]
+
+
+def adds_seeds(path: Path, run_dir: Path) -> bool:
+    """Whether this is the directory of a launch that adds seeds to a run."""
+    name = re.fullmatch(r"(.*)_s\d+", path.name)
+    return bool(name) and path.with_name(name[1]) == run_dir
 
 
 def flags_of(job: Job, run_dir: Path, path: Path) -> list[str]:
@@ -112,7 +120,13 @@ def command(job: Job, run_dir: Path, seed: int, num_seeds: int) -> list[str] | N
 
 
 def plan(jobs: dict[Path, Job], seed: int, num_seeds: int) -> list[tuple[Path, Job, list[str]]]:
-    """(run directory, job, command line) of the launches that are asked for and not complete."""
+    """(run directory, job, command line) of the launches that are asked for and not complete.
+
+    ValueError if one directory would belong to two runs.
+    """
+    for path, run_dir in itertools.permutations(jobs, 2):
+        if adds_seeds(path, run_dir):
+            raise ValueError(f"{path} would also hold further seeds of {run_dir}: rename a task")
     found = [(path, job, command(job, path, seed, num_seeds)) for path, job in jobs.items()]
     return [(path, job, argv) for path, job, argv in found if argv]
 
@@ -147,15 +161,22 @@ def read_launches(paths: list[Path]) -> rundir.Run:
 
 
 def run(argv: list[str]) -> None:
-    """Run one launch. It gets a ctrl-C too, and once it has saved this program ends as well."""
+    """Run one launch. It gets all signals too, and once it has saved this program ends as well."""
     print(f"$ {shlex.join(['python', *argv[1:]])}", flush=True)
     child = subprocess.Popen(argv)
-    while True:
-        try:
-            status = child.wait()
-            break
-        except KeyboardInterrupt:
-            continue
+    pass_on = lambda number, frame: child.send_signal(number)
+    numbers = [x for x in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(x) != signal.SIG_IGN]
+    handlers = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        while True:
+            try:
+                status = child.wait()
+                break
+            except KeyboardInterrupt:  # the terminal sends it to both
+                continue
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if status == 3:
         print("every seed of this run died; the others go on", file=sys.stderr)
     elif status:
@@ -230,6 +251,7 @@ def summarise(jobs: list[Job], folder: Path) -> Report:
     return Report(folder, runs, rows, report.markdown(rows))
 
 
+@logs.steady()
 def main(
     doc: str,
     groups: dict[str, list[Job]],
@@ -249,7 +271,7 @@ def main(
     parser.add_argument("--jobs", nargs="+", help="only jobs of these names")
     parser.add_argument("--num-seeds", type=int, default=8, help="of runs that are not there yet")
     parser.add_argument("--seed", type=int, default=0, help="the first; others add to the runs")
-    parser.add_argument("--out", type=Path, default=Path(out), help=f"default: {out}")
+    parser.add_argument("--out", type=rundir.expanded, default=Path(out), help=f"default: {out}")
     args = parser.parse_args(argv)
     for flag, field in (("tasks", "task"), ("jobs", "name")):
         known = {getattr(job, field) for group in args.groups for job in groups[group]}
