@@ -36,7 +36,7 @@ def test_a_clipped_surrogate_has_no_gradient(ratio, advantage, weight):
 
 @pytest.mark.xdist_group("ppo")
 @pytest.mark.parametrize("env", ["probe/action", "probe/action-continuous"])
-def test_a_run_is_measured(env, tmp_path, signals, capsys):
+def test_a_run_is_measured(env, tmp_path, monkeypatch, signals, capsys):
     run_dir, out = tmp_path / "run", tmp_path / "out"
     sizes = ["--num-envs", "4", "--num-steps", "8", "--hidden", "8", "--total-timesteps", "64"]
     flags = ["--env", env, *sizes, "--num-seeds", "1", "--num-evals", "1"]
@@ -45,6 +45,8 @@ def test_a_run_is_measured(env, tmp_path, signals, capsys):
     with pytest.raises(SystemExit):
         return_variance.main(["--run-dir", str(run_dir), "--row", "1", "--out", str(out)])
     assert "--row 1: the run has rows 0 to 0" in capsys.readouterr().err
+    means = lambda *spreads: [float(np.mean(x)) for x in (*spreads, 0.0)]
+    monkeypatch.setattr(return_variance, "relative", means)
     return_variance.main(["--run-dir", str(run_dir), *size, "--out", str(out)])
     with pytest.raises(SystemExit):
         return_variance.main(["--run-dir", str(run_dir), *size, "--out", str(out)])
@@ -54,36 +56,20 @@ def test_a_run_is_measured(env, tmp_path, signals, capsys):
     discrete = env == "probe/action"
     assert len(found) == len(rows) == (4 if discrete else 2) * 5
     assert all(np.isfinite(row["variance"]) for row in rows)
-    clipped, free = found["pi", "gradient as trained"], found["pi", "gradient"]
-    np.testing.assert_allclose(clipped["variance"], free["variance"], rtol=1e-5)  # its ratio is 1
-    if discrete:  # pi is nearly uniform and V nearly 0: both actions give the same gradient
-        assert free["variance"] < 0.1 * free["mean"] ** 2
-
-
-@pytest.mark.xdist_group("ppo")
-@pytest.mark.usefixtures("signals")
-def test_rows_of_a_measurement(tmp_path, monkeypatch):
-    run_dir, out = tmp_path / "run", tmp_path / "out"
-    sizes = ["--num-envs", "4", "--num-steps", "8", "--hidden", "8", "--total-timesteps", "64"]
-    flags = ["--env", "probe/truncation", *sizes, "--num-seeds", "1", "--num-evals", "1"]
-    launch.main("bpo", [*flags, "--normalize-reward", "--run-dir", str(run_dir)])
-    means = lambda *spreads: [float(np.mean(x)) for x in (*spreads, 0.0)]
-    monkeypatch.setattr(return_variance, "relative", means)
-    size = ["--starts", "3", "--repeats", "4", "--num-steps", "5"]
-
-    def measure():
-        return_variance.main(["--run-dir", str(run_dir), *size, "--force", "--out", str(out)])
-        rows = json.loads(out.with_suffix(".json").read_text())["rows"]
-        return {(row["acting"], row["estimate"]): row for row in rows}
-
-    found = measure()
     for (acting, estimate), row in found.items():
-        if acting != "pi":  # its own variance first
+        if acting != "pi":  # compared with pi, its own variance first
             known = [row["variance"], found["pi", estimate]["variance"]]
             np.testing.assert_allclose(row["relative"][:2], known, rtol=1e-6)
     # on policy both are the discounted sum of rewards and the last value
     one, other = (found["pi", x] for x in ("PDIS", "V-trace, no clipping, lambda 1"))
     np.testing.assert_allclose(one["mean"], other["mean"], rtol=1e-4)
-    nothing = lambda reward, *_: (jnp.zeros_like(reward), jnp.ones_like(reward))
-    monkeypatch.setattr(return_variance.bpo, "step_estimator", nothing)
-    assert measure()["pi", "gradient"]["mean"] == 0.0  # of the advantage, not of the target
+    clipped, free = found["pi", "gradient as trained"], found["pi", "gradient"]
+    np.testing.assert_allclose(clipped["variance"], free["variance"], rtol=1e-5)  # its ratio is 1
+    if discrete:  # pi is nearly uniform and V nearly 0: both actions give the same gradient
+        assert free["variance"] < 0.1 * free["mean"] ** 2
+        nothing = lambda reward, *_: (jnp.zeros_like(reward), jnp.ones_like(reward))
+        monkeypatch.setattr(return_variance.bpo, "step_estimator", nothing)
+        return_variance.main(["--run-dir", str(run_dir), *size, "--force", "--out", str(out)])
+        rows = json.loads(out.with_suffix(".json").read_text())["rows"]
+        gradients = [row["mean"] for row in rows if row["estimate"] == "gradient"]
+        assert gradients == [0.0] * 4  # of the advantage, not of the target
