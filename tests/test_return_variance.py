@@ -35,7 +35,7 @@ def test_a_clipped_surrogate_has_no_gradient(ratio, advantage, weight):
 
 
 @pytest.mark.xdist_group("ppo")
-@pytest.mark.parametrize("env", ["probe/action", "probe/action-continuous"])
+@pytest.mark.parametrize("env", ["probe/action", "probe/truncation", "probe/action-continuous"])
 def test_a_run_is_measured(env, tmp_path, monkeypatch, signals, capsys):
     run_dir, out = tmp_path / "run", tmp_path / "out"
     sizes = ["--num-envs", "4", "--num-steps", "8", "--hidden", "8", "--total-timesteps", "64"]
@@ -53,7 +53,7 @@ def test_a_run_is_measured(env, tmp_path, monkeypatch, signals, capsys):
     assert "out.md exists: choose another name, or --force" in capsys.readouterr().err
     rows = json.loads(out.with_suffix(".json").read_text())["rows"]
     found = {(row["acting"], row["estimate"]): row for row in rows}
-    discrete = env == "probe/action"
+    discrete = env != "probe/action-continuous"
     assert len(found) == len(rows) == (4 if discrete else 2) * 5
     assert all(np.isfinite(row["variance"]) for row in rows)
     for (acting, estimate), row in found.items():
@@ -65,7 +65,7 @@ def test_a_run_is_measured(env, tmp_path, monkeypatch, signals, capsys):
     np.testing.assert_allclose(one["mean"], other["mean"], rtol=1e-4)
     clipped, free = found["pi", "gradient as trained"], found["pi", "gradient"]
     np.testing.assert_allclose(clipped["variance"], free["variance"], rtol=1e-5)  # its ratio is 1
-    if discrete:  # pi is nearly uniform and V nearly 0: both actions give the same gradient
+    if env == "probe/action":  # pi is nearly uniform and V nearly 0: both actions give the same gradient
         assert free["variance"] < 0.1 * free["mean"] ** 2
         nothing = lambda reward, *_: (jnp.zeros_like(reward), jnp.ones_like(reward))
         monkeypatch.setattr(return_variance.bpo, "step_estimator", nothing)
