@@ -65,7 +65,8 @@ def test_a_run_is_measured(env, tmp_path, monkeypatch, signals, capsys):
     np.testing.assert_allclose(one["mean"], other["mean"], rtol=1e-4)
     clipped, free = found["pi", "gradient as trained"], found["pi", "gradient"]
     np.testing.assert_allclose(clipped["variance"], free["variance"], rtol=1e-5)  # its ratio is 1
-    if env == "probe/action":  # pi is nearly uniform and V nearly 0: both actions give the same gradient
+    if env == "probe/action":
+        # pi is nearly uniform and V nearly 0: both actions give the same gradient
         assert free["variance"] < 0.1 * free["mean"] ** 2
         nothing = lambda reward, *_: (jnp.zeros_like(reward), jnp.ones_like(reward))
         monkeypatch.setattr(return_variance.bpo, "step_estimator", nothing)
