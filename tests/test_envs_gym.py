@@ -332,3 +332,14 @@ def test_mjx_agrees_with_c(task):
     assert errors.max() < 1e-3
     assert reward_errors.max() < 1e-4
     np.testing.assert_array_equal(terminated, expected[2])
+
+
+def test_velocities_and_force_of_the_double_pendulum_are_clipped():
+    data = SimpleNamespace(
+        site_xpos=np.array([[0.0, 0.0, 1.2]]),
+        qpos=np.zeros(3),
+        qvel=np.array([20.0, -20.0, 5.0]),
+        qfrc_constraint=np.array([50.0, 0.0, 0.0]),
+    )
+    _, outcome = gym.inverted_double_pendulum(np, data, None, SimpleNamespace(healthy_reward=10.0))
+    assert outcome.obs[5:].tolist() == [10.0, -10.0, 5.0, 10.0]

@@ -486,3 +486,38 @@ def test_a_notebook_gets_its_signal_handlers_back(tmp_path, monkeypatch, main_th
             call(*flags)
     assert [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert warnings.showwarning is showwarning
+
+
+def test_seconds_are_those_of_their_parts(tmp_path, monkeypatch):
+    """Compilation takes 1000 s here, an update 10 s and a call of an evaluation half a second."""
+    now, calls, compile_ahead = [0.0], [], session.compile_ahead
+    monkeypatch.setattr(session.time, "time", lambda: now[0])
+
+    def slow(function, seconds):
+        def called(*args):
+            now[0] += seconds
+            calls.append(seconds)
+            return function(*args)
+
+        return called
+
+    def compiled(*args):
+        made = slow(compile_ahead, 1000.0)(*args)
+        return made._replace(train=slow(made.train, 10.0), play=slow(made.play, 0.5))
+
+    monkeypatch.setattr(session, "compile_ahead", compiled)
+    monkeypatch.setattr(session, "memory_text", lambda *_: "")
+    run_dir = tmp_path / "run"
+    run(*FLAGS, "--verbose", "0", "--run-dir", str(run_dir))
+    seconds = strict_json(run_dir / "done.json")["seconds"]
+    parts = {"compile": 1000.0, "train": 60.0, "eval": 0.5 * calls.count(0.5)}
+    assert seconds == parts | {"wall": sum(parts.values())}
+    speeds = [x["charts/SPS"] for x in lines_of(run_dir) if "charts/SPS" in x]
+    assert speeds == [2 * 32 / 10.0] * 2  # 2 seeds, 32 steps in an update
+
+    saved = rundir.load_arrays(rundir.checkpoints(run_dir)[-1])[1]["seconds"]
+    run("--resume", str(run_dir), "--verbose", "0", "--total-timesteps", "256")
+    seconds = strict_json(run_dir / "done.json")["seconds"]
+    assert (seconds["compile"], seconds["train"]) == (2000.0, 80.0)
+    assert seconds["wall"] == seconds["compile"] + seconds["train"] + seconds["eval"]
+    assert seconds["wall"] > saved["wall"] + 1000.0
