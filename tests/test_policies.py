@@ -188,6 +188,14 @@ def test_a_policy_of_an_older_version_can_be_loaded(copy):
         policies.load_policy(path)
 
 
+@pytest.mark.parametrize("name", ["format", "algo", "config", "obs", "action"])
+def test_a_policy_with_damaged_metadata_is_named(copy, name):
+    path = copy / "policy_s000.npz"
+    rewrite(path, lambda meta: meta | {name: None})
+    with pytest.raises(ValueError, match=f"no policy: its metadata have no {name}"):
+        policies.load_policy(path)
+
+
 def test_a_policy_of_a_newer_version_is_refused(copy):
     path = copy / "policy_s000.npz"
     rewrite(path, lambda meta: meta | {"format": 2})

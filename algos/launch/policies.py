@@ -88,6 +88,10 @@ def describe_policy(path: Path) -> dict[str, Any]:
     meta = rundir.load_arrays(path)[1]
     if "format" not in meta:
         return rundir.read_description(path.parent) | meta
+    kinds = {"format": int, "algo": str, "config": dict, "obs": dict, "action": dict}
+    for name, kind in kinds.items():
+        if not isinstance(meta.get(name), kind):
+            raise ValueError(f"{path} is damaged or no policy: its metadata have no {name}")
     if meta["format"] > FORMAT:
         raise ValueError(
             f"{path} has format {meta['format']}, and this PurePO reads {FORMAT}: update it"
