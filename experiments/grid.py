@@ -8,7 +8,7 @@ and saves the launch that runs; the same command goes on with it and skips what 
 --seed 8 adds seeds to those that are there, in DIR/ALGO/TASK_s8.
 
 At the end DIR/curves.png has a panel for each task, and DIR/table.md and DIR/table.json have the
-numbers. compare.py draws the same run directories in other ways.
+numbers, of all complete runs in DIR. compare.py draws the same run directories in other ways.
 """
 
 import argparse
@@ -46,6 +46,13 @@ def jobs_of(args: argparse.Namespace, flags: list[str]) -> dict[Path, Job]:
     return {
         args.out / algo / task: Job(task, algo, algo, text) for algo in args.algos for task in tasks
     }
+
+
+def jobs_in(out: Path) -> dict[Path, Job]:
+    """All runs of the grid in a directory, by their run directories."""
+    saved = [rundir.read_description(path.parent) for path in sorted(out.rglob("config.json"))]
+    runs = [(x["algo"], envs.canonical(x["config"]["env"])) for x in saved]
+    return {out / algo / task: Job(task, algo, algo) for algo, task in runs}
 
 
 def check_present(job: Job, run_dir: Path, seed: int, num_seeds: int) -> None:
@@ -99,6 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     args, flags = parser.parse_known_args(cli.dashed(sys.argv[1:] if argv is None else argv))
     try:
         jobs = jobs_of(args, flags)
+        others = jobs_in(args.out)
         for run_dir, job in jobs.items():
             check_present(job, run_dir, args.seed, args.num_seeds)
         todo = runner.plan(jobs, args.seed, args.num_seeds)
@@ -110,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.exit(130, "stopped before the start\n")
     for _, _, argv in todo:
         runner.run(argv)
-    entries = report.entries(runner.complete(jobs).values())
+    entries = report.entries(runner.complete(jobs | others).values())
     summaries = [report.summary(*entry) for entry in entries]
     report.plot_curves(entries, args.out / "curves.png")
     runner.write_table(args.out, report.markdown(summaries), summaries)
