@@ -302,6 +302,9 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on after the last complete part", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def run(args: argparse.Namespace, held: contextlib.ExitStack) -> None:

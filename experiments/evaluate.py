@@ -78,6 +78,8 @@ def main(argv: list[str] | None = None):
             rundir.write_json(args.json, known | logs.surroundings())
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "stopped: nothing is kept\n")
 
 
 if __name__ == "__main__":

@@ -237,8 +237,9 @@ def test_interrupted_and_run_again_is_the_same_dataset(mixture, tmp_path, monkey
         return write(*args)
 
     monkeypatch.setattr(datasets, "write", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         run(*argv, out)
+    assert "stopped: the same command goes on" in capsys.readouterr().err
     assert not out.exists()
     with pytest.raises(SystemExit):
         run(*argv[:-3], "--seed", 4, "--out", out)

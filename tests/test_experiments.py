@@ -172,6 +172,16 @@ def test_policies_are_evaluated_again(tmp_path, capsys, monkeypatch):
     assert json.loads(result.read_text())["episodes"] == 2
 
 
+def test_an_evaluation_can_be_stopped(tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "evaluate_run", interrupt)
+    with pytest.raises(SystemExit, match="130"):
+        evaluate.main([str(write_run(tmp_path / "run"))])
+    assert capsys.readouterr().err == "stopped: nothing is kept\n"
+
+
 def test_what_cannot_be_evaluated_is_one_line(tmp_path, capsys, monkeypatch):
     dead = write_run(tmp_path / "dead", seeds=(0, 1))
     nothing = [np.full((2, 2), np.nan)]

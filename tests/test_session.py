@@ -296,9 +296,9 @@ def test_second_interrupt_stops_at_once():
         (KeyboardInterrupt(), 130, r"stopped at once; go on with --resume \S+run\n"),
         (OSError(28, "No space left"), 1, r"error: .*No space left: .* --resume \S+run\n"),
         (
-            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.\nmore"),
+            jax.errors.JaxRuntimeError("INTERNAL: Out of memory allocating 9 bytes.\nmore"),
             1,
-            r"error: RESOURCE_EXHAUSTED: Out of memory.: start a smaller run: fewer .*\n",
+            r"error: INTERNAL: Out of memory allocating 9 bytes.: start a smaller run: fewer .*\n",
         ),
     ],
 )

@@ -76,7 +76,7 @@ def main(name: str, argv: list[str] | None = None) -> None:
         except OSError as error:  # such as a full disk
             end(launch, 1, f"error: {error}: {session.advice}")
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if not re.search("RESOURCE_EXHAUSTED|Out of memory", str(error)):
                 raise
             reason = str(error).partition("\n")[0]
             advice = "start a smaller run: fewer seeds, environments, episodes or units"
