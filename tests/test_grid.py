@@ -152,7 +152,7 @@ def test_launches_are_checked_as_they_would_check_themselves(algo, argv, message
         grid.check(runner.Job("TASK", algo, algo), argv)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_the_launch_and_says_how_to_go_on(tmp_path, number):
     """Ctrl-C goes to all processes of a terminal; the launch may take its time to save."""
     launch = """
@@ -161,7 +161,7 @@ def save(*_):
     time.sleep(0.5)
     pathlib.Path(sys.argv[1], "saved").touch()
     raise SystemExit(130)
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, save)
 pathlib.Path(sys.argv[1], "started").touch()
 time.sleep(60)
