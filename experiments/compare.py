@@ -7,7 +7,8 @@
 
 The table has a row for each run, and for each value of a swept run: the interquartile mean over
 seeds of the last greedy evaluation, with its 95 % bootstrap interval. Seconds are of the whole
-launch, all of its rows together. The figure of --out has a panel for each task.
+launch, all of its rows together. The figure of --out has a panel for each task. RUN_DIR_s8, a
+launch that adds seeds to RUN_DIR, counts to it if both are given.
 
 --normalise names a JSON file with the returns of each task that count as 0 and as 1, such as those
 of a random and of a trained policy: {"gym/Hopper-v5": [18, 3500], "gym/Ant-v5": [-60, 5000]}. With
@@ -25,6 +26,7 @@ if __name__ == "__main__":  # import from this checkout
 
 import envs
 from algos.launch import report, rundir
+from experiments.reproduce import runner
 
 
 def read_runs(run_dirs: list[Path]) -> list[rundir.Run]:
@@ -34,6 +36,29 @@ def read_runs(run_dirs: list[Path]) -> list[rundir.Run]:
         if places[i] in places[:i]:
             raise ValueError(f"{path} is given twice: name each run once")
     return [rundir.read_run(path) for path in run_dirs]
+
+
+def joined(runs: list[rundir.Run]) -> list[rundir.Run]:
+    """The runs, with the launches that add seeds to another of them (RUN_s8 to RUN) in that one.
+
+    Both must be complete and have the same settings.
+    """
+    launches: dict[Path, list[Path]] = {}
+    for run in runs:
+        same = (
+            other.path
+            for other in runs
+            if runner.adds_seeds(run.path, other.path)
+            and (run.config, run.launch.get("sweep")) == (other.config, other.launch.get("sweep"))
+            and run.done
+            and other.done
+        )
+        launches.setdefault(next(same, run.path), []).append(run.path)
+    whole = {run.path: run for run in runs}
+    return [
+        runner.read_launches(sorted(paths)) if len(paths) > 1 else whole[paths[0]]
+        for paths in launches.values()
+    ]
 
 
 def check_ending(out: Path, *endings: str) -> None:
@@ -100,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--width {args.width:g}: 2 to 30 inches are possible")
     try:
         outputs = outputs_of(args)
-        entries = report.entries(read_runs(args.run_dirs))
+        entries = report.entries(joined(read_runs(args.run_dirs)))
         if args.labels:
             entries = report.relabel(entries, args.labels)
         rows = [report.summary(*entry) for entry in entries]

@@ -72,6 +72,23 @@ def test_a_row_for_each_swept_value(tmp_path, capsys):
     assert [row[2] for row in rows] == ["2/2", "2/2"]
 
 
+def test_added_seeds_count_to_their_run(tmp_path, capsys):
+    """Unless they have other settings, or are unfinished."""
+    runs = [write_run(tmp_path / "run"), write_run(tmp_path / "run_s4", seeds=(4, 5))]
+    other = write_run(tmp_path / "run_s6", seeds=(6,))
+    saved = rundir.read_json(other / "config.json")
+    saved["config"]["gamma"] = 0.5
+    rundir.write_json(other / "config.json", saved)
+    unfinished = write_run(tmp_path / "run_s7", seeds=(7,), done=False)
+    compare.main([*map(str, [runs[1], other, runs[0], unfinished])])
+    rows = [(row[0], row[2]) for row in table_of(capsys)]
+    assert rows == [
+        ("ppo (run)", "6/6"),
+        ("ppo (run_s6)", "1/1"),
+        ("ppo (run_s7), unfinished", "1/1"),
+    ]
+
+
 def test_nobody_alive(tmp_path, capsys):
     run = write_run(tmp_path / "run", seeds=(1, None))
     dead = write_run(tmp_path / "dead", labels=("a",), seeds=(1,))
