@@ -608,17 +608,17 @@ HUMANOID = {
     "critic_width": 1024,
 }
 PRESETS: dict[str, dict[str, Any]] = {
-    # tasks of Gymnasium that have no preset of their own
+    # sources of tasks, for those that have no preset of their own
     "gym": {
         **CPU, "total_timesteps": 1_000_000, "vmin": -25.0, "vmax": 150.0, "reward_scale": 0.1,
         "reward_range": (0.0, 0.0),
     },
+    "playground": CPU_DMC,
     # tasks
     "pendulum": {
         **CPU, "vmin": -168.0, "vmax": 12.0, "reward_scale": 0.1, "reward_range": (-16.28, 0.0),
     },
     "inverted_pendulum": {**CPU, **UNIT},
-    **dict.fromkeys(("CartpoleBalance", "CartpoleSwingup", "CheetahRun"), CPU_DMC),
     "ReacherEasy": {  # an episode has one goal: more environments see more goals per update
         **CPU_DMC, "num_envs": 512, "num_steps": 16, "num_minibatches": 32, "critic_loss": "mse",
         "kl_bound": 0.1, "target_entropy_mult": 0.5,

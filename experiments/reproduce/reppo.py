@@ -4,7 +4,7 @@
     python experiments/reproduce/reppo.py published --num-seeds 4
 
 groups:
-  tasks      the presets sized for a CPU, on three tasks with PPO at equal environment steps
+  tasks      the presets sized for a CPU, on five tasks with PPO at equal environment steps
   ablations  REPPO on one task with one part changed, those that the authors changed
   details    the same for what they did not change
   published  dmc_small for 10M steps beside the authors' numbers: for an accelerator
@@ -47,6 +47,8 @@ GROUPS: dict[str, list[Job]] = {
                 ("CartpoleSwingup", 1_000_000),
                 ("ReacherEasy", 1_000_000),
                 ("CheetahRun", 300_000),
+                ("WalkerWalk", 300_000),
+                ("HopperHop", 300_000),
             )
             for algo in ("reppo", "ppo")
         ),
