@@ -850,7 +850,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "pendulum": {
         "total_timesteps": 300_000, "num_envs": 16, "num_steps": 128, "num_epochs": 10,
         "num_minibatches": 16, "shuffle": "rows", "learning_rate": 1e-3, "anneal_lr": True,
-        "gamma": 0.9, "normalize_reward": True, **REPLAY,
+        "gamma": 0.9, "normalize_reward": True, **REPLAY, "num_mu_epochs": 10,
     },
     "inverted_pendulum": {**FAST, "total_timesteps": 300_000},
     "inverted_double_pendulum": {**FAST, "total_timesteps": 300_000},
