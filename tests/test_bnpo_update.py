@@ -618,3 +618,31 @@ def test_a_point_learns_to_follow_its_target():
     assert np.median(reached) > 0.75, reached
     random = lambda policy, obs, key, greedy: jax.random.uniform(key, (20, 2), minval=-1.0)
     assert share(random, jnp.zeros(3)).max() < 0.1
+
+
+def test_networks_have_their_own_learning_rates_and_intervals():
+    """Adam's first step is the learning rate; the target critic follows every third minibatch."""
+    brain = replace(FROZEN_PPO, learning_rate=5e-3, critic_tau_interval=3, actor_tau_interval=2)
+    found = run(frozen_config(brains=(brain,), critic_lr=0.02))
+    state, new, _ = found[0]
+    for name, rate in (("actor", 5e-3), ("critic", 0.02)):
+        step = jax.tree.map(lambda x, y: abs(x - y).max(), state.params[name], new.params[name])
+        assert_allclose(max(jax.tree.leaves(step)), rate, rtol=1e-2, atol=0)
+    for state, new, _ in found[:6]:  # one minibatch in each
+        for name, online, tau, interval in (
+            ("critic",) * 2 + (0.1, 3),
+            ("actor0", "actor", 0.5, 2),
+        ):
+            due = int(state.update) % interval == 0
+            wanted = follow(state.target_params[name], new.params[online], tau * due)
+            tiny.assert_close(new.target_params[name], wanted)
+
+
+def test_metrics_of_an_episode():
+    """The score is the mean over a reward's parts; means beyond an action's range saturate."""
+    _, states, metrics = learning()
+    for i, (new, values) in enumerate(zip(states[1:], metrics, strict=True)):
+        episode = jax.tree.map(lambda x: np.asarray(x[i % W]), new.replay)  # noqa: B023
+        assert_allclose(values["charts/score"], episode.reward.mean(-1).sum(-1).mean(), rtol=1e-4)
+        assert_allclose(values["charts/std"], np.exp(episode.policy.log_std).mean())
+        assert_allclose(values["charts/saturation"], (abs(episode.policy.mean) > 1).mean())

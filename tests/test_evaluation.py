@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tiny
 
 import envs
 from algos.launch import evaluation, rows
@@ -66,3 +67,24 @@ def test_a_seed_alone_starts_as_it_does_in_a_launch():
     np.testing.assert_array_equal(
         evaluation.begin(ENV, alone).obs[0], evaluation.begin(ENV, beside).obs[1]
     )
+
+
+def generous():
+    """`counter` that pays 3 a step."""
+    raw = tiny.counter(discrete=True)
+
+    def step(*args):
+        obs, state, reward, *rest = raw.step(*args)
+        return obs, state, 3.0 * reward, *rest
+
+    return raw._replace(name="generous", step=step)
+
+
+def test_evaluations_are_returns_of_whole_episodes():
+    """Of the launcher's program: 4 steps of reward 3; none begins in the middle."""
+    config = tiny.config_of("ppo", env="test_evaluation:generous")
+    program, keys, hparams = tiny.program_of("ppo", config)
+    plays = program.begin(rows.evaluation_keys(rows.Rows(np.arange(2), {}, ["", ""]), 0))
+    play = program.play(program.init(keys, hparams), plays, jnp.int32(100))[""]
+    np.testing.assert_array_equal(play.returns, np.full((2, 2), 12.0))
+    np.testing.assert_array_equal(play.lengths, np.full((2, 2), 4))

@@ -398,3 +398,12 @@ def test_tools_set_jax_up_as_launches_do(tool, flags, tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit, match="2"):
         tool.main([str(write_run(tmp_path / "run")), *flags])
     assert "error: JAX_ENABLE_X64 is set" in capsys.readouterr().err
+
+
+def test_policies_are_evaluated_on_whole_episodes(tmp_path):
+    """By their returns: 4 steps of reward 3."""
+    task = "test_evaluation:generous"
+    run, result = write_run(tmp_path / "run", task, seeds=(0, 1)), tmp_path / "result.json"
+    write_policies(run, (0, 1), task)
+    evaluate.main([str(run), "--episodes", "9", "--json", str(result)])
+    assert json.loads(result.read_text())["rows"][0]["per_seed"] == [12.0, 12.0]

@@ -402,3 +402,12 @@ def test_a_browser_shows_everything_and_nothing_sticks_out(tmp_path):
         assert max(width for width, _, _ in seen["heads"]) < 0.5 * seen["inner"]
         assert seen["loaded"] == [20]
         assert len(seen["players"]) == 1
+
+
+def test_charts_of_metrics_have_the_rows_of_their_value(tmp_path, monkeypatch):
+    labels, drawn = ("gamma=0.9", "gamma=0.99"), []
+    run = write_run(tmp_path / "run", labels=labels, seeds=(1, 2))
+    write_metrics(run, [{"global_step": i, "losses/a": [i, i + 1, 9, 8]} for i in range(2)])
+    monkeypatch.setattr(statistics, "draw_metric", lambda axis, lines: drawn.extend(lines))
+    write_page(tmp_path, run)
+    assert [x.tolist() for _, _, x in drawn] == [[[0, 1], [1, 2]], [[9, 8], [9, 8]]]

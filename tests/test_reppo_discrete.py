@@ -7,6 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 
@@ -297,3 +298,101 @@ def test_a_support_that_is_too_small_is_a_warning():
     with pytest.warns(UserWarning, match=numbers) as caught:
         config_of(reward_range=(0.0, 1.0), gamma=0.99).validate()
     assert len(caught) == 1
+
+
+HERE = SUCCESSOR + np.array([-1, 1], np.float32)
+
+
+def test_what_the_critic_learns_from_standardised_observations():
+    """By statistics of all that was shown until then; a time limit ends the trace. Each epoch
+    has every row once.
+    """
+
+    def change(state):
+        """No norm of a layer hides a wrong scale, because there are biases."""
+        critic = jax.tree.map(lambda x: x + 0.1, state.params["critic"])
+        return only_left(state._replace(params=state.params | {"critic": critic}))
+
+    config, state, _, metrics = counter_update(
+        change, normalize_obs=True, td_lambda=0.8, temperature_init=1e-20, aux_loss_mult=2.0,
+        learning_rate=0.0, num_epochs=2, num_minibatches=4,
+    )  # fmt: skip
+    standard = lambda seen, obs: (obs - seen.mean) / np.sqrt(seen.var + 1e-2)
+    show = lambda seen, t: seen.add(np.tile(HERE[t % 8], (4, 1)))
+    seen, obs, next_obs = show(common.Stats.empty((2,)), 0), [], []
+    for t in range(8):
+        obs.append(standard(seen, HERE[t]))
+        seen = show(seen, t + 1)
+        next_obs.append(standard(seen, SUCCESSOR[t]))
+    critic, left = reppo_discrete.Critic(config, 2), np.zeros(8, int)
+    predict = lambda obs: critic.apply(state.params["critic"], np.array(obs), left)
+    here, after = predict(obs), predict(next_obs)
+    value, next_value = here.value[:, 0], np.asarray(after.value[:, 0])
+    target, trace = np.zeros(8), next_value[-1]
+    for t in reversed(range(8)):
+        mixed = next_value[t] if t % 4 == 3 else 0.8 * trace + 0.2 * next_value[t]
+        trace = target[t] = 1 + 0.5 * mixed
+    assert_close(metrics["losses/value_error"], ((value - target) ** 2).mean(), rtol=1e-4)
+    wanted = np.concatenate([np.ones((8, 1)), after.features], 1)
+    aux = ((here.predicted - wanted) ** 2).mean()
+    assert_close(metrics["losses/aux_loss"], aux, rtol=1e-4)
+    code = reppo_discrete.hl_gauss(target, config.vmin, config.vmax, config.num_bins)
+    cross = -(code * jax.nn.log_softmax(here.logits[:, 0])).sum(-1).mean()
+    assert_close(metrics["losses/qf_loss"], cross + 2 * aux, rtol=1e-4)
+
+
+def test_length_of_a_step():
+    """Adam's first step is the learning rate, here in the middle of its schedule."""
+    config = config_of(
+        learning_rate=0.01, anneal_lr=True, dual_lr_mult=3.0, num_epochs=1, num_minibatches=1,
+        max_grad_norm=1e-3, reward_scale=1.0,
+    )  # fmt: skip
+    algo = tiny.build("reppo_discrete", config)
+    state = jax.jit(algo.init)(jax.random.key(0))._replace(update=jnp.int32(3))
+    after, metrics = jax.jit(algo.update)(state)
+    moved = jax.tree.map(lambda x, y: float(abs(x - y).max()), state.params, after.params)
+    assert config.num_updates == 6
+    for name in ("temperature", "kl_coef"):
+        assert_close(moved["actor"]["duals"][name], 3 * 0.005, rtol=1e-3)
+    for part in (moved["actor"]["net"], moved["critic"]):
+        assert_close(max(jax.tree.leaves(part)), 0.005, rtol=1e-2)
+    for name in ("actor", "critic"):  # the mean gradient is a tenth of the first one
+        assert metrics[f"losses/{name}_grad_norm"] > 1e-3
+        assert_close(optax.global_norm(after.opt_state[name][1].mu), 1e-4, rtol=1e-3)
+
+
+def test_target_of_the_entropy():
+    """A share of that of a uniform policy: the temperature falls above it, and rises below."""
+    share = float(run_update()[2]["losses/entropy"]) / math.log(2)
+    for factor, sign in ((0.95, -1), (1.05, 1)):
+        before, after, _ = run_update(target_entropy_mult=factor * share)
+        old, new = (x.params["actor"]["duals"]["temperature"] for x in (before, after))
+        assert np.sign(new - old) == sign
+
+
+def test_the_kl_is_that_of_the_new_policy_from_the_old_one():
+    """Two epochs of one minibatch: the first has no KL, the second what the first step made."""
+    _, before, after, _ = counter_update(learning_rate=0.3)
+    config, *_, metrics = counter_update(learning_rate=0.3, num_epochs=2)
+    actor = reppo_discrete.Actor(config, 2)
+    old, new = (
+        jax.nn.log_softmax(actor.apply(x.params["actor"]["net"], HERE).logits)
+        for x in (before, after)
+    )
+    kl, other = ((np.exp(p) * (p - q)).sum(-1).mean() for p, q in ((old, new), (new, old)))
+    assert abs(kl / other - 1) > 0.05
+    assert_close(metrics["losses/kl"], kl / 2, rtol=1e-3)
+
+
+def test_what_acts_is_the_policy_at_standardised_observations():
+    config = config_of()
+    algo, key = tiny.build("reppo_discrete", config), jax.random.key(0)
+    state = algo.init(jax.random.key(1))
+    seen = common.Stats(jnp.full(4, 3.0), jnp.full(4, 0.25), jnp.float32(64))
+    obs = 3.0 + 0.5 * jax.random.normal(jax.random.key(2), (200, 4))
+    inputs = (obs - 3.0) / np.sqrt(0.26)
+    logits = reppo_discrete.Actor(config, 2).apply(state.params["actor"]["net"], inputs).logits
+    policy = algo.policy_of(state._replace(obs_stats=seen))
+    np.testing.assert_array_equal(algo.act(policy, obs, key, True), logits.argmax(-1))
+    drawn = (logits + jax.random.gumbel(key, logits.shape)).argmax(-1)
+    np.testing.assert_array_equal(algo.act(policy, obs, key, False), drawn)

@@ -13,6 +13,7 @@ import tiny
 
 import envs
 from algos import common, launch, reppo
+from algos.launch import evaluation
 from envs.wrappers import RawEnv, raw_state
 
 # In one worker, so that updates are compiled once.
@@ -438,16 +439,14 @@ def test_point_mass_is_brought_to_rest():
 @pytest.mark.skipif(jax.default_backend() == "cpu", reason="hours on a CPU")
 def test_cartpole_is_balanced():
     pytest.importorskip("mujoco_playground")
-    from algos import common
-    from envs import make
-
-    preset = reppo.PRESETS["dmc_small"] | {"total_timesteps": 10_000_000}
-    config = reppo.Config(env="CartpoleBalance", **preset)
-    state = jax.jit(reppo.make_train(config))(jax.random.key(0))["state"]
+    keys = jax.random.key(0)[None]
+    config = reppo.config_for("CartpoleBalance", "dmc_small", total_timesteps=10_000_000)
+    state = jax.jit(jax.vmap(reppo.make_train(config)))(keys)["state"]
     algo = tiny.build("reppo", config)
-    env = make("CartpoleBalance", 64, stagger=False, reset_mode="cached")
-    evaluate = jax.jit(partial(common.evaluate, algo.act, env=env, key=jax.random.key(1)))
-    assert evaluate(algo.policy_of(state))[0].mean() > 950
+    env = envs.make("CartpoleBalance", 64, stagger=False, reset_mode="cached")
+    policies = jax.vmap(algo.policy_of)(state)
+    returns, _ = evaluation.evaluate(algo.act, policies, env, jax.random.key(1)[None])
+    assert returns.mean() > 950
 
 
 def test_inputs_are_standardised_at_their_step():

@@ -12,6 +12,7 @@ import pytest
 import tiny
 from matplotlib.axes import Axes
 from test_experiments import write_run
+from test_html_report import write_metrics
 
 import envs
 from algos import brac as brac_file
@@ -463,3 +464,41 @@ def test_a_directory_belongs_to_one_run(tmp_path):
     jobs = {tmp_path / name: Job(name, "ppo", "ppo") for name in ("mine:line", "mine:line_s2")}
     with pytest.raises(ValueError, match=r"line_s2 would also hold further seeds of .*mine:line"):
         runner.plan(jobs, 0, 1)
+
+
+def test_only_runs_of_a_million_steps_are_beside_published_numbers(tmp_path):
+    task = "gym/HalfCheetah-v5"
+    jobs = [job for job in v5.GROUPS["tasks"] if job.algo == "sac" and job.task == task]
+    for i, job in enumerate(jobs):
+        write_run(tmp_path / task / job.name, task, offset=100.0 * i, algo="sac")
+    text = v5.beside_published(runner.summarise(jobs, tmp_path))
+    (row,) = [x for x in text.splitlines() if x.startswith(f"| {task} |")]
+    assert row.endswith("| 17 ± 11 | 9635 ± 1424 |")
+
+
+def test_curves_of_the_replay(tmp_path, monkeypatch):
+    """Means over the seeds with a value; evaluations have none, and A2C has no replay."""
+    values = {"replay/ess": [1.0, 3.0, None, 5.0], "replay/kl": [0.5] * 4}
+    values |= {"replay/clip_fraction": [0.0, 0.0, 0.0, 1.0], "replay/max_ratio": [7.0] * 4}
+    records = [{"global_step": 0}, {"global_step": 32} | values, {"global_step": 32}]
+    for name in ("default", "replay_ratio_0"):
+        run = write_run(tmp_path / "cartpole" / name, algo="p3o")
+        write_metrics(run, records if name == "default" else records[:1])
+    drawn, plot = [], Axes.plot
+
+    def spy(axis, x, y, label, **options):
+        drawn.append((label, x.tolist(), y.tolist()))
+        return plot(axis, x, y, label=label, **options)
+
+    jobs = [Job("cartpole", name, "p3o") for name in ("default", "replay_ratio_0")]
+    done = runner.summarise(jobs, tmp_path)
+    monkeypatch.setattr(Axes, "plot", spy)
+    p3o.replay_curves(done)
+    assert drawn == [("default", [32.0], [y]) for y in (3.0, 0.5, 0.25)]
+    assert (tmp_path / "cartpole-replay.png").exists()
+
+
+def test_epochs_of_mu_are_searched_at_the_clip_range_of_ppo():
+    for job in v5.GROUPS["mu"]:
+        config = config_of(job)
+        assert (config.clip_eps, f"epochs_{config.num_mu_epochs}") == (0.2, job.name)

@@ -100,3 +100,15 @@ def test_rows_are_shared_by_hosts_in_order(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     with pytest.raises(ValueError, match="6 rows cannot be shared by 4 hosts"):
         rows.local(six)
+
+
+def test_keys_of_evaluations_are_apart_from_those_of_training():
+    """Training splits its seed's key; what that gives, and what it gives split again."""
+    keys, _ = rows.inputs(seeds := rows.Rows(np.arange(3), {}, [""] * 3))
+    split = jax.vmap(lambda key: jax.random.split(key, 8))
+    once = split(keys)
+    twice = split(once.reshape(-1))
+    evaluated = [rows.evaluation_keys(seeds, *x) for x in ((0, 0), (1, 0), (1, 1))]
+    training = [keys, once.reshape(-1), twice.reshape(-1)]
+    data = lambda x: {tuple(k) for part in x for k in jax.random.key_data(part).tolist()}
+    assert not data(evaluated) & data(training)

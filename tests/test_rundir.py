@@ -193,3 +193,12 @@ def test_any_file_of_a_run_marks_its_directory(tmp_path, name):
     assert not rundir.files(tmp_path)
     (tmp_path / name).touch()
     assert rundir.files(tmp_path) == [tmp_path / name]
+
+
+def test_final_returns_of_further_policies_are_the_last(tmp_path):
+    run_dir = write_run(tmp_path / "run")
+    evals = dict(np.load(run_dir / "eval.npz"))
+    np.savez(run_dir / "eval.npz", **evals, max_q_returns=evals["returns"] + 7.0)
+    run = rundir.read_run(run_dir)
+    np.testing.assert_array_equal(run.final, run.returns[:, -1])
+    np.testing.assert_array_equal(run.final_further["max_q"], run.returns[:, -1] + 7.0)

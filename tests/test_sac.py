@@ -386,3 +386,41 @@ def test_impossible_settings_are_refused(changes, message):
 def test_discrete_actions_are_refused():
     with pytest.raises(ValueError, match=r"CartPole.* has discrete actions"):
         sac.make_env(config_of(env="cartpole"))
+
+
+def test_the_temperature_starts_where_it_is_told():
+    state = tiny.build("sac", config_of(temperature_init=0.2)).init(jax.random.key(0))
+    assert_allclose(jnp.exp(state.params["temperature"]), 0.2)
+
+
+def test_drawn_actions_are_those_of_the_policy():
+    algo, key = tiny.build("sac", COUNTER), jax.random.key(0)
+    state = algo.init(jax.random.key(1))
+    obs = jax.random.normal(jax.random.key(2), (50, 2))
+    policy = sac.Actor(COUNTER, 2).apply(state.params["actor"], obs)
+    noise = jax.random.normal(key, (50, 2))
+    action = algo.act(algo.policy_of(state), obs, key, False)
+    assert_allclose(action, np.tanh(policy.mean + policy.std * noise))
+
+
+def test_metrics_of_the_policy():
+    """Of two gradient steps that change nothing, from the same draws."""
+    (before, after), (metrics,) = states_of(BY_HAND, 1, learning_rate=0.0)
+    rows = jax.tree.map(lambda x: x[:32], after.replay)
+    actor, critic = sac.Actor(BY_HAND, 1), sac.Critic(BY_HAND)
+    sums = dict.fromkeys(("entropy", "q_policy", "q_data", "saturated_fraction"), 0.0)
+    for i in range(2):
+        key = jax.random.fold_in(jax.random.split(before.key, 3)[2], i)
+        key_batch, key_step = jax.random.split(key)
+        batch = jax.tree.map(lambda x: x[jax.random.randint(key_batch, (32,), 0, 32)], rows)  # noqa: B023
+        obs = after.obs_stats.normalize(batch.obs)
+        policy = actor.apply(before.params["actor"], obs)
+        noise = jax.random.normal(jax.random.split(key_step, 3)[1], (32, 1))
+        u = policy.mean + policy.std * noise
+        q = lambda action: critic.apply(before.params["critic"], obs, action)  # noqa: B023
+        sums["entropy"] -= policy.log_prob(u).mean()
+        sums["q_policy"] += q(jnp.tanh(u)).mean()
+        sums["q_data"] += q(batch.action).mean()
+        sums["saturated_fraction"] += (abs(np.tanh(u)) > 0.99).mean()
+    for name, value in sums.items():
+        assert_allclose(metrics[f"losses/{name}"], value, rtol=1e-4)
