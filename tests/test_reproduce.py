@@ -1,6 +1,7 @@
 """Reproductions: which runs are started, resumed or left alone, and the table of them."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -37,6 +38,7 @@ JOBS = [
 ]
 
 
+@functools.cache
 def config_of(job):
     """What the job would run."""
     argv = runner.flags_of(job, Path("HERE") / job.name, Path("HERE") / job.name)
