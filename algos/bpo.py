@@ -813,7 +813,7 @@ TRACEABLE = (
 # fmt: off
 # Values that replace the defaults; docs/presets.md has their origins.
 REPLAY = {
-    "num_vf_epochs": 2, "num_vf_minibatches": 16, "num_mu_epochs": 2, "num_mu_minibatches": 16,
+    "num_vf_epochs": 2, "num_vf_minibatches": 16, "num_mu_epochs": 10, "num_mu_minibatches": 16,
 }
 PHYSICS = {
     "total_timesteps": 1_000_000, "num_envs": 64, "num_steps": 64, "num_epochs": 8,
@@ -836,7 +836,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gym": {  # the clip range is around mu, which lags behind pi: a narrow one slows pi down
         "total_timesteps": 1_000_000, "num_envs": 16, "num_steps": 128, "num_epochs": 10,
         "num_minibatches": 16, "anneal_lr": True, "clip_eps": 0.4, "normalize_obs": True,
-        "normalize_reward": True, "log_std_init": -1.0, **REPLAY, "num_mu_epochs": 10,
+        "normalize_reward": True, "log_std_init": -1.0, **REPLAY,
     },
     **dict.fromkeys(("brax", "playground"), PHYSICS),
     # tasks
@@ -850,10 +850,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "pendulum": {
         "total_timesteps": 300_000, "num_envs": 16, "num_steps": 128, "num_epochs": 10,
         "num_minibatches": 16, "shuffle": "rows", "learning_rate": 1e-3, "anneal_lr": True,
-        "gamma": 0.9, "normalize_reward": True, **REPLAY, "num_mu_epochs": 10,
+        "gamma": 0.9, "normalize_reward": True, **REPLAY,
     },
-    "inverted_pendulum": {**FAST, "total_timesteps": 300_000},
-    "inverted_double_pendulum": {**FAST, "total_timesteps": 300_000},
+    "inverted_pendulum": {**FAST, "total_timesteps": 300_000, "num_mu_epochs": 2},
+    "inverted_double_pendulum": {**FAST, "total_timesteps": 300_000, "num_mu_epochs": 2},
     "reacher": {**PHYSICS, "gamma": 0.95},
     "ant": {  # with an initial std of 1, actions cost more than standing still earns
         **FAST, "total_timesteps": 10_000_000, "num_envs": 512, "num_steps": 32, "num_epochs": 4,
