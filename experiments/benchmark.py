@@ -263,7 +263,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         if not hasattr(getattr(module, "Config", None), "num_envs"):
             parser.error(f"--algos {algo}: algos/{algo}.py is not an online algorithm")
     try:
-        rundir.check_new([args.out] if args.out else [], args.force)
+        rundir.check_new([args.out], args.force)
         for env in args.envs:
             envs.canonical(env)
     except ValueError as error:

@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None):
         parser.error(f"--episodes {args.episodes}: at least 1 is needed")
     try:
         program.setup_jax(1)
-        rundir.check_new([args.json] if args.json else [], args.force)
+        rundir.check_new([args.json], args.force)
         run = evaluate_run(rundir.read_run(args.run_dir), args.episodes, args.seed)
         rows = [report.summary(*entry) for entry in report.entries([run])]
         print(report.markdown(rows), end="")

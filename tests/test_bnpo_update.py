@@ -12,10 +12,7 @@ import pytest
 import tiny
 from tiny import arrays, assert_allclose, assert_same
 
-import envs
 from algos import bnpo, ppo
-from algos.launch import evaluation
-from envs.wrappers import Goals, RawEnv
 
 # In one worker, so that updates are compiled once.
 pytestmark = pytest.mark.xdist_group("test_bnpo_update")
@@ -556,68 +553,6 @@ def test_without_relabelled_rows_the_denominator_does_not_matter():
         config = tiny.config_of("bnpo", brains=(PPO_BRAIN,), ratio_denominator=denominator)
         ends.append(jax.jit(bnpo.make_train(config))(jax.random.key(0))["state"])
     tiny.assert_close(*ends)
-
-
-# --- a point that follows a target ---
-
-
-def point(moving=True):
-    """A point mass in the plane, pushed by the action; the target goes round a circle."""
-    place = lambda angle: 0.7 * jnp.stack([jnp.cos(angle), jnp.sin(angle)], -1)
-    observe = lambda x, v, angle: jnp.concatenate([x, v, place(angle)])
-    near = lambda achieved, goal: jnp.linalg.norm(achieved - goal, axis=-1, keepdims=True) < 0.3
-
-    def compute_reward(achieved, goal, kind):
-        if kind == "env":
-            return 1.0 * near(achieved, goal)
-        return -0.1 * jnp.abs(achieved - goal)
-
-    def reset(key):
-        angle = jax.random.uniform(key, maxval=2 * np.pi)
-        state = jnp.zeros(2), jnp.zeros(2), angle
-        return observe(*state), state
-
-    def step(key, state, action):
-        x, v, angle = state
-        v = 0.8 * v + 0.1 * jnp.clip(action, -1, 1)
-        state = jnp.clip(x + v, -1, 1), v, angle + 0.02
-        obs = observe(*state)
-        reward = compute_reward(obs[:2], obs[4:], "env")[0]
-        return obs, state, reward, jnp.bool_(False), {}
-
-    goals = Goals(
-        achieved_goal=lambda obs: obs[..., :2],
-        desired_goal=lambda obs: obs[..., 4:],
-        with_goal=lambda obs, goal: jnp.concatenate([obs[..., :4], goal], -1),
-        compute_reward=compute_reward,
-        kinds=("env", "proxy"),
-        moving=moving,
-    )
-    return RawEnv("point", reset, step, 6, (6,), 2, False, 200, "fresh", goals=goals)
-
-
-@pytest.mark.slow
-def test_a_point_learns_to_follow_its_target():
-    """On target three quarters of the time after 100 short episodes; random actions hardly ever."""
-    config = bnpo.Config(
-        env="test_bnpo_update:point",
-        total_timesteps=100 * 1200,
-        hidden=(64, 64),
-        brains=(
-            replace(bnpo.PPO_BRAIN, batch_size=512, learning_rate=3e-3),
-            replace(bnpo.DDPG_BRAIN, batch_size=128, learning_rate=1e-4),
-        ),
-        critic_lr=1e-3,
-    )
-    algo = tiny.build("bnpo", config)
-    env = envs.make(config.env, 20, stagger=False, reset_mode="cached")
-    keys = jax.vmap(jax.random.key)(jnp.arange(3))
-    share = lambda act, policies: evaluation.evaluate(act, policies, env, keys)[0].mean(1) / 200
-    states = jax.jit(jax.vmap(bnpo.make_train(config)))(keys)["state"]
-    reached = share(algo.act, jax.vmap(algo.policy_of)(states))
-    assert np.median(reached) > 0.75, reached
-    random = lambda policy, obs, key, greedy: jax.random.uniform(key, (20, 2), minval=-1.0)
-    assert share(random, jnp.zeros(3)).max() < 0.1
 
 
 def test_networks_have_their_own_learning_rates_and_intervals():

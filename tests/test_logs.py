@@ -281,8 +281,11 @@ def test_a_callers_stream_takes_nothing_else_with_it(capfd):
     assert capfd.readouterr() == ("alive", "alive")
 
 
-@pytest.mark.parametrize("lines", [1, 10_000])  # the first fails when the pipe is flushed
-def test_a_tool_goes_on_without_what_it_prints_to(lines, tmp_path):
+@pytest.mark.parametrize(
+    ("lines", "stderr"),  # a single line fails when the pipe is flushed
+    [(1, subprocess.STDOUT), (10_000, subprocess.STDOUT), (1, subprocess.DEVNULL)],
+)
+def test_a_tool_goes_on_without_what_it_prints_to(lines, stderr, tmp_path):
     program = f"""
 import sys, tqdm
 from pathlib import Path
@@ -295,7 +298,7 @@ def main():
 main()
 """
     command = [sys.executable, "-c", program, str(tmp_path / "done")]
-    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr)
     child.stdout.close()
     assert child.wait() == 0
     assert (tmp_path / "done").exists()

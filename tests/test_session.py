@@ -316,6 +316,22 @@ def test_an_early_end_is_one_line(tmp_path, monkeypatch, error, status, message)
         run(*FLAGS, "--verbose", "2", "--run-dir", str(tmp_path / "other"))
 
 
+def test_an_evaluation_that_lacks_memory_ends_the_run(tmp_path, monkeypatch):
+    """Numpy waits for ever for what has failed, so the error must be asked for."""
+
+    class Lost:
+        def block_until_ready(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: Out of memory")
+
+    compile_ahead = session.compile_ahead
+    play = lambda *args: {"": Lost()}
+    compiled = lambda *args: compile_ahead(*args)._replace(play=play)
+    monkeypatch.setattr(session, "compile_ahead", compiled)
+    status, said = run(*FLAGS, "--verbose", "0", "--run-dir", str(tmp_path / "run"))
+    assert status == 1
+    assert said.startswith("error: INTERNAL: Out of memory: start a smaller run")
+
+
 def test_errors_of_the_program_are_no_lack_of_memory(tmp_path, monkeypatch):
     def fail(*_):
         raise jax.errors.JaxRuntimeError("INTERNAL: broken")

@@ -115,10 +115,10 @@ def write_atomic(path: Path, write: Callable) -> None:
         raise
 
 
-def check_new(paths: Iterable[Path], force: bool = False) -> None:
-    """ValueError if a file that is to be written exists, unless `force`."""
+def check_new(paths: Iterable[Path | None], force: bool) -> None:
+    """ValueError if a file that is to be written exists, unless `force`; None is no file."""
     for path in paths:
-        if path.exists() and not force:
+        if path and path.exists() and not force:
             raise ValueError(f"{path} exists: choose another name, or --force to replace it")
 
 
