@@ -31,7 +31,7 @@ ALGOS = {  # name: algorithm, flags, tasks
     "a2c": ("p3o", "--preset a2c", BPO[:3]),
     "reppo": ("reppo", "", BPO[:3]),
     "sac": ("sac", "--updates-per-step 0.5", BPO[:3]),  # half the preset's, for a CPU
-    "sac_300k": ("sac", "--updates-per-step 0.5 --total-timesteps 300000", BPO[1:2]),
+    "sac_300k": ("sac", "--updates-per-step 0.5 --total-timesteps 300000", BPO[:3]),
 }
 # Values of log_std_init to try on each task.
 STD = {"Hopper": (0, -1), "HalfCheetah": (0, -0.5, -1), "Walker2d": (0,), "Ant": (-1,)}
