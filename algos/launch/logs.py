@@ -59,13 +59,12 @@ class Console:
             return False
 
     def lose(self) -> None:
-        """Go on without; what Python itself flushes at its end goes nowhere too."""
+        """Go on without. If it was standard error, what libraries print goes nowhere either."""
         lost, self.stream = self.stream, None
-        numbers = (1, 2) if lost is sys.__stderr__ else (1,) if lost is sys.__stdout__ else ()
-        if not numbers:  # a stream of the caller's: the process keeps its own
+        if lost is not sys.__stderr__:  # of a notebook, say: the process keeps its own
             return
         null = os.open(os.devnull, os.O_WRONLY)
-        for number in numbers:
+        for number in (1, 2):
             with contextlib.suppress(OSError):
                 os.dup2(null, number)
         os.close(null)
