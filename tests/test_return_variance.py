@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from algos import launch
+from algos import common, launch
 from experiments import return_variance
 
 
@@ -39,7 +39,7 @@ def test_a_clipped_surrogate_has_no_gradient(ratio, advantage, weight):
 def test_a_run_is_measured(env, tmp_path, monkeypatch, signals, capsys):
     run_dir, out = tmp_path / "run", tmp_path / "out"
     sizes = ["--num-envs", "4", "--num-steps", "8", "--hidden", "8", "--total-timesteps", "64"]
-    flags = ["--env", env, *sizes, "--num-seeds", "1", "--num-evals", "1"]
+    flags = ["--env", env, *sizes, "--num-seeds", "1", "--num-evals", "1", "--normalize-reward"]
     launch.main("bpo", [*flags, "--run-dir", str(run_dir)])
     size = ["--starts", "3", "--repeats", "4", "--num-steps", "5"]
     with pytest.raises(SystemExit):
@@ -68,9 +68,12 @@ def test_a_run_is_measured(env, tmp_path, monkeypatch, signals, capsys):
     if env == "probe/action":
         # pi is nearly uniform and V nearly 0: both actions give the same gradient
         assert free["variance"] < 0.1 * free["mean"] ** 2
-        nothing = lambda reward, *_: (jnp.zeros_like(reward), jnp.ones_like(reward))
-        monkeypatch.setattr(return_variance.bpo, "step_estimator", nothing)
+        squares = lambda reward, *_: (jnp.zeros_like(reward), reward**2)
+        monkeypatch.setattr(return_variance.bpo, "step_estimator", squares)
+        monkeypatch.setattr(common.RewardScale, "factor", lambda self: 0.25)
         return_variance.main(["--run-dir", str(run_dir), *size, "--force", "--out", str(out)])
         rows = json.loads(out.with_suffix(".json").read_text())["rows"]
         gradients = [row["mean"] for row in rows if row["estimate"] == "gradient"]
         assert gradients == [0.0] * 4  # of the advantage, not of the target
+        targets = [row["mean"] for row in rows if row["estimate"] == "value target as trained"]
+        assert targets == [0.25**2] * 4  # rewards are 1 and -1, before they are scaled
