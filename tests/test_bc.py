@@ -169,6 +169,29 @@ def test_the_dataset_is_an_argument():
     assert row_bytes(state) == 4 * 3 * (58 + 1) + 2 * 4 + 8 + 4
 
 
+def test_drawn_actions_and_metrics():
+    """Of one gradient step that changes nothing, from the same draws."""
+    config = config_of(gradient_steps=1, learning_rate=0.0, batch_size=5)
+    state, rows = first_state(config), rows_of(12)
+    _, metrics = update_of(config)(state, rows)
+    _, key_index, key_steps = jax.random.split(state.key, 3)
+    index = jax.random.randint(key_index, (1, 5), 0, 12)[0]
+    batch = jax.tree.map(lambda x: x[index], rows)
+    key = jax.random.split(jax.random.split(key_steps, 1)[0])[0]
+    policy = bc.Actor(config, 1).apply(state.params["actor"], batch.obs)
+    u = policy.mean + policy.std * jax.random.normal(key, (5, 1))
+    wanted = {
+        "entropy": -policy.log_prob(u).mean(),
+        "std": policy.std.mean(),
+        "mode_error": ((np.tanh(policy.mean) - batch.action) ** 2).mean(),
+        "log_likelihood": bc.given_log_prob(policy, batch.action).mean(),
+    }
+    for name, value in wanted.items():
+        assert_allclose(metrics[f"losses/{name}"], value, rtol=1e-4)
+    algo = tiny.build("bc", config)
+    assert_allclose(algo.act(algo.policy_of(state), batch.obs, key, False), np.tanh(u))
+
+
 # --- configuration ---
 
 
@@ -253,26 +276,3 @@ def test_a_clone_depends_on_what_it_observes():
     algo = tiny.build("bc", config)
     action = algo.act(algo.policy_of(state), jnp.array([[-1.0], [1.0]]), jax.random.key(0), True)
     assert_allclose(action, np.tanh([[-0.7], [0.7]]), atol=0.05)
-
-
-def test_drawn_actions_and_metrics():
-    """Of one gradient step that changes nothing, from the same draws."""
-    config = config_of(gradient_steps=1, learning_rate=0.0, batch_size=5)
-    state, rows = first_state(config), rows_of(12)
-    _, metrics = update_of(config)(state, rows)
-    _, key_index, key_steps = jax.random.split(state.key, 3)
-    index = jax.random.randint(key_index, (1, 5), 0, 12)[0]
-    batch = jax.tree.map(lambda x: x[index], rows)
-    key = jax.random.split(jax.random.split(key_steps, 1)[0])[0]
-    policy = bc.Actor(config, 1).apply(state.params["actor"], batch.obs)
-    u = policy.mean + policy.std * jax.random.normal(key, (5, 1))
-    wanted = {
-        "entropy": -policy.log_prob(u).mean(),
-        "std": policy.std.mean(),
-        "mode_error": ((np.tanh(policy.mean) - batch.action) ** 2).mean(),
-        "log_likelihood": bc.given_log_prob(policy, batch.action).mean(),
-    }
-    for name, value in wanted.items():
-        assert_allclose(metrics[f"losses/{name}"], value, rtol=1e-4)
-    algo = tiny.build("bc", config)
-    assert_allclose(algo.act(algo.policy_of(state), batch.obs, key, False), np.tanh(u))

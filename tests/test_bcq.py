@@ -278,6 +278,31 @@ def test_targets_follow(steps, share):
     tiny.assert_close(after.target_params, shifted(state.target_params, share - 1.0), atol=1e-4)
 
 
+def test_what_plays_is_not_a_target_network():
+    algo, state = tiny.build("bcq", PLAYS), first_state(PLAYS)
+    away = state._replace(target_params=shifted(state.target_params))
+    tiny.assert_same(algo.policy_of(away), algo.policy_of(state))
+
+
+def test_metrics_of_the_policy():
+    """Of one gradient step that changes nothing, from the same draws."""
+    still = {"critic_lr": 0.0, "learning_rate": 0.0, "vae_lr": 0.0}
+    config = config_of(gradient_steps=1, batch_size=5, max_perturbation=0.4, **still)
+    state, rows = first_state(config), rows_of(12)
+    _, metrics = update_of(config)(state, rows)
+    _, key_index, key_steps = jax.random.split(state.key, 3)
+    index = jax.random.randint(key_index, (1, 5), 0, 12)[0]
+    key = jax.random.split(jax.random.split(key_steps, 1)[0], 3)[1]
+    latent = jnp.clip(jax.random.normal(key, (5, 2)), -0.5, 0.5)
+    obs, params = rows.obs[index], state.params
+    drawn = bcq.Decoder(config, 1).apply(params["vae"]["decoder"], obs, latent)
+    step = 0.4 * jnp.tanh(bcq.MLP(config.hidden, 1).apply(params["perturbation"], obs, drawn))
+    action = jnp.clip(drawn + step, -1.0, 1.0)
+    assert_close(metrics["losses/perturbation"], abs(action - drawn).mean(), rtol=1e-4)
+    q = bcq.Critic(config).apply(params["critic"], obs, rows.action[index])
+    assert_close(metrics["losses/q_data"], q.mean(), rtol=1e-4)
+
+
 # --- a program of several values ---
 
 
@@ -375,28 +400,3 @@ def test_a_launch_names_a_value_out_of_range(tmp_path, capsys):
         launch.main("bcq", argv)
     assert status.value.code == 2
     assert capsys.readouterr().err.startswith("error: min_weight=1.5: ")
-
-
-def test_what_plays_is_not_a_target_network():
-    algo, state = tiny.build("bcq", PLAYS), first_state(PLAYS)
-    away = state._replace(target_params=shifted(state.target_params))
-    tiny.assert_same(algo.policy_of(away), algo.policy_of(state))
-
-
-def test_metrics_of_the_policy():
-    """Of one gradient step that changes nothing, from the same draws."""
-    still = {"critic_lr": 0.0, "learning_rate": 0.0, "vae_lr": 0.0}
-    config = config_of(gradient_steps=1, batch_size=5, max_perturbation=0.4, **still)
-    state, rows = first_state(config), rows_of(12)
-    _, metrics = update_of(config)(state, rows)
-    _, key_index, key_steps = jax.random.split(state.key, 3)
-    index = jax.random.randint(key_index, (1, 5), 0, 12)[0]
-    key = jax.random.split(jax.random.split(key_steps, 1)[0], 3)[1]
-    latent = jnp.clip(jax.random.normal(key, (5, 2)), -0.5, 0.5)
-    obs, params = rows.obs[index], state.params
-    drawn = bcq.Decoder(config, 1).apply(params["vae"]["decoder"], obs, latent)
-    step = 0.4 * jnp.tanh(bcq.MLP(config.hidden, 1).apply(params["perturbation"], obs, drawn))
-    action = jnp.clip(drawn + step, -1.0, 1.0)
-    assert_close(metrics["losses/perturbation"], abs(action - drawn).mean(), rtol=1e-4)
-    q = bcq.Critic(config).apply(params["critic"], obs, rows.action[index])
-    assert_close(metrics["losses/q_data"], q.mean(), rtol=1e-4)

@@ -450,7 +450,7 @@ def test_an_episode_is_stored_whole(variant):
             np.testing.assert_array_equal(x[others], y[others])
 
 
-# --- learning ---
+# --- an update ---
 
 
 @cache

@@ -208,6 +208,62 @@ def test_gradient_steps_by_hand(changes):
     tiny.assert_close(after.target_params["critic"], target, rtol=1e-3, atol=1e-5)
 
 
+def test_multipliers_start_where_they_are_told():
+    state = tiny.build("brac", config_of(alpha=0.7, temperature=0.3)).init(jax.random.key(0))
+    assert_close([state.params[name] for name in ("alpha", "temperature")], [0.7, 0.3])
+
+
+def test_what_acts_is_the_online_policy():
+    """max_q compares by the online critics; drawn actions are tanh of a Gaussian."""
+    config, key = config_of(), jax.random.key(0)
+    algo = tiny.build("brac", config)
+    state = algo.init(jax.random.key(1))
+    policy = algo.policy_of(state._replace(target_params=scaled(state.target_params, -2.0)))
+    tiny.assert_same(policy, {name: state.params[name] for name in ("actor", "critic")})
+    obs = jax.random.normal(jax.random.key(2), (50, 4))
+    distribution = brac.Actor(config, 1).apply(state.params["actor"], obs)
+    wanted = np.tanh(distribution.mean + distribution.std * jax.random.normal(key, (50, 1)))
+    assert_close(algo.act(policy, obs, key, False), wanted)
+
+
+@pytest.mark.parametrize("divergence", ["mmd", "wasserstein"])
+def test_divergences_of_an_update(divergence):
+    """Of one gradient step that changes nothing, from the same draws."""
+    still = {"critic_lr": 0.0, "learning_rate": 0.0, "gradient_steps": 1, "divergence_steps": 1}
+    config = config_of(
+        divergence=divergence, behavior="clones" if divergence == "mmd" else "", **still
+    )
+    algo, rows = tiny.build("brac", config), rows_of()
+    state, clone = algo.init(jax.random.key(0)), actor_of(config, 7)
+    outside = {"temperature": jnp.float32(-0.3), "alpha": jnp.float32(600.0)}  # of their ranges
+    state = state._replace(params=state.params | outside)
+    _, metrics = jax.jit(algo.update)(state, rows, clone if config.cloned else None)
+    _, key_index, key_steps = jax.random.split(state.key, 3)
+    index = jax.random.randint(key_index, (1, 1, 16), 0, 64)[0, 0]
+    obs, action = rows.obs[index], rows.action[index]
+    keys = jax.random.split(jax.random.split(key_steps, 1)[0], 6)
+    actor, normal = brac.Actor(config, 1), jax.random.normal
+    policy = actor.apply(state.params["actor"], obs)
+    draw = lambda policy, key, *draws: policy.mean + policy.std * normal(key, (*draws, 16, 1))
+    key_draw, key_divergence = jax.random.split(keys[1])
+    u = draw(policy, key_draw)
+    assert_close(metrics["losses/entropy"], -policy.log_prob(u).mean(), rtol=1e-4)
+    if divergence == "mmd":
+        key_own, key_clone = jax.random.split(key_divergence)
+        x = jnp.tanh(draw(policy, key_own, 4))
+        y = jnp.tanh(draw(actor.apply(clone, obs), key_clone, 4))
+        wanted = brac.squared_mmd(x, y).mean()
+    else:
+        g = lambda a: brac.Critic(config, 1).apply(state.params["divergence"], obs, a)[0]
+        wanted = (g(jnp.tanh(u)) - g(action)).mean()
+        own = jnp.tanh(draw(policy, jax.random.split(keys[2])[0]))
+        bound = metrics["losses/slope_penalty"] - metrics["losses/divergence_critic"]
+        assert_close(bound, (g(own) - g(action)).mean(), rtol=1e-4)
+    assert_close(metrics["losses/divergence"], wanted, rtol=1e-4)
+    assert_close(metrics["losses/policy_loss"], 500.0 * wanted, rtol=1e-4)  # warm
+    assert_close([metrics["losses/temperature"], metrics["losses/alpha"]], [0.0, 500.0])
+
+
 # --- a bandit ---
 
 
@@ -309,59 +365,3 @@ def test_no_key_is_used_twice_with_clones(divergence):
             jax.jit(twice).trace(jax.random.key(0))
         traced = train.trace(jax.random.key(0), None, rows_of(), actor_of(config, 7))
     assert traced.out_info["state"].params  # the whole run was traced, with clones
-
-
-def test_multipliers_start_where_they_are_told():
-    state = tiny.build("brac", config_of(alpha=0.7, temperature=0.3)).init(jax.random.key(0))
-    assert_close([state.params[name] for name in ("alpha", "temperature")], [0.7, 0.3])
-
-
-def test_what_acts_is_the_online_policy():
-    """max_q compares by the online critics; drawn actions are tanh of a Gaussian."""
-    config, key = config_of(), jax.random.key(0)
-    algo = tiny.build("brac", config)
-    state = algo.init(jax.random.key(1))
-    policy = algo.policy_of(state._replace(target_params=scaled(state.target_params, -2.0)))
-    tiny.assert_same(policy, {name: state.params[name] for name in ("actor", "critic")})
-    obs = jax.random.normal(jax.random.key(2), (50, 4))
-    distribution = brac.Actor(config, 1).apply(state.params["actor"], obs)
-    wanted = np.tanh(distribution.mean + distribution.std * jax.random.normal(key, (50, 1)))
-    assert_close(algo.act(policy, obs, key, False), wanted)
-
-
-@pytest.mark.parametrize("divergence", ["mmd", "wasserstein"])
-def test_divergences_of_an_update(divergence):
-    """Of one gradient step that changes nothing, from the same draws."""
-    still = {"critic_lr": 0.0, "learning_rate": 0.0, "gradient_steps": 1, "divergence_steps": 1}
-    config = config_of(
-        divergence=divergence, behavior="clones" if divergence == "mmd" else "", **still
-    )
-    algo, rows = tiny.build("brac", config), rows_of()
-    state, clone = algo.init(jax.random.key(0)), actor_of(config, 7)
-    outside = {"temperature": jnp.float32(-0.3), "alpha": jnp.float32(600.0)}  # of their ranges
-    state = state._replace(params=state.params | outside)
-    _, metrics = jax.jit(algo.update)(state, rows, clone if config.cloned else None)
-    _, key_index, key_steps = jax.random.split(state.key, 3)
-    index = jax.random.randint(key_index, (1, 1, 16), 0, 64)[0, 0]
-    obs, action = rows.obs[index], rows.action[index]
-    keys = jax.random.split(jax.random.split(key_steps, 1)[0], 6)
-    actor, normal = brac.Actor(config, 1), jax.random.normal
-    policy = actor.apply(state.params["actor"], obs)
-    draw = lambda policy, key, *draws: policy.mean + policy.std * normal(key, (*draws, 16, 1))
-    key_draw, key_divergence = jax.random.split(keys[1])
-    u = draw(policy, key_draw)
-    assert_close(metrics["losses/entropy"], -policy.log_prob(u).mean(), rtol=1e-4)
-    if divergence == "mmd":
-        key_own, key_clone = jax.random.split(key_divergence)
-        x = jnp.tanh(draw(policy, key_own, 4))
-        y = jnp.tanh(draw(actor.apply(clone, obs), key_clone, 4))
-        wanted = brac.squared_mmd(x, y).mean()
-    else:
-        g = lambda a: brac.Critic(config, 1).apply(state.params["divergence"], obs, a)[0]
-        wanted = (g(jnp.tanh(u)) - g(action)).mean()
-        own = jnp.tanh(draw(policy, jax.random.split(keys[2])[0]))
-        bound = metrics["losses/slope_penalty"] - metrics["losses/divergence_critic"]
-        assert_close(bound, (g(own) - g(action)).mean(), rtol=1e-4)
-    assert_close(metrics["losses/divergence"], wanted, rtol=1e-4)
-    assert_close(metrics["losses/policy_loss"], 500.0 * wanted, rtol=1e-4)  # warm
-    assert_close([metrics["losses/temperature"], metrics["losses/alpha"]], [0.0, 500.0])

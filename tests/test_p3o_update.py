@@ -328,6 +328,45 @@ def test_nothing_is_replayed_before_the_warm_up_ends():
     assert (kernels[0] != kernels[1]).any()
 
 
+def test_the_agent_sees_standardised_observations():
+    """As it acts in a rollout, and as an exported policy; by statistics of all rollouts before."""
+    config = config_of(env="tiny:counter_discrete", replay_fraction=0.5)
+    states, _ = states_of(config, 2)
+    N, stats = config.num_envs, states[2].obs_stats
+    first, second = (
+        jax.tree.map(lambda x: x[i * N : (i + 1) * N], states[2].replay)  # noqa: B023
+        for i in range(2)
+    )
+    network = p3o.ActorCritic(config, (2,), 2, True)
+    policy, _ = network.apply(states[1].params, second.obs)
+    assert_allclose(second.policy.logits, policy.logits[:, :-1], atol=1e-6)
+    before = states[1].obs_stats  # a clip at 10 is far away
+    raw = second.obs * jnp.sqrt(before.var + 1e-8) + before.mean
+    rows = jnp.concatenate([first.obs[:, :-1], raw[:, :-1]]).reshape(-1, 2)
+    assert_allclose(stats.mean, rows.mean(0), atol=1e-4)
+    assert_allclose(stats.var, rows.var(0), atol=1e-4)
+
+    algo, key = tiny.build("p3o", config), jax.random.key(0)
+    act = lambda greedy: algo.act(algo.policy_of(states[2]), rows, key, greedy)
+    logits = network.apply(states[2].params, stats.normalize(rows))[0].logits
+    np.testing.assert_array_equal(act(True), logits.argmax(-1))
+    np.testing.assert_array_equal(
+        act(False), (logits + jax.random.gumbel(key, logits.shape)).argmax(-1)
+    )
+
+
+def test_rewards_are_scaled_by_raw_rewards():
+    """Every reward of `counter` is 1, also after a rollout whose rewards were scaled."""
+    config = config_of(env="tiny:counter_discrete", replay_fraction=0.5)
+    states, _ = states_of(config, 2)
+    done, scale = states[2].replay.done, common.RewardScale.empty(config.num_envs)
+    for i in range(2):
+        ended = done[i * config.num_envs : (i + 1) * config.num_envs].T
+        scale = scale.add(jnp.ones(ended.shape), ended, config.gamma)
+    assert abs(states[1].reward_scale.factor() - 1) > 0.05
+    tiny.assert_close(states[2].reward_scale, scale)
+
+
 # --- networks and configuration ---
 
 
@@ -437,6 +476,20 @@ def test_impossible_settings_are_refused(changes, message):
         p3o.make_train(config_of(**changes))
 
 
+def test_settings_of_the_network():
+    """The initial std, and the activation of the hidden layers."""
+    obs = jnp.linspace(-2.0, 2.0, 15).reshape(5, 3)
+    for activation in ("tanh", "relu"):
+        config = config_of(log_std_init=-1.5, activation=activation, hidden=(4,))
+        network = p3o.ActorCritic(config, (3,), 2, False)
+        params = network.init(jax.random.key(0), obs)
+        layers = params["params"]
+        policy, value = network.apply(params, obs)
+        assert_allclose(policy.log_std, np.full((5, 2), -1.5))
+        hidden = getattr(jax.nn, activation)(obs @ layers["critic_torso"]["Dense_0"]["kernel"])
+        assert_allclose(value, (hidden @ layers["critic"]["kernel"])[:, 0])
+
+
 # --- learning ---
 
 
@@ -452,56 +505,3 @@ def test_replay_helps_on_cartpole():
         returns[ratio] = np.median(total / count)
     assert returns[2.0] > 400
     assert returns[2.0] > returns[0.0] - 20
-
-
-def test_the_agent_sees_standardised_observations():
-    """As it acts in a rollout, and as an exported policy; by statistics of all rollouts before."""
-    config = config_of(env="tiny:counter_discrete", replay_fraction=0.5)
-    states, _ = states_of(config, 2)
-    N, stats = config.num_envs, states[2].obs_stats
-    first, second = (
-        jax.tree.map(lambda x: x[i * N : (i + 1) * N], states[2].replay)  # noqa: B023
-        for i in range(2)
-    )
-    network = p3o.ActorCritic(config, (2,), 2, True)
-    policy, _ = network.apply(states[1].params, second.obs)
-    assert_allclose(second.policy.logits, policy.logits[:, :-1], atol=1e-6)
-    before = states[1].obs_stats  # a clip at 10 is far away
-    raw = second.obs * jnp.sqrt(before.var + 1e-8) + before.mean
-    rows = jnp.concatenate([first.obs[:, :-1], raw[:, :-1]]).reshape(-1, 2)
-    assert_allclose(stats.mean, rows.mean(0), atol=1e-4)
-    assert_allclose(stats.var, rows.var(0), atol=1e-4)
-
-    algo, key = tiny.build("p3o", config), jax.random.key(0)
-    act = lambda greedy: algo.act(algo.policy_of(states[2]), rows, key, greedy)
-    logits = network.apply(states[2].params, stats.normalize(rows))[0].logits
-    np.testing.assert_array_equal(act(True), logits.argmax(-1))
-    np.testing.assert_array_equal(
-        act(False), (logits + jax.random.gumbel(key, logits.shape)).argmax(-1)
-    )
-
-
-def test_rewards_are_scaled_by_raw_rewards():
-    """Every reward of `counter` is 1, also after a rollout whose rewards were scaled."""
-    config = config_of(env="tiny:counter_discrete", replay_fraction=0.5)
-    states, _ = states_of(config, 2)
-    done, scale = states[2].replay.done, common.RewardScale.empty(config.num_envs)
-    for i in range(2):
-        ended = done[i * config.num_envs : (i + 1) * config.num_envs].T
-        scale = scale.add(jnp.ones(ended.shape), ended, config.gamma)
-    assert abs(states[1].reward_scale.factor() - 1) > 0.05
-    tiny.assert_close(states[2].reward_scale, scale)
-
-
-def test_settings_of_the_network():
-    """The initial std, and the activation of the hidden layers."""
-    obs = jnp.linspace(-2.0, 2.0, 15).reshape(5, 3)
-    for activation in ("tanh", "relu"):
-        config = config_of(log_std_init=-1.5, activation=activation, hidden=(4,))
-        network = p3o.ActorCritic(config, (3,), 2, False)
-        params = network.init(jax.random.key(0), obs)
-        layers = params["params"]
-        policy, value = network.apply(params, obs)
-        assert_allclose(policy.log_std, np.full((5, 2), -1.5))
-        hidden = getattr(jax.nn, activation)(obs @ layers["critic_torso"]["Dense_0"]["kernel"])
-        assert_allclose(value, (hidden @ layers["critic"]["kernel"])[:, 0])

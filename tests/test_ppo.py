@@ -218,6 +218,56 @@ def test_entropy_bonus_raises_entropy():
     assert (log_std(after) > log_std(before) + 0.02).all()
 
 
+def test_observations_are_normalised_by_one_snapshot():
+    """The statistics of an update are those of the rollouts before it, for acting and learning."""
+    config = config_of(env="cartpole", learning_rate=0.0, clip_eps=1e-5)
+    algo = tiny.build("ppo", config)
+    update = jax.jit(algo.update)
+    state = jax.jit(algo.init)(jax.random.key(0))
+    for i in range(3):
+        state, metrics = update(state)
+        assert state.obs_stats.count == (i + 1) * 32
+        assert metrics["losses/clip_fraction"] == 0
+    assert (state.obs_stats.var < 1).any()
+
+
+def test_what_an_update_is_made_of():
+    """`counter` pays 1 a step and is cut after 4: all observations of 8 steps are known."""
+    config = tiny.config_of(
+        "ppo", env="tiny:counter_discrete", learning_rate=0.0, num_epochs=1, num_minibatches=1
+    )
+    assert config.normalize_obs
+    assert config.normalize_reward
+    algo = ppo.build(config, envs.make(config.env, 4, stagger=False))
+    state = jax.jit(algo.init)(jax.random.key(0))
+    seen = common.Stats(jnp.array([1.0, 3.0]), jnp.array([4.0, 0.25]), jnp.float32(64))
+    paid = common.Stats(jnp.float32(0), jnp.float32(4), jnp.float32(64))  # rewards are halved
+    scale = state.reward_scale._replace(stats=paid)
+    state = state._replace(obs_stats=seen, reward_scale=scale)
+    after, metrics = jax.jit(algo.update)(state)
+
+    count = np.array([0, 1, 2, 3] * 2)
+    obs = np.stack([count, 4 - count], -1).astype(np.float32)
+    next_obs = obs + np.array([1, -1], np.float32)
+    critic = ppo.Critic(config, (2,))
+    value_of = lambda x: np.asarray(critic.apply(state.params["critic"], seen.normalize(x)))
+    value, next_value = value_of(obs), value_of(next_obs)
+    advantage, trace = np.zeros(8), 0.0
+    for t in reversed(range(8)):
+        trace = 0.0 if count[t] == 3 else trace  # cut: it bootstraps, and the trace ends
+        trace = 0.5 + config.gamma * (next_value[t] + config.gae_lambda * trace) - value[t]
+        advantage[t] = trace
+    close = functools.partial(assert_allclose, rtol=1e-4, atol=1e-5)
+    close(metrics["losses/value_loss"], (advantage**2).mean())
+    explained = 1 - advantage.var() / (advantage + value).var()
+    close(metrics["losses/explained_variance"], explained)
+    close(metrics["losses/policy_loss"], 0.0)  # the ratio is 1, and advantages are standardised
+    rows = np.tile(obs[:, None], (1, 4, 1))
+    tiny.assert_close(after.obs_stats, seen.add(rows))
+    expected = scale.add(jnp.ones((8, 4)), jnp.tile((count == 3)[:, None], 4), config.gamma)
+    tiny.assert_close(after.reward_scale, expected)
+
+
 # --- configuration ---
 
 
@@ -254,19 +304,6 @@ def test_initialisers():
         else:
             assert_allclose(torso.std(), 1 / 8, rtol=0.1)
             assert_allclose(head.std(), 0.1 / 8, rtol=0.2)
-
-
-def test_observations_are_normalised_by_one_snapshot():
-    """The statistics of an update are those of the rollouts before it, for acting and learning."""
-    config = config_of(env="cartpole", learning_rate=0.0, clip_eps=1e-5)
-    algo = tiny.build("ppo", config)
-    update = jax.jit(algo.update)
-    state = jax.jit(algo.init)(jax.random.key(0))
-    for i in range(3):
-        state, metrics = update(state)
-        assert state.obs_stats.count == (i + 1) * 32
-        assert metrics["losses/clip_fraction"] == 0
-    assert (state.obs_stats.var < 1).any()
 
 
 @pytest.mark.parametrize(
@@ -315,40 +352,3 @@ def test_images_pass_a_convolution():
     )
     x = jax.nn.relu(x).reshape(2, -1) @ params["Dense_1"]["kernel"]
     assert_allclose(torso.apply({"params": params}, obs), jax.nn.relu(x))
-
-
-def test_what_an_update_is_made_of():
-    """`counter` pays 1 a step and is cut after 4: all observations of 8 steps are known."""
-    config = tiny.config_of(
-        "ppo", env="tiny:counter_discrete", learning_rate=0.0, num_epochs=1, num_minibatches=1
-    )
-    assert config.normalize_obs
-    assert config.normalize_reward
-    algo = ppo.build(config, envs.make(config.env, 4, stagger=False))
-    state = jax.jit(algo.init)(jax.random.key(0))
-    seen = common.Stats(jnp.array([1.0, 3.0]), jnp.array([4.0, 0.25]), jnp.float32(64))
-    paid = common.Stats(jnp.float32(0), jnp.float32(4), jnp.float32(64))  # rewards are halved
-    scale = state.reward_scale._replace(stats=paid)
-    state = state._replace(obs_stats=seen, reward_scale=scale)
-    after, metrics = jax.jit(algo.update)(state)
-
-    count = np.array([0, 1, 2, 3] * 2)
-    obs = np.stack([count, 4 - count], -1).astype(np.float32)
-    next_obs = obs + np.array([1, -1], np.float32)
-    critic = ppo.Critic(config, (2,))
-    value_of = lambda x: np.asarray(critic.apply(state.params["critic"], seen.normalize(x)))
-    value, next_value = value_of(obs), value_of(next_obs)
-    advantage, trace = np.zeros(8), 0.0
-    for t in reversed(range(8)):
-        trace = 0.0 if count[t] == 3 else trace  # cut: it bootstraps, and the trace ends
-        trace = 0.5 + config.gamma * (next_value[t] + config.gae_lambda * trace) - value[t]
-        advantage[t] = trace
-    close = functools.partial(assert_allclose, rtol=1e-4, atol=1e-5)
-    close(metrics["losses/value_loss"], (advantage**2).mean())
-    explained = 1 - advantage.var() / (advantage + value).var()
-    close(metrics["losses/explained_variance"], explained)
-    close(metrics["losses/policy_loss"], 0.0)  # the ratio is 1, and advantages are standardised
-    rows = np.tile(obs[:, None], (1, 4, 1))
-    tiny.assert_close(after.obs_stats, seen.add(rows))
-    expected = scale.add(jnp.ones((8, 4)), jnp.tile((count == 3)[:, None], 4), config.gamma)
-    tiny.assert_close(after.reward_scale, expected)

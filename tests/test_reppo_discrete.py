@@ -271,38 +271,6 @@ def test_a_gradient_that_is_not_finite_is_skipped():
     assert not metrics["health/finite"]
 
 
-# --- bad input ---
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_minibatches": 3}, r"num_minibatches=3 .* 32 transitions .*num_envs=4, num_steps=8"),
-        ({"env": "pendulum"}, r"Pendulum-v1 has continuous actions: .*algos/reppo.py"),
-        ({"vmin": 5.0, "vmax": 5.0}, r"vmin=5: .*vmax=5"),
-    ],
-)
-def test_bad_input_is_one_error(changes, message):
-    with pytest.raises(ValueError, match=message):
-        reppo_discrete.make_train(config_of(**changes))
-
-
-def test_presets_have_room_for_their_rewards(recwarn):
-    for preset in reppo_discrete.PRESETS.values():
-        dataclasses.replace(reppo_discrete.Config(), **preset).validate()
-    assert not recwarn.list
-
-
-def test_a_support_that_is_too_small_is_a_warning():
-    numbers = r"values can be 0 to 100 .*vmin=-2, vmax=12"
-    with pytest.warns(UserWarning, match=numbers) as caught:
-        config_of(reward_range=(0.0, 1.0), gamma=0.99).validate()
-    assert len(caught) == 1
-
-
-HERE = SUCCESSOR + np.array([-1, 1], np.float32)
-
-
 def test_what_the_critic_learns_from_standardised_observations():
     """By statistics of all that was shown until then; a time limit ends the trace. Each epoch
     has every row once.
@@ -396,3 +364,35 @@ def test_what_acts_is_the_policy_at_standardised_observations():
     np.testing.assert_array_equal(algo.act(policy, obs, key, True), logits.argmax(-1))
     drawn = (logits + jax.random.gumbel(key, logits.shape)).argmax(-1)
     np.testing.assert_array_equal(algo.act(policy, obs, key, False), drawn)
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_minibatches": 3}, r"num_minibatches=3 .* 32 transitions .*num_envs=4, num_steps=8"),
+        ({"env": "pendulum"}, r"Pendulum-v1 has continuous actions: .*algos/reppo.py"),
+        ({"vmin": 5.0, "vmax": 5.0}, r"vmin=5: .*vmax=5"),
+    ],
+)
+def test_bad_input_is_one_error(changes, message):
+    with pytest.raises(ValueError, match=message):
+        reppo_discrete.make_train(config_of(**changes))
+
+
+def test_presets_have_room_for_their_rewards(recwarn):
+    for preset in reppo_discrete.PRESETS.values():
+        dataclasses.replace(reppo_discrete.Config(), **preset).validate()
+    assert not recwarn.list
+
+
+def test_a_support_that_is_too_small_is_a_warning():
+    numbers = r"values can be 0 to 100 .*vmin=-2, vmax=12"
+    with pytest.warns(UserWarning, match=numbers) as caught:
+        config_of(reward_range=(0.0, 1.0), gamma=0.99).validate()
+    assert len(caught) == 1
+
+
+HERE = SUCCESSOR + np.array([-1, 1], np.float32)

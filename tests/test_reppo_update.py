@@ -290,6 +290,23 @@ def test_variants_run(changes):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(metrics))
 
 
+def test_inputs_are_standardised_at_their_step():
+    """By statistics of all that was shown until then: at an end, the new start and not the last."""
+    # another norm of the hidden layers would hide a wrong scale
+    predict, metrics, params = counter_update(normalize_obs=True, norm="none")
+    standard = lambda seen, obs: (obs - seen.mean) / np.sqrt(seen.var + 1e-2)
+    show = lambda seen, t: seen.add(np.tile(HERE[t % 8], (4, 1)))  # 4 environments in step
+    seen, inputs, successors = show(common.Stats.empty((2,)), 0), [], []
+    for t in range(8):
+        inputs.append(standard(seen, HERE[t]))
+        seen = show(seen, t + 1)
+        successors.append(standard(seen, SUCCESSOR[t]))
+    inputs, successors = np.array(inputs), np.array(successors)
+    target = 1 + 0.5 * predict(params, successors)
+    error = ((predict(params, inputs) - target) ** 2).mean()
+    assert_close(metrics["losses/qf_loss"], error, rtol=1e-4)
+
+
 # --- broken physics ---
 
 
@@ -447,20 +464,3 @@ def test_cartpole_is_balanced():
     policies = jax.vmap(algo.policy_of)(state)
     returns, _ = evaluation.evaluate(algo.act, policies, env, jax.random.key(1)[None])
     assert returns.mean() > 950
-
-
-def test_inputs_are_standardised_at_their_step():
-    """By statistics of all that was shown until then: at an end, the new start and not the last."""
-    # another norm of the hidden layers would hide a wrong scale
-    predict, metrics, params = counter_update(normalize_obs=True, norm="none")
-    standard = lambda seen, obs: (obs - seen.mean) / np.sqrt(seen.var + 1e-2)
-    show = lambda seen, t: seen.add(np.tile(HERE[t % 8], (4, 1)))  # 4 environments in step
-    seen, inputs, successors = show(common.Stats.empty((2,)), 0), [], []
-    for t in range(8):
-        inputs.append(standard(seen, HERE[t]))
-        seen = show(seen, t + 1)
-        successors.append(standard(seen, SUCCESSOR[t]))
-    inputs, successors = np.array(inputs), np.array(successors)
-    target = 1 + 0.5 * predict(params, successors)
-    error = ((predict(params, inputs) - target) ** 2).mean()
-    assert_close(metrics["losses/qf_loss"], error, rtol=1e-4)

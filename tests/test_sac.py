@@ -350,44 +350,6 @@ def test_gradient_steps_by_hand():
     tiny.assert_close(after.target_params["critic"], target, rtol=1e-3, atol=1e-5)
 
 
-# --- configuration ---
-
-
-def test_bytes_of_the_replay():
-    """128 transitions: two observations of 4 numbers, an action, a reward, two flags."""
-    init = tiny.build("sac", config_of()).init
-    state = jax.eval_shape(jax.vmap(init), jax.random.split(jax.random.key(0)))
-    assert program.row_bytes(state.replay) == 128 * (2 * 16 + 4 + 4 + 1 + 1)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"updates_per_step": 0.1},
-            r"updates_per_step=0.1 gives 3.2 gradient steps after a rollout of 4 x 8",
-        ),
-        ({"updates_per_step": 0.0}, r"updates_per_step=0.0: it should be greater than 0"),
-        ({"temperature_init": 0.0}, r"temperature_init=0.0: it should be greater than 0"),
-        ({"critic_hidden": (8, 0)}, r"critic_hidden=\(8, 0\): it should be greater than 0"),
-        ({"buffer_size": 31}, r"buffer_size=31 is less than .* raise it to 32"),
-        (
-            {"learning_starts": 161},
-            r"learning_starts=161, .* leaves no rollout of total_timesteps=192",
-        ),
-    ],
-)
-def test_impossible_settings_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        sac.make_train(config_of(**changes))
-    sac.make_train(config_of(learning_starts=160, buffer_size=32))
-
-
-def test_discrete_actions_are_refused():
-    with pytest.raises(ValueError, match=r"CartPole.* has discrete actions"):
-        sac.make_env(config_of(env="cartpole"))
-
-
 def test_the_temperature_starts_where_it_is_told():
     state = tiny.build("sac", config_of(temperature_init=0.2)).init(jax.random.key(0))
     assert_allclose(jnp.exp(state.params["temperature"]), 0.2)
@@ -424,3 +386,41 @@ def test_metrics_of_the_policy():
         sums["saturated_fraction"] += (abs(np.tanh(u)) > 0.99).mean()
     for name, value in sums.items():
         assert_allclose(metrics[f"losses/{name}"], value, rtol=1e-4)
+
+
+# --- configuration ---
+
+
+def test_bytes_of_the_replay():
+    """128 transitions: two observations of 4 numbers, an action, a reward, two flags."""
+    init = tiny.build("sac", config_of()).init
+    state = jax.eval_shape(jax.vmap(init), jax.random.split(jax.random.key(0)))
+    assert program.row_bytes(state.replay) == 128 * (2 * 16 + 4 + 4 + 1 + 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"updates_per_step": 0.1},
+            r"updates_per_step=0.1 gives 3.2 gradient steps after a rollout of 4 x 8",
+        ),
+        ({"updates_per_step": 0.0}, r"updates_per_step=0.0: it should be greater than 0"),
+        ({"temperature_init": 0.0}, r"temperature_init=0.0: it should be greater than 0"),
+        ({"critic_hidden": (8, 0)}, r"critic_hidden=\(8, 0\): it should be greater than 0"),
+        ({"buffer_size": 31}, r"buffer_size=31 is less than .* raise it to 32"),
+        (
+            {"learning_starts": 161},
+            r"learning_starts=161, .* leaves no rollout of total_timesteps=192",
+        ),
+    ],
+)
+def test_impossible_settings_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        sac.make_train(config_of(**changes))
+    sac.make_train(config_of(learning_starts=160, buffer_size=32))
+
+
+def test_discrete_actions_are_refused():
+    with pytest.raises(ValueError, match=r"CartPole.* has discrete actions"):
+        sac.make_env(config_of(env="cartpole"))
