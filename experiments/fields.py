@@ -107,7 +107,7 @@ def strings(path: Path) -> list[str]:
 
 
 def flags(text: str) -> set[str]:
-    """Names of the fields whose flags are in a text: --no-anneal-lr, --brains.0.tau-actor."""
+    """Names of the fields whose flags are in a text: --no-anneal-lr, --brains.0.actor-tau."""
     found = re.findall(r"--([a-z][\w.-]*)", text)
     names = {re.sub(r"\.\d+", "", x).replace("-", "_") for x in found}
     return names | {name.removeprefix("no_") for name in names}

@@ -3,7 +3,7 @@
 PurePO and the peer each have a process in their own Python. The two do the same amount of work in
 turn: one warms up, then each round times one call of each side. Neither evaluates.
 
-    rejax     PPO on CartPole, at the sizes of our preset and at rejax's defaults
+    rejax     PPO on CartPole, at small sizes and at rejax's defaults
     sbx, cleanrl
               PPO on Gymnasium's tasks, 16 environments x 128 steps, 10 epochs, minibatches of 128;
               both train one seed at a time, so their rate is that of any number of seeds
@@ -40,11 +40,11 @@ class Contest(NamedTuple):
 def rejax(seeds: list[int]) -> Iterator[Contest]:
     """PPO on CartPole: all seeds at once on both sides."""
     sizes = {
-        "our sizes": (
+        "small sizes": (
             {"num_envs": 32, "num_steps": 32, "num_epochs": 4, "num_minibatches": 4},
             160,
         ),
-        "its sizes": (
+        "rejax's defaults": (
             {"num_envs": 64, "num_steps": 64, "num_epochs": 8, "num_minibatches": 16},
             20,
         ),

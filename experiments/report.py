@@ -99,7 +99,7 @@ def seeds(entries: list[report.Entry], summaries: list[dict[str, Any]]) -> ET.El
 
 
 def metrics(entries: list[report.Entry], sources: list[Source]) -> list[ET.Element]:
-    """A chart for each metric in metrics.jsonl, by task and by what the runs count as steps.
+    """A chart for each metric but NO_METRIC, by task and by what the runs count as steps.
 
     Metrics that are constant are listed instead.
     """

@@ -59,7 +59,7 @@ class Launch:
     wandb_tags: tuple[str, ...] = ()
     """tags beside commit, device and jax version"""
     wandb_seeds: bool = False
-    """also one W&B run for each seed, with charts/ and eval/"""
+    """also one W&B run for each row (seed and swept value), with its own metrics"""
     tensorboard: bool = False
     """write TensorBoard events to the run directory"""
     verbose: Literal[0, 1, 2] = 1

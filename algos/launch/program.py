@@ -5,7 +5,7 @@
     plays = begin(keys)
     plays = play(state, plays, number of steps)                   # until all episodes have ended
 
-Nothing here knows an algorithm, and nothing calls back to the host from inside the program.
+Nothing here knows an algorithm or calls the host from inside the program; some environments do.
 """
 
 import concurrent.futures

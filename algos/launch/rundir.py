@@ -2,9 +2,9 @@
 
     config.json  meta.json  metrics.jsonl  eval.npz  final.npz  policy_s000.npz  partial_s000.npz
     done.json
-    checkpoints/  plots/  videos/
+    checkpoints/  plots/  videos/  tensorboard/  wandb/  .lock
 
-Everything is JSON or numpy arrays without pickles. `session.py` writes it, experiments read it.
+Numbers are JSON or numpy arrays without pickles. `session.py` writes it, experiments read it.
 """
 
 import hashlib
