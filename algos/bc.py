@@ -4,13 +4,14 @@ This is the form of Wu et al. 2019 (https://arxiv.org/abs/1911.11361), which als
 of the policy above a target. A gradient step draws a minibatch uniformly with replacement and takes
 one step of Adam on each loss, in this order:
 
-    policy loss  = E[w log pi(b | s) - log pi(clip(a) | s)],  w = max(v, 0)
-    entropy loss = w E[-log pi(c | s) + m A]
+    policy loss      = E[T log pi(b | s) - log pi(clip(a) | s)],  T = max(v, 0)
+    temperature loss = v E[-log pi(c | s) + m A]
 
-The first loss trains pi, with v as a constant. The second trains v, with pi as a constant.
+The first loss trains pi, with v as a constant. The second trains v, with pi as a constant; its
+gradient is 0 where descent would move v further below 0.
 b and c are new draws from the current policy, each tanh(u) with u Gaussian. clip(a) is the
 dataset's action a, clipped to [-0.999, 0.999]. A is the number of action dimensions, and -m A is
-the target entropy (m: `target_entropy_mult`). While the entropy is above its target, w falls to 0,
+the target entropy (m: `target_entropy_mult`). While the entropy is above its target, T falls to 0,
 and the policy loss becomes the negative log-likelihood.
 
 Differences from ppo.py:
@@ -62,7 +63,7 @@ class Config:
     batch_size: PositiveInt = 256  # transitions in a minibatch
 
     # optimiser: Adam
-    learning_rate: NonNegativeFloat = 5e-4  # learning rate of the policy and of the entropy weight
+    learning_rate: NonNegativeFloat = 5e-4  # learning rate of the policy and of the temperature
 
     # objective
     target_entropy_mult: float = 1.0  # the entropy's target is minus this times action_size
@@ -123,7 +124,7 @@ class Batch(NamedTuple):
 class TrainState(NamedTuple):
     """Everything that a run carries from one update to the next."""
 
-    params: dict  # keys "actor" and "entropy_weight", which is v
+    params: dict  # keys "actor" and "temperature", which is v
     opt_state: dict  # the same keys
     key: jax.Array
     update: jax.Array  # [] int32, finished updates
@@ -133,20 +134,20 @@ class TrainState(NamedTuple):
 
 
 def given_log_prob(policy, action):
-    """Log-density [...] of given actions [..., A], clipped to +-MAX_ACTION first."""
+    """Log-density [...] of `action` [..., action_size], which is clipped to +-MAX_ACTION first."""
     return policy.log_prob(jnp.arctanh(jnp.clip(action, -MAX_ACTION, MAX_ACTION)))
 
 
-def policy_loss(own_log_prob, log_prob, entropy_weight):
+def policy_loss(own_log_prob, log_prob, temperature):
     """Negative log-likelihood of the dataset's actions, minus the weighted entropy.
 
-    `own_log_prob` is of actions that the policy drew, `log_prob` of the dataset's actions.
+    `own_log_prob` [B] is of actions that the policy drew, `log_prob` [B] of the dataset's actions.
     """
-    return (jax.lax.stop_gradient(entropy_weight) * own_log_prob - log_prob).mean()
+    return (jax.lax.stop_gradient(temperature) * own_log_prob - log_prob).mean()
 
 
-def entropy_loss(v, own_log_prob, target_entropy):
-    """Loss whose gradient step raises the weight while the entropy is below its target.
+def temperature_loss(v, own_log_prob, target_entropy):
+    """Loss whose gradient step raises v while the entropy is below its target.
 
     The gradient is 0 where descent would move v further below 0.
     """
@@ -180,7 +181,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         key_actor, key = jax.random.split(key)
         params = {
             "actor": actor.init(key_actor, jnp.zeros((1, env.obs_size))),
-            "entropy_weight": jnp.float32(1.0),
+            "temperature": jnp.float32(1.0),
         }
         return TrainState(
             params=params,
@@ -201,8 +202,8 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     def policy_loss_fn(params, state, batch, key):
         policy, own_log_prob = draw(params, batch.obs, key)
         log_prob = given_log_prob(policy, batch.action)
-        entropy_weight = jnp.maximum(state.params["entropy_weight"], 0.0)
-        loss = policy_loss(own_log_prob, log_prob, entropy_weight)
+        temperature = jnp.maximum(state.params["temperature"], 0.0)
+        loss = policy_loss(own_log_prob, log_prob, temperature)
         return loss, {
             "losses/policy_loss": loss,
             "losses/log_likelihood": log_prob.mean(),
@@ -211,13 +212,13 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             "losses/mode_error": ((jnp.tanh(policy.mean) - batch.action) ** 2).mean(),
         }
 
-    def entropy_loss_fn(v, state, batch, key):
+    def temperature_loss_fn(v, state, batch, key):
         _, own_log_prob = draw(state.params["actor"], batch.obs, key)
-        loss = entropy_loss(v, own_log_prob, target_entropy)
-        return loss, {"losses/entropy_weight": jnp.maximum(v, 0.0)}
+        loss = temperature_loss(v, own_log_prob, target_entropy)
+        return loss, {"losses/temperature": jnp.maximum(v, 0.0)}
 
     # In the order of a gradient step; the gradient is with respect to the first argument.
-    losses = {"actor": policy_loss_fn, "entropy_weight": entropy_loss_fn}
+    losses = {"actor": policy_loss_fn, "temperature": temperature_loss_fn}
 
     def descend(state, grads):
         """One step of the optimiser on each network in `grads`."""

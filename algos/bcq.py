@@ -182,8 +182,8 @@ class Batch(NamedTuple):
     obs: jax.Array
     action: jax.Array
     reward: jax.Array
-    next_obs: jax.Array
     terminated: jax.Array
+    next_obs: jax.Array
 
 
 class TrainState(NamedTuple):
@@ -218,8 +218,7 @@ def best_target(reward, terminated, next_value, gamma, min_weight):
     step does not bootstrap.
     """
     value = mix(next_value, min_weight).max(0)
-    discount = jnp.where(terminated, 0.0, gamma)
-    return jax.lax.stop_gradient(reward + discount * value)
+    return jax.lax.stop_gradient(reward + gamma * jnp.where(terminated, 0.0, value))
 
 
 def critic_loss(value, target):

@@ -14,13 +14,14 @@ losses use the n-step target y = y_0 of a sampled step, computed by target netwo
     y_{n-1} = r_{n-1} + gamma (1 - terminated_{n-1}) Q'(s_n, g_n, pi'(s_n, g_n))
     critic:  E[(Q(s, g, mean, std) - y)^2]
     PPO:     -E[min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)],   A = y - Q(s, g, pi(s, g))
-    DDPG:    -E[Q(s, g, pi(s, g))]
-    weighted DDPG: -E[min(ratio D, clip(ratio, 1 - eps, 1 + eps) D)],   D = Q(s, g, pi(s, g)) - y
+    DDPG:    -E[D],   D = Q(s, g, pi(s, g)) - y
+    weighted DDPG: -E[min(ratio D, clip(ratio, 1 - eps, 1 + eps) D)]
 
 In the critic's loss mean and std are those of the behaviour policy, as stored, and pi(s, g) stands
 for those of the current actor. ratio is pi(a | s, g) over the behaviour policy's density, by
-default the geometric mean over the action's dimensions. It is a constant in weighted DDPG. A and D
-are sums over the parts of the reward.
+default the geometric mean over the action's dimensions; it is a constant in weighted DDPG. A and D
+are sums over the parts of the reward. y is a constant everywhere, Q's parameters are constants in
+PPO's and DDPG's losses, and so is A in PPO's.
 
 Hindsight relabelling replaces the goals of some sampled steps by goals that the same episode had at
 other times ("shift"), recomputes the rewards, and sets n to 1. The behaviour policy under the
@@ -282,14 +283,14 @@ class Transition(NamedTuple):
     obs: jax.Array  # as the environment gave it
     action: jax.Array  # unclipped; the environment clips
     policy: common.Gaussian  # the behaviour policy, with its parameter noise
-    reward: jax.Array  # of the task, whatever reward_kind
+    reward: jax.Array  # the task's own, whatever `reward_kind` is
     terminated: jax.Array
     valid: jax.Array  # the physics was finite
     next_obs: jax.Array  # true successor, never a reset observation
 
 
 class Trajectory(NamedTuple):
-    """Consecutive steps: the replay buffer [W, N, T, ...], or samples of it [B, H, ...]."""
+    """Consecutive steps: W episodes, the replay buffer [W, N, T, ...], or samples [B, H, ...]."""
 
     obs: jax.Array  # one more than there are steps: the last true successor
     action: jax.Array
@@ -326,8 +327,8 @@ class TrainState(NamedTuple):
     target_params: dict  # keys "critic" and "actor0", "actor1", ...; only "actor0" if it is shared
     opt_state: dict  # keys "critic" and "actor0", "actor1", ..., one for each brain
     noise: tuple  # parameter noise of the actor, [in, out] per layer
-    obs_stats: common.Stats
     replay: Trajectory
+    obs_stats: common.Stats
     obs: jax.Array  # [N, obs_size], as the environment gave it
     env_state: Any
     key: jax.Array
@@ -441,7 +442,7 @@ def ratio_of(log_ratio):
     return jnp.exp(jnp.minimum(log_ratio, math.log(100.0)))
 
 
-def actor_loss(brain, q, ratio, target):
+def policy_loss(brain, q, ratio, target):
     """Loss of a brain's rule; `q` and `target` [B, m], `ratio` [B].
 
     PPO has a gradient with respect to `ratio` only, both kinds of DDPG with respect to `q` only.
@@ -457,7 +458,12 @@ def actor_loss(brain, q, ratio, target):
     return -jnp.minimum(ratio * gain, clipped * gain).mean()
 
 
-def gaussian_kl(p: common.Gaussian, q: common.Gaussian):
+def value_loss(value, target):
+    """Mean squared error to the value target."""
+    return ((value - target) ** 2).mean()
+
+
+def kl_divergence(p: common.Gaussian, q: common.Gaussian):
     """KL(p || q) [...] of two Gaussians."""
     moments = jnp.exp(2.0 * p.log_std) + (p.mean - q.mean) ** 2
     return (q.log_std - p.log_std + 0.5 * moments * jnp.exp(-2.0 * q.log_std) - 0.5).sum(-1)
@@ -493,7 +499,7 @@ def natural_step(loss_at, policy_at, params, grads, delta=1e-3, damping=1e-3, it
 
     def accepted(scale):
         new = moved(scale)
-        near = gaussian_kl(policy, policy_at(new)).mean() <= 1.5 * delta
+        near = kl_divergence(policy, policy_at(new)).mean() <= 1.5 * delta
         return (loss_at(new) < loss - 1e-3 * scale * predicted) & near
 
     smallest = 0.5**9
@@ -510,7 +516,7 @@ def make_env(config: Config) -> envs.Env:
     env = envs.make(config.env, config.num_envs, stagger=False, max_steps=config.num_steps)
     goals, kind = env.goals, config.reward_kind
     if env.discrete:
-        raise ValueError(f"{env.name} has discrete actions: BNPO needs continuous ones")
+        raise ValueError(f"{env.name} has discrete actions, and BNPO needs continuous ones")
     if not goals and (kind != "env" or any(brain.her_ratio for brain in config.brains)):
         off = " ".join(f"--brains.{k}.her-ratio 0" for k in range(len(config.brains)))
         raise ValueError(f"{env.name} has no goals: add --reward-kind env {off}")
@@ -532,7 +538,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     U = math.gcd(T, config.param_noise_interval, *(x.turn_interval for x in config.brains))
     goals, kind, K = env.goals, config.reward_kind, len(config.brains)
     obs_like = jnp.zeros((1, env.obs_size))
-    # A saved policy plays without its task, and so without goals and without its critic.
+    # A saved policy is loaded with an environment without goals. Its critic is not used then.
     from_goals = goals and kind != "env"
     num_heads = reward_of(goals, kind, obs_like).shape[-1] if from_goals else 1
     actor, critic = Actor(config, A), Critic(config, num_heads)
@@ -563,7 +569,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
                 action=zeros(T, A),
                 policy=common.Gaussian(zeros(T, A), zeros(T, A)),
                 reward=zeros(T, num_heads),
-                terminated=zeros(T) > 0,
+                terminated=zeros(T).astype(bool),
             ),
             obs=obs,
             env_state=env_state,
@@ -706,9 +712,9 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             log_ratio = log_prob_of(policy, batch.action) - batch.log_prob
             log_ratio = log_ratio.mean(-1) if config.ratio_reduce == "mean" else log_ratio.sum(-1)
             ratio = ratio_of(log_ratio)
-            pg_loss = actor_loss(brain, q, ratio, batch.target)
+            pg_loss = policy_loss(brain, q, ratio, batch.target)
             value = critic.apply(params["critic"], batch.obs, batch.policy, batch.action)
-            vf_loss = ((value - batch.target) ** 2).mean()
+            vf_loss = value_loss(value, batch.target)
             aux = {
                 "policy_loss": pg_loss,
                 "value_loss": vf_loss,
@@ -766,18 +772,19 @@ def build(config: Config, env: envs.Env) -> common.Algo:
                 rows = sample(state, key_rows)
                 batch = targets(state, old_actor, rows, key_targets)
                 state, aux = gradient_step(state, batch)
-                aux["count"] = jnp.ones(())
                 aux["her_fraction"] = rows.relabel.mean()
                 aux["reward"] = batch.reward.sum(-1).mean()
                 return follow(state, number), aux
 
-            def add(number, carry):
-                state, aux = minibatch(number, carry[0])
-                return state, jax.tree.map(jnp.add, carry[1], aux)
+            def step(number, carry):
+                state, sums = carry
+                state, aux = minibatch(number, state)
+                return state, {name: sums[name] + aux[name] for name in aux}
 
-            shapes = jax.eval_shape(minibatch, start, state)[1]
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            state, sums = jax.lax.fori_loop(start, end, add, (state, zeros))
+            names = jax.eval_shape(minibatch, start, state)[1]
+            sums = {name: jnp.zeros(()) for name in names}
+            state, sums = jax.lax.fori_loop(start, end, step, (state, sums))
+            sums["count"] = (end - start).astype(jnp.float32)
             return state, {f"brain{k}/{name}": x for name, x in sums.items()}
 
         return turn

@@ -303,8 +303,8 @@ class TrainState(NamedTuple):
     """Everything that a run carries from one update to the next."""
 
     params: dict  # keys "actor", "critic", "mu", "q" and "qhat"
-    opt_state: dict  # the same keys
     target_params: dict  # keys "q" and "qhat"
+    opt_state: dict  # the same keys as params
     replay: Transition  # the last replay_rollouts = K rollouts, [K T, N, ...]
     reward_range: jax.Array  # [2] smallest and largest reward so far, 0 included; not scaled
     r_hat_max: jax.Array  # [] largest `second_moment_reward` so far; not scaled
@@ -359,6 +359,7 @@ def trajectory_estimator(
     lag = t - t[:, None]  # [t, k] = k - t
     same_episode = (lag >= 0)[..., None] & (episode[:, None] == episode)  # [t, k, N]
     product = jnp.exp(jnp.minimum(jnp.log(clip_c), total - total[:, None]))  # steps t + 1 to k
+    product = jnp.where((lag > 0)[..., None], product, 1.0)  # of no ratio: not clipped
     decay = (gamma * lam) ** jnp.maximum(lag, 0)[..., None]
     weight = jnp.where(same_episode, decay * product, 0.0)
     advantage = jnp.einsum("tkn,kn->tn", weight, delta)
@@ -491,7 +492,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return obs_stats.normalize(obs.astype(jnp.float32)) if config.normalize_obs else obs
 
     def noise_of(key, shape):
-        """Exploration noise [*shape, action_size] for actions of batch shape `shape`."""
+        """Noise [*shape, action_size] for sampling actions of batch shape `shape`."""
         draw = jax.random.gumbel if env.discrete else jax.random.normal
         return draw(key, (*shape, env.action_size))
 
@@ -591,8 +592,8 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         """Fitted Q evaluation of Q or Q^, the only network in `params`; the target is constant."""
         (name,) = params
         apply, online, target_net = nets[name].apply, params[name], state.target_params[name]
-        # As in the authors' code: only continuous actions without symlog bootstrap from the target
-        # network.
+        # As in the authors' code, the target network gives the bootstrap value only if actions are
+        # continuous and symlog_targets is off.
         bootstrap_net = online if config.symlog_targets or env.discrete else target_net
         pi = actor.apply(state.params["actor"], batch.next_obs)
         next_value = to_value(apply(bootstrap_net, batch.next_obs, sampled(pi, key)))
@@ -649,7 +650,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     def gradient_step(state, batch):
         params = {name: state.params[name] for name in ("actor", "critic")}
         grads, aux = jax.grad(loss_fn, has_aux=True)(params, state, batch)
-        aux["losses/grad_norm"] = optax.global_norm(grads)
+        aux |= {f"losses/{name}_grad_norm": optax.global_norm(grads[name]) for name in grads}
         return descend(state, grads), aux
 
     def epoch(state, batch, key):
@@ -657,6 +658,16 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         index = jax.random.permutation(key, len(batch.obs)).reshape(config.num_minibatches, -1)
         step = lambda state, i: gradient_step(state, jax.tree.map(lambda x: x[i], batch))
         return jax.lax.scan(step, state, index)
+
+    def store(state, traj):
+        """Replace the oldest rollout in the replay buffer, and widen the range of rewards."""
+        start = state.update % K * T
+        write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=0)
+        rewards = jnp.append(traj.reward, state.reward_range)
+        return state._replace(
+            replay=jax.tree.map(write, state.replay, traj),
+            reward_range=jnp.stack([rewards.min(), rewards.max()]),
+        )
 
     def fit(state, name, loss, data, key, num_epochs, num_minibatches):
         """Epochs of gradient steps on one network over the replay buffer; returns mean metrics too.
@@ -693,16 +704,6 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         aux = jax.eval_shape(loss, {name: state.params[name]}, state, data, key)[1]  # for the names
         carry = state, {k: jnp.zeros(()) for k in aux}
         return jax.lax.scan(fit_epoch, carry, jax.random.split(key, num_epochs))[0]
-
-    def store(state, traj):
-        """Replace the oldest rollout in the replay buffer, and widen the range of rewards."""
-        start = state.update % K * T
-        write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=0)
-        rewards = jnp.append(traj.reward, state.reward_range)
-        return state._replace(
-            replay=jax.tree.map(write, state.replay, traj),
-            reward_range=jnp.stack([rewards.min(), rewards.max()]),
-        )
 
     def learn_from_replay(state, key):
         """Fit Q, then Q^, then mu, all for the new pi, which is fixed here; returns metrics too."""

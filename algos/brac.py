@@ -16,9 +16,9 @@ networks Qbar_i, and takes one step of Adam on each loss, in this order:
 
 The losses train the Q_i, pi, g, alpha and T. In each, y and all other parameters are constants. a',
 c and d are new draws from the current policy, each tanh(u) with u Gaussian, and mix Q is the
-weighted sum l min_i Q_i + (1 - l) max_i Q_i. p is 1 (value penalty) or 0 (policy regularisation), t
-counts gradient steps from 0, A is the number of action dimensions, and -m A is the target entropy.
-In the fields l is `min_weight`, p `value_penalty` and m `target_entropy_mult`.
+weighted sum l min_i Q_i + (1 - l) max_i Q_i. p is 0 for policy regularisation and usually 1 for a
+value penalty, t counts gradient steps from 0, A is the number of action dimensions, and -m A is the
+target entropy. In the fields l is `min_weight`, p `value_penalty` and m `target_entropy_mult`.
 
 D is estimated from draws x of pi and, with a critic g, from the behaviour policy's action a
 (at s', its next action). clip limits x to [-0.999, 0.999]:
@@ -162,7 +162,7 @@ NUM_DRAWS = 4  # draws of each policy for an estimate of kl or mmd
 NUM_CANDIDATES = 10  # draws from which `max_q` takes the best
 MMD_SCALE = 20.0  # scale of the Laplacian kernel
 MAX_ALPHA = 500.0  # upper end of alpha's range
-SLOPE_WEIGHT = 5.0  # weight of the gradient penalty
+GRADIENT_PENALTY = 5.0  # weight of the gradient penalty
 
 
 class MLP(nn.Module):
@@ -228,9 +228,9 @@ class Batch(NamedTuple):
     obs: jax.Array
     action: jax.Array
     reward: jax.Array
+    terminated: jax.Array
     next_obs: jax.Array
     next_action: jax.Array  # what the behaviour policy did, or would have done, at next_obs
-    terminated: jax.Array
     clone: Any = None  # parameters of the clone, if the divergence needs one; the same for all rows
 
 
@@ -248,11 +248,11 @@ class TrainState(NamedTuple):
 
 
 def given_log_prob(policy, action):
-    """Log-density [...] of given actions [..., A], clipped to +-MAX_ACTION first."""
+    """Log-density [...] of `action` [..., action_size], which is clipped to +-MAX_ACTION first."""
     return policy.log_prob(jnp.arctanh(jnp.clip(action, -MAX_ACTION, MAX_ACTION)))
 
 
-def kl_divergence(policy, clone, u):
+def kl_estimate(policy, clone, u):
     """KL(policy || clone) [B], estimated from draws tanh(u), u [draws, B, A], of the policy.
 
     The policy's own density is exact, the clone's is that of the clipped action. Where draws are
@@ -281,7 +281,7 @@ def dual_divergence(kind, own_value, given_value):
     return jnp.log(jax.nn.softplus(own_value) + 1e-8) + 1.0 - jax.nn.softplus(given_value)
 
 
-def slope_penalty(critic, own, given, weight):
+def gradient_penalty(critic, own, given, weight):
     """Gradient penalty of `critic` (actions [B, A] -> [B]) between own and given actions.
 
     Only norms above 1 count. `weight` [B, 1] is 0 at the own action and 1 at the given one.
@@ -289,12 +289,12 @@ def slope_penalty(critic, own, given, weight):
     between = own + weight * (given - own)
     gradient = jax.grad(lambda action: critic(action).sum())(between)
     slope = jnp.sqrt(1e-8 + (gradient**2).sum(-1))
-    return SLOPE_WEIGHT * (jnp.maximum(slope - 1.0, 0.0) ** 2).mean()
+    return GRADIENT_PENALTY * (jnp.maximum(slope - 1.0, 0.0) ** 2).mean()
 
 
 def divergence_loss(kind, critic, own, given, weight):
     """Loss of a divergence's critic, gradient penalty minus lower bound; and the penalty."""
-    penalty = slope_penalty(critic, own, given, weight)
+    penalty = gradient_penalty(critic, own, given, weight)
     return penalty - dual_divergence(kind, critic(own), critic(given)).mean(), penalty
 
 
@@ -303,15 +303,16 @@ def mix(value, min_weight):
     return min_weight * value.min(0) + (1.0 - min_weight) * value.max(0)
 
 
-def penalised_target(batch, next_value, log_prob, divergence, gamma, temperature, penalty):
+def penalised_target(
+    reward, terminated, next_value, log_prob, divergence, temperature, penalty, gamma
+):
     """Targets [B] of the critics; no gradient passes through them.
 
     `next_value` [B] holds the mixed values of the policy's actions at the true successor, and
     `log_prob` [B] is that of these actions. A terminated step does not bootstrap.
     """
     value = next_value - temperature * log_prob - penalty * divergence
-    discount = jnp.where(batch.terminated, 0.0, gamma)
-    return jax.lax.stop_gradient(batch.reward + discount * value)
+    return jax.lax.stop_gradient(reward + gamma * jnp.where(terminated, 0.0, value))
 
 
 def critic_loss(value, target):
@@ -432,7 +433,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         shape = NUM_DRAWS, *u.shape[:-1]
         own, clone = policy.sample(noise_of(key_own, shape)), actor.apply(batch.clone, batch.obs)
         if config.divergence == "kl":
-            return kl_divergence(policy, clone, own)
+            return kl_estimate(policy, clone, own)
         return squared_mmd(jnp.tanh(own), jnp.tanh(clone.sample(noise_of(key_clone, shape))))
 
     def multipliers(state):
@@ -449,14 +450,15 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         next_value = mix(next_value, config.min_weight)
         divergence = divergence_of(state, next_batch, policy, u, key_divergence)
         penalty = config.value_penalty * alpha
+        reward, terminated = batch.reward, batch.terminated
         target = penalised_target(
-            batch, next_value, log_prob, divergence, config.gamma, temperature, penalty
+            reward, terminated, next_value, log_prob, divergence, temperature, penalty, config.gamma
         )
         value = critic.apply(params, batch.obs, batch.action)
         loss = critic_loss(value, target)
         return loss, {
             "losses/qf_loss": loss,
-            "losses/q_data": mix(value, config.min_weight).mean(),
+            "losses/q_data": value.mean(),
             "losses/target": target.mean(),
         }
 
@@ -465,10 +467,10 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         temperature, alpha = multipliers(state)
         policy, u, log_prob = draw(params, batch.obs, key_draw)
         value = critic.apply(state.params["critic"], batch.obs, jnp.tanh(u))
-        value = mix(value, config.min_weight)
+        mixed = mix(value, config.min_weight)
         divergence = divergence_of(state, batch, policy, u, key_divergence)
         warm = state.opt_state["actor"].count <= config.warm_start  # Adam counts gradient steps
-        loss = policy_loss(value, log_prob, divergence, temperature, alpha, warm)
+        loss = policy_loss(mixed, log_prob, divergence, temperature, alpha, warm)
         return loss, {
             "losses/policy_loss": loss,
             "losses/q_policy": value.mean(),
@@ -484,7 +486,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         weight = jax.random.uniform(key_between, (len(u), 1))
         g = lambda action: divergence_critic.apply(params, batch.obs, action)[0]
         loss, penalty = divergence_loss(config.divergence, g, jnp.tanh(u), batch.action, weight)
-        return loss, {"losses/divergence_critic": loss, "losses/slope_penalty": penalty}
+        return loss, {"losses/divergence_loss": loss, "losses/gradient_penalty": penalty}
 
     def alpha_loss_fn(alpha, state, batch, key):
         key_draw, key_divergence = jax.random.split(key)

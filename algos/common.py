@@ -53,7 +53,7 @@ def check(config: Any) -> None:
             wanted = error.errors()[0]["msg"].removeprefix("Input ")
             raise ValueError(f"{name}={value!r}: it {wanted}") from None
         for x in value if isinstance(value, tuple) else (value,):
-            # the program counts in int32; the two have limits of their own
+            # the program counts in int32; total_timesteps and seed have limits of their own
             if isinstance(x, int) and x >= 2**31 and name not in ("total_timesteps", "seed"):
                 raise ValueError(f"{name}={x}: it should be less than 2**31")
     config.validate()

@@ -343,7 +343,7 @@ def replay_loss(policy, value, segments, config):
         "replay/kl": kl,
         "replay/kl_coef": kl_coef,
         "replay/ess": ess,
-        "replay/max_ratio": max_ratio,
+        "replay/ratio_limit": max_ratio,
         "replay/mean_ratio": ratio.mean(),
         "replay/largest_ratio": ratio.max(),
         "replay/clip_fraction": (ratio > max_ratio).mean(),
@@ -412,7 +412,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return obs_stats.normalize(obs.astype(jnp.float32)) if config.normalize_obs else obs
 
     def noise_of(key, shape):
-        """Exploration noise [*shape, action_size] for actions of batch shape `shape`."""
+        """Noise [*shape, action_size] for sampling actions of batch shape `shape`."""
         draw = jax.random.gumbel if env.discrete else jax.random.normal
         return draw(key, (*shape, env.action_size))
 
@@ -446,9 +446,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
 
     def segments_of(state, traj) -> Segments:
         """The N segments of a rollout that ended in `state`."""
-        reward = traj.reward
-        if config.normalize_reward:
-            reward = reward * state.reward_scale.factor()
+        reward = traj.reward * (state.reward_scale.factor() if config.normalize_reward else 1.0)
         _, next_value = network.apply(state.params, normalize(state.obs_stats, traj.next_obs))
         truncated = traj.done & ~traj.terminated
         reward += jnp.where(truncated, config.gamma * next_value, 0.0)

@@ -250,7 +250,7 @@ def gae(reward, value, next_value, terminated, done, gamma, lam):
 
 
 def policy_loss(log_prob, old_log_prob, advantage, clip_eps):
-    """Clipped surrogate loss (Schulman et al. 2017, eq. 7) and its metrics."""
+    """Clipped surrogate loss (Schulman et al. 2017, eq. 7) and its metrics; arrays [...]."""
     log_ratio = jnp.clip(log_prob - old_log_prob, -20.0, 20.0)  # so that exp stays finite
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1.0 - clip_eps, 1.0 + clip_eps)
@@ -306,7 +306,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return obs_stats.normalize(obs.astype(jnp.float32)) if config.normalize_obs else obs
 
     def noise_of(key, shape):
-        """Exploration noise [*shape, action_size] for actions of batch shape `shape`."""
+        """Noise [*shape, action_size] for sampling actions of batch shape `shape`."""
         draw = jax.random.gumbel if env.discrete else jax.random.normal
         return draw(key, (*shape, env.action_size))
 
@@ -343,9 +343,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         """Advantages and value targets of a rollout, computed once before its gradient steps."""
         obs, next_obs = (normalize(state.obs_stats, x) for x in (traj.obs, traj.next_obs))
         value, next_value = (critic.apply(state.params["critic"], x) for x in (obs, next_obs))
-        reward = traj.reward
-        if config.normalize_reward:
-            reward = reward * state.reward_scale.factor()
+        reward = traj.reward * (state.reward_scale.factor() if config.normalize_reward else 1.0)
         advantage = gae(
             reward, value, next_value, traj.terminated, traj.done, config.gamma, config.gae_lambda
         )
@@ -388,7 +386,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
 
     def gradient_step(state, batch):
         grads, aux = jax.grad(loss_fn, has_aux=True)(state.params, state, batch)
-        aux["losses/grad_norm"] = optax.global_norm(grads)
+        aux |= {f"losses/{name}_grad_norm": optax.global_norm(grads[name]) for name in grads}
         return descend(state, grads), aux
 
     def epoch(state, batch, key):

@@ -413,7 +413,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         prediction = prediction._replace(value=prediction.value[at], logits=prediction.logits[at])
         error = critic_loss(prediction, batch.target, config.vmin, config.vmax)
         aux_error = jnp.zeros_like(error)
-        if config.aux_loss_mult:  # at 0, the compiler drops the head and next features
+        if config.aux_loss_mult:  # else not computed
             aux_error = aux_loss(prediction.predicted, batch)
         mean = lambda x: jnp.where(step.valid, x, 0.0).mean()
         loss = mean(error + config.aux_loss_mult * aux_error)
@@ -421,10 +421,10 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             "losses/qf_loss": loss,
             "losses/aux_loss": mean(aux_error),
             "losses/value_error": mean((prediction.value - batch.target) ** 2),
-            "losses/q_value": prediction.value.mean(),
+            "losses/q_data": prediction.value.mean(),
         }
 
-    def actor_loss_fn(params, state, batch):
+    def policy_loss_fn(params, state, batch):
         step = batch.step
         policy = actor.apply(params["net"], step.obs)
         value, entropy, _ = value_of(state, policy, step.obs)
@@ -466,7 +466,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             state.params["critic"], state, batch
         )
         state = descend(state, {"critic": critic_grads})
-        actor_grads, actor_aux = jax.grad(actor_loss_fn, has_aux=True)(
+        actor_grads, actor_aux = jax.grad(policy_loss_fn, has_aux=True)(
             state.params["actor"], state, batch
         )
         state = descend(state, {"actor": actor_grads})

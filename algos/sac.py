@@ -86,7 +86,7 @@ class Config:
 
     # observations and rewards
     normalize_obs: bool = False  # standardise observations by running statistics
-    reward_scale: NonNegativeFloat = 1.0  # factor on rewards; logged returns are not scaled
+    reward_scale: PositiveFloat = 1.0  # factor on rewards; logged returns are not scaled
 
     # networks
     hidden: tuple[PositiveInt, ...] = (200, 200)  # fully connected hidden layers of the policy
@@ -227,8 +227,7 @@ def soft_target(reward, terminated, next_value, log_prob, temperature, gamma):
     successor, and `log_prob` [B] is that of these actions. A terminated step does not bootstrap.
     """
     value = next_value.min(0) - temperature * log_prob
-    discount = jnp.where(terminated, 0.0, gamma)
-    return jax.lax.stop_gradient(reward + discount * value)
+    return jax.lax.stop_gradient(reward + gamma * jnp.where(terminated, 0.0, value))
 
 
 def critic_loss(value, target, valid):

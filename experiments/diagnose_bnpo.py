@@ -188,7 +188,7 @@ def make_diagnose(config: bnpo.Config, num_envs: int, num_rows: int) -> Callable
                 log_ratio -= bnpo.log_prob_of(old, action[part])
                 q = q_of(params, inputs[part], policy)
                 ratio = bnpo.ratio_of(log_ratio.mean(-1))
-                return bnpo.actor_loss(brain, q, ratio, target[part])
+                return bnpo.policy_loss(brain, q, ratio, target[part])
 
             weights = params["actor"]["params"]
             weights = {name: x for name, x in weights.items() if name.startswith("kernel")}
@@ -214,7 +214,7 @@ def make_diagnose(config: bnpo.Config, num_envs: int, num_rows: int) -> Callable
         }
         policy = actor.apply(params["actor"], inputs, no_noise)
         for k, tree in target_actors(state).items():
-            kl = bnpo.gaussian_kl(policy, actor.apply(tree, inputs, no_noise))
+            kl = bnpo.kl_divergence(policy, actor.apply(tree, inputs, no_noise))
             out[f"value/KL of the actor from target {k}"] = kl.mean()
         return out
 

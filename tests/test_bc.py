@@ -77,14 +77,15 @@ def test_policy_loss_by_hand():
 
 
 @pytest.mark.parametrize(("x", "up", "down"), [(0.2, 1, -1), (0.0, 0, -1), (-0.1, 0, -1)])
-def test_the_weight_can_always_come_back(x, up, down):
-    gradient = lambda surplus: jax.grad(bc.entropy_loss)(jnp.float32(x), jnp.full(3, -surplus), 0.0)
+def test_the_temperature_can_always_come_back(x, up, down):
+    slope = jax.grad(bc.temperature_loss)
+    gradient = lambda surplus: slope(jnp.float32(x), jnp.full(3, -surplus), 0.0)
     assert [float(gradient(surplus)) for surplus in (1.0, -1.0)] == [up, down]
 
 
 @pytest.mark.parametrize(("entropy", "gradient"), [(-1.5, 0.5), (-2.5, -0.5)])
-def test_the_weight_falls_while_entropy_is_above_its_target(entropy, gradient):
-    loss = lambda v, log_prob: bc.entropy_loss(v, log_prob, -2.0)
+def test_the_temperature_falls_while_entropy_is_above_its_target(entropy, gradient):
+    loss = lambda v, log_prob: bc.temperature_loss(v, log_prob, -2.0)
     grads = jax.grad(loss, (0, 1))(0.4, jnp.full(3, -entropy))
     assert_allclose(grads[0], gradient)  # descent is against it
     assert (grads[1] == 0).all()
@@ -131,15 +132,15 @@ def test_gradient_steps_by_hand():
         def policy_loss(p):
             policy, log_prob = own(p, batch.obs, key_policy)
             u = jnp.arctanh(jnp.clip(batch.action, -0.999, 0.999))
-            return (params["entropy_weight"] * log_prob - policy.log_prob(u)).mean()
+            return (params["temperature"] * log_prob - policy.log_prob(u)).mean()
 
         loss, grads = jax.value_and_grad(policy_loss)(params["actor"])
         direction, moments = adam.update(grads, opt["actor"])
         new = {"actor": optax.apply_updates(params["actor"], direction)}
         gradient = (-own(new["actor"], batch.obs, key_weight)[1] + 0.7).mean()
-        direction, weight_moments = adam.update(gradient, opt["entropy_weight"])
-        new["entropy_weight"] = params["entropy_weight"] + direction
-        return new, {"actor": moments, "entropy_weight": weight_moments}, loss
+        direction, weight_moments = adam.update(gradient, opt["temperature"])
+        new["temperature"] = params["temperature"] + direction
+        return new, {"actor": moments, "temperature": weight_moments}, loss
 
     opt = {name: adam.init(params[name]) for name in params}
     _, key_index, key_steps = jax.random.split(before.key, 3)
@@ -149,7 +150,7 @@ def test_gradient_steps_by_hand():
         batch = jax.tree.map(lambda x: x[i], rows)  # noqa: B023
         params, opt, loss = step(params, opt, batch, key)
         losses.append(loss)
-    assert (params["entropy_weight"] > 0) & (params["entropy_weight"] != 1)
+    assert (params["temperature"] > 0) & (params["temperature"] != 1)
     assert_allclose(metrics["losses/policy_loss"], np.mean(losses), rtol=1e-4)
     tiny.assert_close(after.params, params, rtol=1e-3, atol=1e-5)
 
@@ -249,7 +250,7 @@ def test_the_distribution_of_the_data_is_recovered():
     policy = bc.Actor(RECOVERY, 1).apply(state.params["actor"], jnp.zeros(1))
     assert_allclose(policy.mean, [0.5], rtol=0, atol=0.02)
     assert_allclose(policy.std, [0.3], rtol=0, atol=0.02)
-    assert_allclose(metrics["losses/entropy_weight"], 0.0, atol=1e-3)
+    assert_allclose(metrics["losses/temperature"], 0.0, atol=1e-3)
 
 
 @pytest.mark.slow
@@ -260,7 +261,7 @@ def test_constant_data_meet_the_target_of_the_entropy():
     seen = []
     for _ in range(30):
         state, metrics = update(state, rows)
-        seen.append((metrics["losses/entropy"], metrics["losses/entropy_weight"]))
+        seen.append((metrics["losses/entropy"], metrics["losses/temperature"]))
     entropy, weight = np.mean(seen[10:], 0)
     assert_allclose(entropy, -1.0, rtol=0, atol=0.05)
     assert_allclose(weight, 1.01, rtol=0, atol=0.1)

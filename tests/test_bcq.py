@@ -336,7 +336,7 @@ def bandit(max_perturbation):
     rng = np.random.default_rng(0)
     action = jnp.float32(rng.uniform(-0.4, 0.2, size=(4000, 1)))
     obs = jnp.zeros((4000, 1))
-    rows = bcq.Batch(obs, action, -((action[:, 0] - 0.8) ** 2), obs, jnp.ones(4000, bool))
+    rows = bcq.Batch(obs, action, -((action[:, 0] - 0.8) ** 2), jnp.ones(4000, bool), obs)
     train = jax.jit(
         lambda most: bcq.make_train(config)(jax.random.key(0), {"max_perturbation": most}, rows)
     )
@@ -360,7 +360,7 @@ def test_rows_are_shared_and_have_no_next_action():
     program, _, _ = tiny.program_of("bcq", config_of())
     (rows,) = program.data
     assert rows.obs.sharding.is_fully_replicated
-    assert rows._fields == ("obs", "action", "reward", "next_obs", "terminated")
+    assert rows._fields == ("obs", "action", "reward", "terminated", "next_obs")
     np.testing.assert_array_equal(rows.terminated, tiny.transitions(64).terminated)
 
 

@@ -352,7 +352,7 @@ def test_ppo_is_the_clipped_surrogate():
     target = jnp.array([[2.0, 1.0]] * 4 + [[-1.0, -1.0]] * 3)
     q = jnp.full((7, 2), 0.25)
     advantage = (target - q).sum(-1)
-    loss = lambda q, x: bnpo.actor_loss(PPO_BRAIN, q, bnpo.ratio_of(x), target)
+    loss = lambda q, x: bnpo.policy_loss(PPO_BRAIN, q, bnpo.ratio_of(x), target)
     ratio = jnp.exp(log_ratio)
     surrogate = jnp.minimum(ratio * advantage, jnp.clip(ratio, 0.8, 1.2) * advantage)
     assert_allclose(loss(q, log_ratio), -surrogate.mean())
@@ -374,7 +374,7 @@ def test_at_the_behaviour_policy_ppo_is_the_policy_gradient():
     def loss(mean, reduce):
         now = bnpo.log_prob_of(Gaussian(mean, jnp.zeros((5, 4))), action)
         log_ratio = getattr(now - log_prob, reduce)(-1)
-        return bnpo.actor_loss(PPO_BRAIN, q, bnpo.ratio_of(log_ratio), target)
+        return bnpo.policy_loss(PPO_BRAIN, q, bnpo.ratio_of(log_ratio), target)
 
     advantage = (target - q).sum(-1)
     plain = jax.grad(
@@ -389,7 +389,7 @@ def test_ddpg_climbs_the_critic():
     """The target shifts the loss and leaves its gradient alone; there is no ratio."""
     rng = np.random.default_rng(1)
     q, target = jnp.float32(rng.normal(size=(2, 5, 3)))
-    loss = lambda q, x: bnpo.actor_loss(DDPG_BRAIN, q, x, target)
+    loss = lambda q, x: bnpo.policy_loss(DDPG_BRAIN, q, x, target)
     q_grad, ratio_grad = jax.grad(loss, (0, 1))(q, jnp.full(5, 3.0))
     assert_allclose(q_grad, np.full((5, 3), -1 / 5))
     assert_allclose(ratio_grad, np.zeros(5))
@@ -399,7 +399,7 @@ def test_ddpg_climbs_the_critic():
 def test_weighted_ddpg_weighs_the_gradient_of_the_critic():
     log_ratio = jnp.log(jnp.array([0.5, 1.0, 1.5, 200.0]))
     q, target = jnp.array([[1.0], [1.0], [-1.0], [-1.0]]), jnp.zeros((4, 1))
-    loss = lambda q, x: bnpo.actor_loss(WEIGHTED, q, bnpo.ratio_of(x), target)
+    loss = lambda q, x: bnpo.policy_loss(WEIGHTED, q, bnpo.ratio_of(x), target)
     weight = jnp.array([0.5, 1.0, 1.5, 100.0])  # the smaller product of both
     assert_allclose(loss(q, log_ratio), -(weight * q[:, 0]).mean(), rtol=1e-4)
     q_grad, ratio_grad = jax.grad(loss, (0, 1))(q, log_ratio)
@@ -414,7 +414,7 @@ def test_an_infinite_ratio_has_no_gradient(brain):
     log_ratio, q = jnp.array([200.0, 0.0, -200.0]), jnp.zeros((3, 1))
     for gain, total in ((1.0, 1.2 + 1.0 + 0.0), (-1.0, -100.0 - 1.0 - 0.8)):
         target = jnp.full((3, 1), gain if ppo_rule else -gain)
-        loss = lambda q, x, y=target: bnpo.actor_loss(brain, q, bnpo.ratio_of(x), y)
+        loss = lambda q, x, y=target: bnpo.policy_loss(brain, q, bnpo.ratio_of(x), y)
         value, grads = jax.value_and_grad(loss, (0, 1))(q, log_ratio)
         assert_allclose(value, -total / 3, rtol=1e-4)
         assert jnp.isfinite(grads[0]).all()
@@ -500,7 +500,7 @@ def test_a_quadratic_critic_is_climbed():
     def loss(mean, rho):
         std = jnp.exp(jnp.tanh(rho))
         q = -((mean - b) ** 2) - (std - e) ** 2
-        return bnpo.actor_loss(DDPG_BRAIN, q, jnp.ones(2), jnp.ones((2, 1)))
+        return bnpo.policy_loss(DDPG_BRAIN, q, jnp.ones(2), jnp.ones((2, 1)))
 
     mean_grad, rho_grad = jax.grad(loss, (0, 1))(mean, rho)
     std = math.exp(math.tanh(rho))

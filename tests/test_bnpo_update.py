@@ -414,7 +414,7 @@ def test_a_natural_step_takes_the_place_of_adams():
     # A relative change of 1e-6 in the gradient turns this step by 4 % in parameter space, and the
     # rounding of another program does the like. What the step does to the policy is steadier.
     taken = new.params["actor"]
-    distance = lambda x, y: bnpo.gaussian_kl(policy_of(x), policy_of(y)).mean()
+    distance = lambda x, y: bnpo.kl_divergence(policy_of(x), policy_of(y)).mean()
     assert_allclose(distance(taken, old), distance(expected, old), rtol=0.01, atol=0)
     assert distance(taken, expected) < 0.02 * distance(expected, old)
     gain = lambda params: loss_of(old) - loss_of(params)

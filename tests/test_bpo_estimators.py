@@ -54,9 +54,10 @@ def test_two_steps_by_hand(estimator, target):
     assert_allclose(actual, [[1.625, 1.0], target])
 
 
-def test_estimators_match_double_loop():
+@pytest.mark.parametrize("clip_c", [1.1, 0.8])
+def test_estimators_match_double_loop(clip_c):
     reward, value, next_value, terminated, done, log_ratio = random_rollout(1)
-    gamma, lam, clip_rho, clip_c = 0.97, 0.9, 1.4, 1.1
+    gamma, lam, clip_rho = 0.97, 0.9, 1.4
     rho = np.exp(log_ratio)
     delta = reward + gamma * np.where(terminated, 0, next_value) - value
     T, N = reward.shape
@@ -69,7 +70,7 @@ def test_estimators_match_double_loop():
                     later = rho[t + 1 : k + 1, n]
                     product = np.prod(later)
                     if estimator is bpo.trajectory_estimator:
-                        weight = first = min(clip_c, product)
+                        weight = first = 1.0 if k == t else min(clip_c, product)
                         first *= min(clip_rho, rho[t, n])
                     else:
                         c = np.minimum(rho[t:k, n], clip_c)

@@ -61,7 +61,7 @@ KL = math.log(0.8 / 0.5) + (0.25 + 0.09) / 1.28 - 0.5  # of N(0.3, 0.5) from N(0
 
 def estimated_kl(policy, clone, draws=brac.NUM_DRAWS):
     noise = jax.random.normal(jax.random.key(0), (draws, *policy.mean.shape))
-    return brac.kl_divergence(policy, clone, policy.sample(noise))
+    return brac.kl_estimate(policy, clone, policy.sample(noise))
 
 
 def test_kl_is_that_of_the_gaussians():
@@ -79,7 +79,7 @@ def test_saturated_draws_look_further_away():
     policy = gaussian(4.0, 1.0)
     stored = policy.log_prob(jnp.full((1, 1), math.atanh(0.999)))
     assert_close(
-        brac.kl_divergence(policy, policy, u), policy.log_prob(u)[0] - stored, rtol=1e-3, atol=1e-3
+        brac.kl_estimate(policy, policy, u), policy.log_prob(u)[0] - stored, rtol=1e-3, atol=1e-3
     )
     of_clone = lambda u: brac.given_log_prob(policy, jnp.tanh(u)).sum()
     assert_close(jax.grad(of_clone)(u), 0.0)
@@ -126,13 +126,13 @@ def test_dual_kl_is_greatest_at_the_ratio():
 
 
 @pytest.mark.parametrize(("norm", "penalty"), [(3.0, 20.0), (0.5, 0.0)])
-def test_slope_penalty_of_a_linear_critic(norm, penalty):
+def test_gradient_penalty_of_a_linear_critic(norm, penalty):
     direction = jnp.array([0.6, 0.8])
     own, given = jax.random.uniform(jax.random.key(0), (2, 5, 2), minval=-1.0)
 
     def loss(weights, between):
         weight = jnp.full((5, 1), between)
-        return brac.slope_penalty(lambda action: action @ weights, own, given, weight)
+        return brac.gradient_penalty(lambda action: action @ weights, own, given, weight)
 
     for between in (0.0, 0.3, 1.0):
         assert_close(loss(norm * direction, between), penalty)
@@ -142,7 +142,7 @@ def test_slope_penalty_of_a_linear_critic(norm, penalty):
 
 def test_slopes_are_taken_between_the_two_actions():
     own, given = jnp.array([[0.0]]), jnp.array([[1.0]])
-    slope = lambda weight: brac.slope_penalty(
+    slope = lambda weight: brac.gradient_penalty(
         lambda action: (action[:, 0] ** 2) * 2, own, given, jnp.array([[weight]])
     )
     assert_close([slope(0.0), slope(0.5), slope(1.0)], [0.0, 5.0, 45.0])  # slopes 0, 2, 4
@@ -172,13 +172,12 @@ def test_mix():
 )
 def test_targets_by_hand(penalty, min_weight, temperature, target):
     value = brac.mix(jnp.array([[10.0, 10.0], [12.0, 12.0]]), min_weight)
-    batch = brac.Batch(*[None] * 7)._replace(
-        reward=jnp.ones(2), terminated=jnp.array([False, True])
-    )
+    step = jnp.ones(2), jnp.array([False, True])  # reward, terminated
     two = partial(jnp.full, 2)
-    args = batch, value, two(-1.0), two(2.0), 0.99, temperature, penalty
-    assert_close(brac.penalised_target(*args), [target, 1.0])
-    gradient = jax.grad(lambda value: brac.penalised_target(batch, value, *args[2:]).sum())(value)
+    args = two(-1.0), two(2.0), temperature, penalty, 0.99
+    targets = lambda value: brac.penalised_target(*step, value, *args)
+    assert_close(targets(value), [target, 1.0])
+    gradient = jax.grad(lambda value: targets(value).sum())(value)
     assert_close(gradient, 0.0)
 
 

@@ -201,7 +201,7 @@ def test_gradient_steps_by_hand(changes):
     after, metrics = jax.jit(algo.update)(state, rows, clone)
     params, target = by_hand(config, state, rows, clone)
     if config.dual:
-        assert metrics["losses/slope_penalty"] > 0.1
+        assert metrics["losses/gradient_penalty"] > 0.1
     else:  # nothing of the clone is learned
         assert after.params.keys() == {"actor", "critic", "alpha", "temperature"}
     tiny.assert_close(after.params, params, rtol=1e-3, atol=1e-5)
@@ -257,7 +257,7 @@ def test_divergences_of_an_update(divergence):
         g = lambda a: brac.Critic(config, 1).apply(state.params["divergence"], obs, a)[0]
         wanted = (g(jnp.tanh(u)) - g(action)).mean()
         own = jnp.tanh(draw(policy, jax.random.split(keys[2])[0]))
-        bound = metrics["losses/slope_penalty"] - metrics["losses/divergence_critic"]
+        bound = metrics["losses/gradient_penalty"] - metrics["losses/divergence_loss"]
         assert_close(bound, (g(own) - g(action)).mean(), rtol=1e-4)
     assert_close(metrics["losses/divergence"], wanted, rtol=1e-4)
     assert_close(metrics["losses/policy_loss"], 500.0 * wanted, rtol=1e-4)  # warm
@@ -276,7 +276,7 @@ def test_alpha_goes_from_the_best_action_to_the_clone():
     noise = np.random.default_rng(0).normal(size=(4000, 1))
     action, blind = jnp.float32(np.tanh(0.5 * noise)), jnp.zeros((4000, 1))
     ended = jnp.ones(4000, bool)
-    rows = brac.Batch(blind, action, -((action[:, 0] - 0.6) ** 2), blind, action, ended)
+    rows = brac.Batch(blind, action, -((action[:, 0] - 0.6) ** 2), ended, blind, action)
     algo = tiny.build("brac", config)
     state = algo.init(jax.random.key(0))
     clone = jax.tree.map(jnp.zeros_like, state.params["actor"])

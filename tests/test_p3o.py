@@ -176,7 +176,7 @@ def test_replaying_the_present_policy_is_the_on_policy_step(kl_coef):
     segments = on_policy(logits, segments)
     aux = p3o.replay_loss(Categorical(logits), value, segments, config)[1]
     assert_allclose(aux["replay/kl_coef"], kl_coef or 0.0, atol=1e-6)
-    assert_allclose(aux["replay/max_ratio"], 1.0, atol=1e-6)
+    assert_allclose(aux["replay/ratio_limit"], 1.0, atol=1e-6)
     assert_allclose(aux["replay/kl"], 0.0, atol=1e-6)
     fresh, replayed = (
         rows(loss, logits, value, segments, config) for loss in (p3o.fresh_loss, p3o.replay_loss)
@@ -225,7 +225,7 @@ def test_two_actions_by_hand(direction, reduction):
     kl = 0.1927448 if direction == "pi_beta" else 0.2231436
     expected = {
         "ess": 0.7352941,
-        "max_ratio": 0.7352941,
+        "ratio_limit": 0.7352941,
         "kl_coef": 0.2647059,
         "kl": kl,
         "policy_loss": 0.4039257,

@@ -168,13 +168,13 @@ def test_an_epoch_sees_every_transition_once():
     """Without learning, the mean over minibatches is that over the batch."""
     whole = run_update(**ONE, learning_rate=0.0)[2]
     cut = run_update(**(ONE | {"num_minibatches": 4}), learning_rate=0.0)[2]
-    for name in ("losses/qf_loss", "losses/value_error", "losses/q_value", "losses/std"):
+    for name in ("losses/qf_loss", "losses/value_error", "losses/q_data", "losses/std"):
         assert_close(cut[name], whole[name], rtol=1e-4)
 
 
 def test_the_actor_climbs_the_critic_that_was_just_updated():
     still, moving = (run_update(**ONE, learning_rate=rate)[2] for rate in (0.0, 0.03))
-    assert_close(moving["losses/q_value"], still["losses/q_value"])
+    assert_close(moving["losses/q_data"], still["losses/q_data"])
     assert_close(moving["losses/entropy"], still["losses/entropy"])
     assert abs(moving["losses/policy_loss"] - still["losses/policy_loss"]) > 1e-3
 
@@ -263,7 +263,7 @@ def test_minibatches_are_shuffled():
     once, twice = (
         run_update(**ONE | {"num_minibatches": 4, "num_epochs": n}, **frozen)[2] for n in (1, 2)
     )
-    assert_close(twice["losses/q_value"], once["losses/q_value"], rtol=1e-4)
+    assert_close(twice["losses/q_data"], once["losses/q_data"], rtol=1e-4)
     a, b = (metrics["losses/critic_grad_norm"] for metrics in (once, twice))
     assert abs(a / b - 1) > 1e-3
 

@@ -481,7 +481,7 @@ def test_only_runs_of_a_million_steps_are_beside_published_numbers(tmp_path):
 def test_curves_of_the_replay(tmp_path, monkeypatch):
     """Means over the seeds with a value; evaluations have none, and A2C has no replay."""
     values = {"replay/ess": [1.0, 3.0, None, 5.0], "replay/kl": [0.5] * 4}
-    values |= {"replay/clip_fraction": [0.0, 0.0, 0.0, 1.0], "replay/max_ratio": [7.0] * 4}
+    values |= {"replay/clip_fraction": [0.0, 0.0, 0.0, 1.0], "replay/ratio_limit": [7.0] * 4}
     records = [{"global_step": 0}, {"global_step": 32} | values, {"global_step": 32}]
     for name in ("default", "replay_ratio_0"):
         run = write_run(tmp_path / "cartpole" / name, algo="p3o")
