@@ -21,8 +21,8 @@ import jax
 from envs.options import COUNT, Kind, choice, read, spell
 from envs.wrappers import RESET_MODES, Env, Goals, RawEnv, check, wrap
 
-# On a CPU, the call of a compiled program returns when the program has ended. If Python ended while
-# a program still calls MuJoCo through it, that would crash or hang.
+# Let the call of a program on a CPU return only when the program has ended: if Python ended while a
+# program still calls MuJoCo through it, the process would crash or hang.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 __all__ = ["ALIASES", "Env", "Goals", "RawEnv", "canonical", "cores", "make"]

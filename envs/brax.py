@@ -83,7 +83,8 @@ def make(
 ) -> RawEnv:
     """Build a Brax task; engine and the solver options are for backend mjx only."""
     if backend != "mjx" and (engine or iterations or ls_iterations):
-        raise ValueError(f"brax/{task}: engine, iterations and ls_iterations need backend=mjx")
+        fix = "leave them out" if task == "swimmer" else "add backend=mjx"
+        raise ValueError(f"brax/{task}: engine, iterations and ls_iterations are MuJoCo's: {fix}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Brax System, piplines", category=UserWarning)
         env = brax_envs.get_environment(task, backend=backend)

@@ -11,8 +11,8 @@ rule of the task, which is written once for all engines:
 `data` holds MuJoCo's fields by name: qpos, qvel, ctrl and those that the task reads. As after
 mj_step, derived fields such as xpos belong to the last evaluation of the dynamics, not to the new
 qpos. `memory` [..., k] is what the rule keeps for its next call (zeros at the first), and `outputs`
-any pytree of arrays. With c, xp is numpy, and arrays are float64 with a
-leading batch axis; with mjx, xp is jax.numpy, and they are float32 without one.
+any pytree of arrays. With c, xp is numpy, and arrays are float64 with a leading batch axis; with
+mjx, xp is jax.numpy, and they are float32 without one.
 """
 
 import contextlib

@@ -234,9 +234,7 @@ def serve(work: str, env: str, num_seeds: int, num_updates: int, changes: dict[s
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; one line and exit status 2 for what cannot be measured."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = cli.Parser(__doc__)
     parser.add_argument("--envs", nargs="+", default=[], help="tasks")
     parser.add_argument("--algos", nargs="+", default=("ppo", "bpo"), help="online algorithms")
     parser.add_argument("--presets", nargs="+", default=[], help="on top of the task's own")
@@ -246,22 +244,26 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peer", choices=peers.PEERS, help="library to compare with")
     parser.add_argument("--peer-python", help="Python that has it")
     parser.add_argument("--rounds", type=int, default=11, help="calls of each side of a comparison")
-    parser.add_argument("--out", type=rundir.expanded, help="JSON to write")
+    parser.add_argument("--out", type=cli.path, help="JSON to write")
     parser.add_argument("--force", action="store_true", help="replace a file that exists")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--serve", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.case or args.serve:  # a process of its own: nothing is imported that it does not need
+        return args
     if min(args.seeds) < 1 or args.rounds < 1:
         parser.error("--seeds and --rounds must be at least 1")
+    if not min(args.budget, args.limit) > 0:
+        parser.error("--budget and --limit must be above 0")
     if (args.peer is None) != (args.peer_python is None):
         parser.error("--peer and --peer-python go together")
     if args.peer and args.envs:
         parser.error("--peer has tasks of its own: leave out --envs")
     for algo in args.algos:
-        found = importlib.util.find_spec(f"algos.{algo}") is not None
-        module = importlib.import_module(f"algos.{algo}") if found else None
-        if not hasattr(getattr(module, "Config", None), "num_envs"):
-            parser.error(f"--algos {algo}: algos/{algo}.py is not an online algorithm")
+        if algo not in cli.ALGOS:
+            parser.error(f"--algos {algo}: {cli.nearest(algo, cli.ALGOS)}")
+        if not hasattr(importlib.import_module(f"algos.{algo}").Config, "num_envs"):
+            parser.error(f"--algos {algo}: it is offline, and only online algorithms are timed")
     try:
         rundir.check_new([args.out], args.force)
         for env in args.envs:
@@ -278,11 +280,11 @@ def cases(args: argparse.Namespace):
             print(f"{contest.label}, {contest.num_seeds} seeds", file=sys.stderr)
             try:
                 yield peers.hold(args.peer, args.peer_python, contest, args.rounds, args.limit)
-            except RuntimeError as error:
+            except (RuntimeError, OSError) as error:
                 yield contest._asdict() | {"error": str(error)}
         return
-    envs = args.envs or ("cartpole", "hopper", "ant")
-    for algo, env, num_seeds in itertools.product(args.algos, envs, args.seeds):
+    tasks = args.envs or ("cartpole", "hopper", "ant")
+    for algo, env, num_seeds in itertools.product(args.algos, tasks, args.seeds):
         print(f"{algo} on {env}, {num_seeds} seeds", file=sys.stderr)
         case = {"algo": algo, "env": env, "presets": args.presets, "num_seeds": num_seeds}
         yield in_own_process(case, args.budget, args.limit)

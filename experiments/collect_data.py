@@ -232,7 +232,7 @@ def make_evaluate(env: envs.Env, act: Callable) -> Callable:
 
 
 def describe(task: str, parts: list[Part], counts: list[int], seed: int) -> dict[str, Any]:
-    """Everything that decides what is collected; policies by their content."""
+    """Everything that decides what is collected."""
     digest = lambda path: hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
     listed = [
         dataclasses.asdict(part) | {"sha256": digest(part.policy), "count": count}
@@ -241,12 +241,18 @@ def describe(task: str, parts: list[Part], counts: list[int], seed: int) -> dict
     return {"env": task, "seed": seed, "parts": listed}
 
 
+def content(description: dict[str, Any]) -> dict[str, Any]:
+    """A description with policies by their content, whatever their paths are."""
+    parts = [{k: x for k, x in part.items() if k != "policy"} for part in description["parts"]]
+    return description | {"parts": parts}
+
+
 def finished(path: Path, description: dict[str, Any]) -> tuple[Dataset, dict] | None:
     """A part that an interrupted command left, or None; ValueError if it is of another command."""
     if not path.exists():
         return None
     dataset, meta = datasets.read(path)
-    if meta.get("of") != description:
+    if "of" not in meta or content(meta["of"]) != content(description):
         raise ValueError(f"{path.parent} is of another command: delete it or choose another --out")
     return dataset, meta["returns"]
 
@@ -282,13 +288,11 @@ def write_minari(name: str, dataset: Dataset, meta: dict[str, Any]) -> None:
 @logs.steady()
 def main(argv: list[str] | None = None) -> None:
     """Collect from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = cli.Parser(__doc__)
     parser.add_argument("policy", nargs="?", default="", metavar="POLICY")
     parser.add_argument("--type", choices=TYPES, help="of data, pure if not given")
     parser.add_argument(
-        "--mixture", type=rundir.expanded, help="file of parts, in place of POLICY and --type"
+        "--mixture", type=cli.path, help="file of parts, in place of POLICY and --type"
     )
     parser.add_argument("--env", default="", help="task, if no policy says it")
     parser.add_argument("--steps", type=int, default=1_000_000, help="rows; 1,000,000 by default")
@@ -300,8 +304,7 @@ def main(argv: list[str] | None = None) -> None:
         with contextlib.ExitStack() as held:
             run(args, held)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        parser.error(str(error))
     except KeyboardInterrupt:
         print("stopped: the same command goes on after the last complete part", file=sys.stderr)
         raise SystemExit(130) from None
@@ -313,7 +316,7 @@ def run(args: argparse.Namespace, held: contextlib.ExitStack) -> None:
     No other process can do the same until `held` is closed.
     """
     if bool(args.policy) == bool(args.mixture) or (args.mixture and args.type):
-        raise ValueError("give either POLICY and --type, or --mixture")
+        raise ValueError("give POLICY, with or without --type, or --mixture")
     kind = args.type or "pure"
     parts = read_mixture(args.mixture) if args.mixture else parts_of(kind, args.policy)
     minari_dataset = args.format == "minari"

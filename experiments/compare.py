@@ -25,7 +25,7 @@ if __name__ == "__main__":  # import from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import envs
-from algos.launch import report, rundir
+from algos.launch import cli, report, rundir
 from experiments.reproduce import runner
 
 
@@ -102,11 +102,9 @@ def read_ranges(path: Path) -> dict[str, tuple[float, float]]:
 
 def main(argv: list[str] | None = None) -> None:
     """Compare from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("run_dirs", nargs="+", type=rundir.expanded, metavar="RUN_DIR")
-    parser.add_argument("--out", type=rundir.expanded, help="figure to write: png, pdf or svg")
+    parser = cli.Parser(__doc__)
+    parser.add_argument("run_dirs", nargs="+", type=cli.path, metavar="RUN_DIR")
+    parser.add_argument("--out", type=cli.path, help="figure to write: png, pdf or svg")
     parser.add_argument("--labels", nargs="+", help="names of the curves, in the legend's order")
     parser.add_argument("--title", default="", help="above the figure; default: a single task")
     parser.add_argument("--width", type=float, default=report.TEXT_WIDTH, help="inches")
@@ -114,10 +112,10 @@ def main(argv: list[str] | None = None) -> None:
         "--x", nargs="+", choices=report.X_LABELS, default=["steps"], help="a panel for each"
     )
     parser.add_argument(
-        "--normalise", type=rundir.expanded, metavar="FILE", help="JSON: TASK -> [low, high]"
+        "--normalise", type=cli.path, metavar="FILE", help="JSON: TASK -> [low, high]"
     )
     parser.add_argument(
-        "--json", type=rundir.expanded, help="JSON to write, with the values of every seed"
+        "--json", type=cli.path, help="JSON to write, with the values of every seed"
     )
     parser.add_argument("--force", action="store_true", help="replace files that exist")
     args = parser.parse_args(argv)

@@ -20,7 +20,6 @@ parameters. It measures:
 Behind each number stands the 95 % bootstrap interval of its IQM over seeds.
 """
 
-import argparse
 import dataclasses
 import itertools
 import sys
@@ -37,7 +36,7 @@ if __name__ == "__main__":  # import from this checkout
 
 import envs
 from algos import bnpo
-from algos.launch import evaluation, logs, report, rundir
+from algos.launch import cli, evaluation, logs, program, report, rundir
 
 GROUP = 20  # episodes of one of the author's evaluations
 TAIL = 400  # further steps of a Monte Carlo return
@@ -239,39 +238,32 @@ def markdown(measured: dict[str, np.ndarray]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Diagnose from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument(
-        "--run-dir", type=rundir.expanded, required=True, help="run of algos/bnpo.py"
-    )
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--run-dir", type=cli.path, required=True, help="run of algos/bnpo.py")
     parser.add_argument("--num-envs", type=int, default=200, help="episodes of each actor")
     parser.add_argument("--num-rows", type=int, default=4096, help="rows of the replay")
-    parser.add_argument("--out", type=rundir.expanded, required=True, help="path without suffix")
+    parser.add_argument("--out", type=cli.path, required=True, help="path without suffix")
     parser.add_argument("--force", action="store_true", help="replace files that exist")
     args = parser.parse_args(argv)
     if args.num_envs < 1 or args.num_envs % GROUP:
         parser.error(f"--num-envs {args.num_envs}: a multiple of {GROUP} is needed")
     if args.num_rows < 2 or args.num_rows % 2:
         parser.error(f"--num-rows {args.num_rows}: an even number is needed")
-    out = args.out.with_suffix(".md"), args.out.with_suffix(".json")
     try:
-        rundir.check_new(out, args.force)
+        program.setup_jax(1)
+        table, numbers = rundir.measurement_files(args.out, args.force)
         config, state = read_state(args.run_dir)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     axes = type(state)(*[0] * len(state))._replace(update=None)
     diagnose = make_diagnose(config, args.num_envs, args.num_rows)
     measured = jax.jit(jax.vmap(diagnose, (axes, None)))(state, jax.random.key(1))
     measured = {name: np.asarray(x, np.float64) for name, x in measured.items()}
-    table, numbers = out
-    table.parent.mkdir(parents=True, exist_ok=True)
-    text = markdown(measured)
-    table.write_text(text)
+    print(markdown(measured), end="")
+    rundir.write_text(table, markdown(measured))
     seeds = {name: x.tolist() for name, x in measured.items()}
     made = {"run_dir": str(args.run_dir), **logs.surroundings()}
     rundir.write_json(numbers, {"made": made, "seeds": seeds})
-    print(text, end="")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Each policy plays from start states of its own, drawn by --seed, which the launc
 have not seen. The table is that of compare.py.
 """
 
-import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -54,14 +53,12 @@ def evaluate_run(run: rundir.Run, episodes: int, seed: int) -> rundir.Run:
 @logs.steady()
 def main(argv: list[str] | None = None):
     """Evaluate from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("run_dir", type=rundir.expanded, metavar="RUN_DIR")
+    parser = cli.Parser(__doc__)
+    parser.add_argument("run_dir", type=cli.path, metavar="RUN_DIR")
     parser.add_argument("--episodes", type=int, default=256, help="of each policy")
     parser.add_argument("--seed", type=cli.seed, default=1, help="of the start states")
     parser.add_argument(
-        "--json", type=rundir.expanded, help="JSON to write, with the means of every policy"
+        "--json", type=cli.path, help="JSON to write, with the means of every policy"
     )
     parser.add_argument("--force", action="store_true", help="replace a file that exists")
     args = parser.parse_args(argv)

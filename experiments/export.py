@@ -6,7 +6,6 @@ The model takes `obs` [N, obs_size] as the environment gives them and returns th
 [N] or [N, action_size] in [-1, 1]. The observation statistics are inside. It needs the extra onnx.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ import jax
 if __name__ == "__main__":  # import from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from algos.launch import policies, program, rundir
+from algos.launch import cli, policies, program, rundir
 
 
 def to_onnx(path: Path) -> Any:
@@ -47,11 +46,9 @@ def to_onnx(path: Path) -> Any:
 
 def main(argv: list[str] | None = None) -> None:
     """Export from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("policy", type=rundir.expanded, metavar="POLICY")
-    parser.add_argument("--out", type=rundir.expanded, required=True, help="file to write")
+    parser = cli.Parser(__doc__)
+    parser.add_argument("policy", type=cli.path, metavar="POLICY")
+    parser.add_argument("--out", type=cli.path, required=True, help="file to write")
     parser.add_argument("--force", action="store_true", help="replace a file that exists")
     args = parser.parse_args(argv)
     try:
@@ -60,8 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         model = to_onnx(args.policy)
         rundir.write_atomic(args.out, lambda file: file.write(model.SerializeToString()))
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        parser.error(str(error))
     print(args.out)
 
 

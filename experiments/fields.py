@@ -15,7 +15,6 @@ status is 1 if there is one of the last kind. Results may be older than the code
 one of the two has are ignored. An experiment counts for every algorithm that it names.
 """
 
-import argparse
 import ast
 import dataclasses
 import importlib
@@ -157,16 +156,12 @@ def describe(algo: str, results: list[dict], experiments: dict[str, list[str]]) 
 
 def main(argv: list[str] | None = None) -> int:
     """Report from the command line; returns the exit status."""
-    paths = (ROOT / "algos").glob("*.py")
-    algos = sorted(x.stem for x in paths if re.search("^class Config", x.read_text(), re.M))
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("algos", nargs="*", metavar="ALGO", help=f"of {', '.join(algos)}")
-    chosen = parser.parse_args(argv).algos or algos
+    parser = cli.Parser(__doc__)
+    parser.add_argument("algos", nargs="*", metavar="ALGO", help=f"of {', '.join(cli.ALGOS)}")
+    chosen = parser.parse_args(argv).algos or cli.ALGOS
     for algo in chosen:
-        if algo not in algos:
-            parser.error(f"{algo}: choose from {', '.join(algos)}")
+        if algo not in cli.ALGOS:
+            parser.error(f"{algo}: {cli.nearest(algo, cli.ALGOS)}")
     results = [json.loads(x.read_text()) for x in (ROOT / "results").rglob("config.json")]
     folder = ROOT / "experiments"
     files = sorted(folder.rglob("*.py"))

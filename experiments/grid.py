@@ -28,16 +28,14 @@ from algos.launch import cli, logs, program, report, rundir, session
 from experiments.reproduce import runner
 from experiments.reproduce.runner import Job
 
-FILES = (runner.ROOT / "algos").glob("*.py")
-ALGOS = sorted({path.stem for path in FILES} - {"__init__", "common"})
 OWN = {"--env": "--envs", "--run-dir": "--out", "--resume": "the same --out"}
 
 
 def jobs_of(args: argparse.Namespace, flags: list[str]) -> dict[Path, Job]:
     """The runs of a grid by their run directories; ValueError for an unknown name."""
     for algo in args.algos:
-        if algo not in ALGOS:
-            raise ValueError(f"--algos {algo}: {cli.nearest(algo, ALGOS)}")
+        if algo not in cli.ALGOS:
+            raise ValueError(f"--algos {algo}: {cli.nearest(algo, cli.ALGOS)}")
     for flag in (flag.partition("=")[0] for flag in flags):
         if flag in OWN:
             raise ValueError(f"{flag} differs between the launches: give {OWN[flag]}")
@@ -95,14 +93,12 @@ def check_apart(todo: list[tuple[Job, list[str]]]) -> None:
 @logs.steady()
 def main(argv: list[str] | None = None) -> None:
     """Run a grid from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--algos", nargs="+", required=True, help=f"of {', '.join(ALGOS)}")
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--algos", nargs="+", required=True, help=f"of {', '.join(cli.ALGOS)}")
     parser.add_argument("--envs", nargs="+", required=True, help="tasks: docs/environments.md")
     parser.add_argument("--num-seeds", type=int, default=8, help="of every run")
-    parser.add_argument("--seed", type=int, default=0, help="the first; others add to the runs")
-    parser.add_argument("--out", type=rundir.expanded, required=True, metavar="DIR")
+    parser.add_argument("--seed", type=int, default=0, help="first seed; not 0: adds seeds to runs")
+    parser.add_argument("--out", type=cli.path, required=True, metavar="DIR")
     args, flags = parser.parse_known_args(cli.dashed(sys.argv[1:] if argv is None else argv))
     try:
         jobs = jobs_of(args, flags)
@@ -120,8 +116,11 @@ def main(argv: list[str] | None = None) -> None:
         runner.run(argv)
     entries = report.entries(runner.complete(jobs | others).values())
     summaries = [report.summary(*entry) for entry in entries]
-    report.plot_curves(entries, args.out / "curves.png")
     runner.write_table(args.out, report.markdown(summaries), summaries)
+    # Steps of offline algorithms are gradient steps; beside others only seconds compare.
+    kinds = {"dataset" in entry.run.config for entry in entries}
+    x = "steps" if len(kinds) == 1 else "seconds"
+    report.plot_curves(entries, args.out / "curves.png", xs=(x,))
     print(f"\ncurves: {args.out / 'curves.png'}")
 
 

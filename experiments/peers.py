@@ -91,8 +91,8 @@ PEERS = {"rejax": rejax, "sbx": ppo, "cleanrl": ppo, "envpool": envpool}
 
 
 def _ours(work, env, num_seeds, num_updates, changes) -> dict[str, Any]:
-    names = ("work", "env", "num_seeds", "num_updates", "changes")
-    return dict(zip(names, (work, env, num_seeds, num_updates, changes), strict=True))
+    what = {"work": work, "env": env}
+    return what | {"num_seeds": num_seeds, "num_updates": num_updates, "changes": changes}
 
 
 class Side:

@@ -6,22 +6,19 @@ Seeds are ranked by their final evaluation. All start from the same state; the p
 RUN_DIR/videos.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":  # import from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from algos.launch import program, render, rundir
+from algos.launch import cli, program, render
 
 
 def main(argv: list[str] | None = None):
     """Render from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("run_dir", type=rundir.expanded, metavar="RUN_DIR")
+    parser = cli.Parser(__doc__)
+    parser.add_argument("run_dir", type=cli.path, metavar="RUN_DIR")
     args = parser.parse_args(argv)
     try:
         program.setup_jax(1)

@@ -4,11 +4,10 @@
     python experiments/report.py RUN_DIR RUN_DIR --out page.html --title "PPO and BPO on hopper"
 
 The page is one file that loads nothing, so it works offline. Its curves and numbers are those of
-compare.py. It includes the pictures of the best, median and worst policy that --render or render.py
-drew.
+compare.py, except that RUN_s8, which adds seeds to RUN, stands by itself. It includes the pictures
+of the best, median and worst policy that --render or render.py drew.
 """
 
-import argparse
 import base64
 import itertools
 import json
@@ -23,7 +22,7 @@ import numpy as np
 if __name__ == "__main__":  # import from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from algos.launch import render, report, rundir
+from algos.launch import cli, render, report, rundir
 from experiments import compare
 from experiments.page import LARGE, SMALL, chart, charts, node, page_of, section, table
 
@@ -268,11 +267,9 @@ def configuration(source: Source) -> ET.Element:
 
 def main(argv: list[str] | None = None) -> None:
     """Write the page from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("run_dirs", nargs="+", type=rundir.expanded, metavar="RUN_DIR")
-    parser.add_argument("--out", type=rundir.expanded, required=True, metavar="PAGE.html")
+    parser = cli.Parser(__doc__)
+    parser.add_argument("run_dirs", nargs="+", type=cli.path, metavar="RUN_DIR")
+    parser.add_argument("--out", type=cli.path, required=True, metavar="PAGE.html")
     parser.add_argument("--title", default="", help="of the page; default: algorithms and tasks")
     parser.add_argument("--force", action="store_true", help="replace a page that exists")
     args = parser.parse_args(argv)

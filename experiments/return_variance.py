@@ -18,7 +18,6 @@ over states. The last column compares with pi in the same states: geometric mean
 two variances [95 % interval over states].
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -35,7 +34,7 @@ if __name__ == "__main__":  # import from this checkout
 
 import envs
 from algos import bpo, common
-from algos.launch import logs, policies, report, rundir
+from algos.launch import cli, logs, policies, program, report, rundir
 
 # --- exact ---
 
@@ -242,7 +241,7 @@ def read_networks(run: rundir.Run, config: bpo.Config, algo: Any, env: envs.Env,
     return Networks(policies, value, score, scale)
 
 
-def sampled_rows(run_dir: str, row: int, starts: int, repeats: int, num_steps: int) -> list[dict]:
+def sampled_rows(run_dir: Path, row: int, starts: int, repeats: int, num_steps: int) -> list[dict]:
     """Variance of estimates over `repeats` rollouts of `num_steps`, averaged over start states.
 
     Pi reaches the start states in `num_steps`. Raises ValueError if this is not a finished run of
@@ -347,33 +346,30 @@ def markdown(rows: list[dict]) -> str:
 @logs.steady()
 def main(argv: list[str] | None = None):
     """Measure from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = cli.Parser(__doc__)
     parser.add_argument(
-        "--run-dir", help="finished run of algos/bpo.py; without it: MDP-X, exactly"
+        "--run-dir", type=cli.path, help="finished run of algos/bpo.py; without it: MDP-X, exactly"
     )
     parser.add_argument("--row", type=int, default=0, help="which seed of the run")
     parser.add_argument("--starts", type=int, default=32, help="start states")
     parser.add_argument("--repeats", type=int, default=256, help="rollouts from each")
     parser.add_argument("--num-steps", type=int, default=128, help="length of a rollout")
-    parser.add_argument("--out", type=rundir.expanded, required=True, help="path without suffix")
+    parser.add_argument("--out", type=cli.path, required=True, help="path without suffix")
     parser.add_argument("--force", action="store_true", help="replace files that exist")
     args = parser.parse_args(argv)
-    out = args.out.with_suffix(".md"), args.out.with_suffix(".json")
     try:
-        rundir.check_new(out, args.force)
+        program.setup_jax(1)
+        table, numbers = rundir.measurement_files(args.out, args.force)
         rows = exact_rows()
         if args.run_dir:
             rows = sampled_rows(args.run_dir, args.row, args.starts, args.repeats, args.num_steps)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    text, numbers = out
-    text.parent.mkdir(parents=True, exist_ok=True)
-    text.write_text(markdown(rows))
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "force")}
-    rundir.write_json(numbers, {"settings": settings, "rows": rows})
     print(markdown(rows))
+    rundir.write_text(table, markdown(rows))
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "force")}
+    settings["run_dir"] = args.run_dir and str(args.run_dir)
+    rundir.write_json(numbers, {"settings": settings, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -286,7 +286,7 @@ def test_scores_that_cannot_be_compared_are_refused(tmp_path):
         (["--out", "x.png", "--json", "{old}"], "old.png exists"),
         (["--out", "x.png", "--json", "x.png"], "x.png is to be written twice: give --json"),
         (["--normalise", "{twice}"], "twice.json: gymnax/CartPole-v1 is there twice"),
-        (["--json=~nosuchuser/x"], "argument --json: invalid expanded value: '~nosuchuser/x'"),
+        (["--json=~nosuchuser/x"], "argument --json: ~nosuchuser/x: Could not determine home"),
         (["--width", "0"], "--width 0: 2 to 30 inches"),
         (["--x", "gradient_steps"], "invalid choice: 'gradient_steps'"),
         (["--labels", "a", "b"], "2 labels for 1 curves: ppo"),

@@ -227,6 +227,7 @@ def test_a_run_is_read_and_reported(tmp_path, monkeypatch, capsys):
         ({"env": "arm/reacher-static"}, ("",), [], "has no checkpoint: train it again"),
         ({}, ("",), ["--num-envs", "30"], "--num-envs 30: a multiple of 20 is needed"),
         ({}, ("",), ["--num-rows", "7"], "--num-rows 7: an even number is needed"),
+        ({}, ("",), ["--out", "."], "PosixPath('.') has an empty name"),
     ],
 )
 def test_what_cannot_be_diagnosed_is_one_line(tmp_path, capsys, changes, labels, flags, message):

@@ -222,9 +222,10 @@ def test_what_cannot_be_evaluated_is_one_line(tmp_path, capsys, monkeypatch):
     ("flags", "message"),
     [
         (["--envs", "cartpol"], "did you mean"),
-        (["--algos", "common"], "algos/common.py is not an online algorithm"),
-        (["--algos", "foo"], "--algos foo: algos/foo.py is not an online algorithm"),
-        (["--algos", "bc"], "algos/bc.py is not an online algorithm"),
+        (["--algos", "common"], "--algos common: choose from bc, bcq"),
+        (["--algos", "ppo.py"], "--algos ppo.py: did you mean ppo"),
+        (["--algos", "bc"], "--algos bc: it is offline, and only online algorithms are timed"),
+        (["--budget", "0"], "--budget and --limit must be above 0"),
         (["--seeds", "0"], "must be at least 1"),
         (["--out", __file__], "test_experiments.py exists: choose another name, or --force"),
         (["--peer", "sbx"], "--peer and --peer-python go together"),

@@ -92,9 +92,9 @@ def test_seeds_are_added(tmp_path, ran, capsys):
 def test_figure_and_table_are_of_all_runs(tmp_path, ran, capsys, monkeypatch):
     drawn, real = [], report.plot_curves
 
-    def plot(entries, path):
+    def plot(entries, path, xs):
         drawn.extend((entry.label, entry.task) for entry in entries)
-        real(entries, path)
+        real(entries, path, xs=xs)
 
     monkeypatch.setattr(report, "plot_curves", plot)
     run_grid(tmp_path, tasks=("cartpole", "pendulum"))
@@ -132,6 +132,19 @@ def test_bad_input_is_one_line_before_anything_runs(flags, options, message, tmp
     assert error.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert len(ran) == 1
+
+
+def test_offline_runs_beside_others_are_drawn_against_seconds(tmp_path, ran, monkeypatch):
+    drawn, real = [], report.plot_curves
+
+    def plot(*args, xs):
+        drawn.append(xs)
+        real(*args, xs=xs)
+
+    monkeypatch.setattr(report, "plot_curves", plot)
+    run_grid(tmp_path, algos=("ppo",), tasks=("pendulum",))
+    run_grid(tmp_path, "--dataset", "data.npz", algos=("bc",), tasks=("pendulum",))
+    assert drawn == [("steps",), ("seconds",)]
 
 
 @pytest.mark.parametrize(

@@ -270,6 +270,25 @@ def test_a_run_knows_its_precision():
         assert logs.surroundings()["matmul_precision"] == "bfloat16"
 
 
+@pytest.mark.parametrize(("shared", "kept"), [(False, "a table"), (True, "")])
+def test_an_output_of_its_own_outlives_the_terminal(shared, kept, tmp_path):
+    """Standard error is lost, and with it an output that went the same way."""
+    program = f"""
+import os, sys
+from algos.launch import logs
+console = logs.Console(sys.stderr)
+os.dup2(1, 2) if {shared} else None
+console.stream.close()
+console.write("lost")
+os.write(1, b"a table")
+os.write(2, b"lost")
+"""
+    with open(tmp_path / "table.md", "wb") as out:
+        child = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=out, check=False)
+    assert child.returncode == 0
+    assert (tmp_path / "table.md").read_text() == kept
+
+
 def test_a_callers_stream_takes_nothing_else_with_it(capfd):
     """Of a notebook that redirects; the process keeps its own output."""
     log, stream = logs.Log(1), io.StringIO()

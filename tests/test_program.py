@@ -168,10 +168,10 @@ def test_settings_that_are_made_before_jax_starts(monkeypatch, tmp_path):
         monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost")
         monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
         monkeypatch.setenv("JAX_PROCESS_ID", "0")
-        with pytest.raises(ValueError, match="DDRESS=localhost: it is to be HOST:PORT"):
+        with pytest.raises(ValueError, match="DDRESS=localhost: write HOST:PORT"):
             program.setup_jax(1)
         monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
-        with pytest.raises(ValueError, match="JAX_NUM_PROCESSES and JAX_PROCESS_ID are to be num"):
+        with pytest.raises(ValueError, match="NUM_PROCESSES='two', JAX_PROCESS_ID='0': whole numbers"):
             program.setup_jax(1)
     finally:
         jax.config.update(name, before)

@@ -236,6 +236,31 @@ def test_a_launch_whose_seeds_all_died_is_shorter(tmp_path):
     assert [(row["n"], row["alive"], row["iqm"]) for row in done.rows] == [(3, 1, 22.0)]
 
 
+@pytest.mark.parametrize(
+    ("seeds", "steps", "episodes", "message"),
+    [
+        ((1, 2), [0, 100, 200], 2, r"kl_s1 has seed 1 again: move it away"),
+        ((2,), [0, 200, 400], 2, r"kl_s2 has other evaluations than .*kl: move it away"),
+        ((2,), [0, 100, 200], 3, r"kl_s2 has other evaluations than .*kl: move it away"),
+    ],
+)
+def test_launches_that_do_not_go_together_are_no_run(tmp_path, seeds, steps, episodes, message):
+    folder = tmp_path / "pendulum"
+    write_run(folder / "kl", "pendulum", seeds=(0, 1))
+    path = write_run(folder / f"kl_s{seeds[0]}", "pendulum", seeds=seeds)
+    np.savez(path / "eval.npz", **dict(np.load(path / "eval.npz")) | {"steps": np.array(steps)})
+    final = np.zeros((len(seeds), episodes))
+    rundir.write_final(path, {"returns": final, "lengths": final})
+    with pytest.raises(ValueError, match=message):
+        runner.summarise([Job("pendulum", "kl", "ppo")], tmp_path)
+
+
+def test_a_folder_may_have_a_space():
+    job = Job("pendulum", "kl", "brac", "--dataset {here}/data.npz --sweep {{alpha}}")
+    flags = runner.flags_of(job, Path("my runs/kl"), Path("my runs/kl"))
+    assert flags[2:] == ["--dataset", "my runs/data.npz", "--sweep", "{alpha}"]
+
+
 def test_nothing_is_run_again_and_the_table_is_written(tmp_path, capsys, monkeypatch):
     ran = []
     monkeypatch.setattr(runner, "run", ran.append)
@@ -253,7 +278,7 @@ def test_nothing_is_run_again_and_the_table_is_written(tmp_path, capsys, monkeyp
         reppo.main(["tasks", "published", "--seed", "2", "--out", str(tmp_path)])
     assert "reppo has seed 2 already" in capsys.readouterr().err
     assert ran == []  # not even what comes before it
-    reppo.main(["tasks", "--tasks", "CheetahRun", "--out", str(tmp_path)])
+    reppo.main(["tasks", "tasks", "--tasks", "CheetahRun", "--out", str(tmp_path)])
     assert [argv[2:4] for argv in ran] == [["--env", "CheetahRun"]] * 2
     reppo.main(["tasks", "--jobs", "ppo", "--out", str(tmp_path)])
     assert {argv[1].rpartition("/")[2] for argv in ran[2:]} == {"ppo.py"}
@@ -439,6 +464,14 @@ def test_a_failed_launch_stops_the_program():
         with pytest.raises(SystemExit) as caught:
             runner.run([sys.executable, "-c", f"raise SystemExit({status})"])
         assert caught.value.code == status
+
+
+def test_a_launch_that_is_killed_is_named(capsys):
+    """As by a machine without memory; shells report 128 + the number of the signal."""
+    with pytest.raises(SystemExit, match="137"):
+        runner.run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
+    said = capsys.readouterr().err
+    assert "the launch was ended by signal 9\nstopped: the same command goes on" in said
 
 
 @pytest.mark.parametrize(

@@ -349,7 +349,7 @@ def test_an_interrupt_of_the_pictures_says_that_the_rest_is_done(tmp_path, monke
     run_dir = tmp_path / "run"
     status, said = run(*FLAGS, "--render", "--verbose", "0", "--run-dir", str(run_dir))
     assert status == 130
-    assert said.endswith(f"pictures is done: python experiments/render.py {run_dir}\n")
+    assert said.endswith(f"complete: draw it with python experiments/render.py {run_dir}\n")
 
 
 def test_a_run_without_its_evaluations_is_not_resumed(copy):

@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, get_type_hints
 
 import tyro
 from pydantic import NonNegativeInt, PositiveInt
@@ -20,6 +20,9 @@ from pydantic import NonNegativeInt, PositiveInt
 import envs
 from algos import common
 from algos.launch import rundir
+
+# Names of the algorithms, which are those of their files.
+ALGOS = sorted({x.stem for x in Path(__file__).parents[1].glob("*.py")} - {"__init__", "common"})
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Launch:
     """seeds trained side by side in one program"""
     sweep: tuple[str, ...] = ()
     """fields and values to train side by side too: learning_rate=1e-4,3e-4 gamma=0.9,0.99; several
-    values after a field's own flag are the same: --gamma 0.9 0.99"""
+    values after a field's own flag do the same: --gamma 0.9 0.99"""
     num_evals: PositiveInt = 20
     """greedy evaluations spread over the run, besides the one at step 0"""
     eval_episodes: PositiveInt = 16
@@ -169,7 +172,7 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
 
 def about_unknown(word: str, argv: list[str], fields: list[str]) -> str:
     """What is wrong with a word of `argv` that is no flag and no value of one."""
-    words = [word for arg in argv for word in arg.split("=", 1)]
+    words = [part for arg in argv for part in arg.split("=", 1)]
     before = words[words.index(word) - 1] if word in words[1:] else ""
     if word.lower() in ("true", "false", "yes", "no") and before.startswith("--"):
         flag = before.removeprefix("--")
@@ -296,6 +299,26 @@ def nearest(word: str, known: Any) -> str:
     """Phrase that lists the nearest of the `known` words; all of them if none is near."""
     near = difflib.get_close_matches(word, list(known), n=4, cutoff=0.4)
     return f"did you mean {', '.join(near)}?" if near else f"choose from {', '.join(known)}"
+
+
+class Parser(argparse.ArgumentParser):
+    """The command line of a tool: its docstring is the help, and a mistake is one line."""
+
+    def __init__(self, doc: str | None):
+        layout = argparse.RawTextHelpFormatter
+        super().__init__(description=doc, formatter_class=layout, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """End with one line and exit status 2."""
+        self.exit(2, f"error: {message}\n")
+
+
+def path(text: str) -> Path:
+    """Type of a tool's paths for argparse; ~ is the home directory."""
+    try:
+        return rundir.expanded(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def seed(text: str) -> int:

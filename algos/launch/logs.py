@@ -64,9 +64,10 @@ class Console:
         if lost is not sys.__stderr__:  # of a notebook, say: the process keeps its own
             return
         null = os.open(os.devnull, os.O_WRONLY)
-        for number in (1, 2):
-            with contextlib.suppress(OSError):
-                os.dup2(null, number)
+        with contextlib.suppress(OSError):  # the output may be closed already
+            if os.path.sameopenfile(1, 2):  # else it goes to a file of its own
+                os.dup2(null, 1)
+        os.dup2(null, 2)
         os.close(null)
 
 

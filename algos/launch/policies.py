@@ -141,7 +141,7 @@ def load_policy(path: Path | str) -> Callable:
     a key, sampled with one. The observation statistics are inside. It raises ValueError, in one
     line, for observations that it cannot take.
     """
-    env, algo, policy = read_policy(Path(path))
+    env, algo, policy = read_policy(rundir.expanded(path))
     play = jax.jit(act_of(env, algo, policy))
     wanted = interface_of(env)["obs"]
     return lambda obs, key=None: np.array(play(check_obs(obs, wanted), key))

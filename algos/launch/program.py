@@ -1,7 +1,7 @@
 """The compiled program of a launch: all rows side by side, sharded over the local devices.
 
-    state = init(keys)
-    state, sums of metrics = train(state, number of updates)      # the state is donated
+    state = init(keys, hparams)
+    state, sums of metrics = train(state, hparams, number of updates, *data)  # donates the state
     plays = begin(keys)
     plays = play(state, plays, number of steps)                   # until all episodes have ended
 
@@ -65,9 +65,10 @@ def setup_jax(num_rows: int) -> None:
         except KeyError as missing:
             raise ValueError(f"JAX_COORDINATOR_ADDRESS is set, but not {missing}") from None
         except ValueError:
-            raise ValueError("JAX_NUM_PROCESSES and JAX_PROCESS_ID are to be numbers") from None
+            found = ", ".join(f"{name}={os.environ[name]!r}" for name in names)
+            raise ValueError(f"{found}: whole numbers are wanted") from None
         if ":" not in address:
-            raise ValueError(f"JAX_COORDINATOR_ADDRESS={address}: it is to be HOST:PORT")
+            raise ValueError(f"JAX_COORDINATOR_ADDRESS={address}: write HOST:PORT")
         jax.distributed.initialize(address, num_hosts, index)
     if jax.config.jax_logging_level == "NOTSET":  # type: ignore[attr-defined]
         # XLA prints three warnings for every compilation that it finds in the cache.

@@ -122,6 +122,22 @@ def check_new(paths: Iterable[Path | None], force: bool) -> None:
             raise ValueError(f"{path} exists: choose another name, or --force to replace it")
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file; either all of it or nothing."""
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def measurement_files(out: Path, force: bool) -> tuple[Path, Path]:
+    """OUT.md and OUT.json, in a folder that exists from now on.
+
+    ValueError if one of them exists, unless `force`, or if OUT has no name.
+    """
+    table, numbers = (out.with_name(f"{out.name}{end}") for end in (".md", ".json"))
+    check_new((table, numbers), force)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return table, numbers
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically."""
     write_atomic(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))

@@ -146,7 +146,8 @@ class Session:
     def advice(self) -> str:
         """How to go on after an early end."""
         if (self.run_dir / "done.json").exists():  # a run that is resumed has none
-            return f"all but its pictures is done: python experiments/render.py {self.run_dir}"
+            draw = f": draw it with python experiments/render.py {self.run_dir}"
+            return "the run is complete" + draw * self.launch.render
         if self.program.stateful:
             return f"{self.config.env} cannot be resumed"
         return f"go on with --resume {self.run_dir}"
@@ -355,7 +356,8 @@ class Session:
         died = (totals["health/finite"] < num_updates) & ~self.dead
         for i in np.flatnonzero(died):
             self.log.say(
-                f"{self.rows.name(int(i))} is dead: parameters or loss not finite; left out", 0
+                f"{self.rows.name(int(i))} is dead and left out: parameters or loss are not finite",
+                0,
             )
         self.dead |= died
         broken = totals.get("health/env_nan", np.zeros(1)).sum()
@@ -465,7 +467,7 @@ class Session:
             config = dataclasses.replace(self.config, **self.rows.swept(i))
             policies.save_policy(path, row, self.name, config, interface, record)
             if prefix == "partial":
-                self.log.say(f"seed {self.rows.seeds[i]} reached the return: {path.name}")
+                self.log.say(f"{self.rows.name(int(i))} reached the return: {path.name}")
 
     def finish(self, state: Any) -> bool:
         """Play the last episodes, export policies, draw the curve; False if interrupted.

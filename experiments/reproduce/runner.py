@@ -10,7 +10,6 @@ the end of each group OUT/<group>/table.md and table.json hold its numbers, OUT/
 its curves.
 """
 
-import argparse
 import importlib
 import itertools
 import os
@@ -57,7 +56,8 @@ def adds_seeds(path: Path, run_dir: Path) -> bool:
 def flags_of(job: Job, run_dir: Path, path: Path) -> list[str]:
     """Flags of the launch `path` of the run `run_dir`, those of its seeds left out."""
     more = path.name.removeprefix(run_dir.name)
-    return ["--env", job.task, *shlex.split(job.flags.format(here=run_dir.parent, more=more))]
+    words = (word.format(here=run_dir.parent, more=more) for word in shlex.split(job.flags))
+    return ["--env", job.task, *words]
 
 
 def settings(config: Any, launch: cli.Launch) -> dict[str, Any]:
@@ -83,9 +83,9 @@ def check_settings(job: Job, run_dir: Path, path: Path) -> None:
 
 
 def check_launch(job: Job, run_dir: Path, path: Path, seeds: range) -> None:
-    """ValueError if `path`, a launch of the run, has other settings or some of these seeds.
+    """ValueError if `path`, a launch of the run, does not go together with these new seeds.
 
-    Launches of old versions have no final episodes beside the last evaluation.
+    It has other settings or some of the seeds, or is of an old version, without final.npz.
     """
     shared = sorted({*rundir.read_description(path)["rows"]["seeds"]} & {*seeds})
     if shared:
@@ -101,7 +101,7 @@ def launch_dir(run_dir: Path, seed: int) -> Path:
 
 
 def command(job: Job, run_dir: Path, seed: int, num_seeds: int) -> list[str] | None:
-    """Command line that starts, resumes or, if None, need not run the launch with these seeds.
+    """Command line that starts or resumes the launch with these seeds; None if it is complete.
 
     ValueError if it does not go together with the run's other launches.
     """
@@ -132,9 +132,18 @@ def plan(jobs: dict[Path, Job], seed: int, num_seeds: int) -> list[tuple[Path, J
 
 
 def read_launches(paths: list[Path]) -> rundir.Run:
-    """Complete launches of a run as one."""
+    """Complete launches of a run as one; ValueError if they share seeds or differ in evaluations.
+
+    A launch whose seeds all died has fewer evaluations.
+    """
     parts = [rundir.read_run(path) for path in paths]
     steps = max((part.steps for part in parts), key=len)
+    for i, part in enumerate(parts):
+        same_steps = np.array_equal(part.steps, steps[: len(part.steps)])
+        if not same_steps or part.final.shape[1] != parts[0].final.shape[1]:
+            raise ValueError(f"{part.path} has other evaluations than {paths[0]}: move it away")
+        if shared := {*part.seeds.tolist()} & {x for p in parts[:i] for x in p.seeds.tolist()}:
+            raise ValueError(f"{part.path} has seed {min(shared)} again: move it away")
 
     def rows(arrays):
         """[R, E, K] of all seeds; NaN after the end of a launch whose seeds all died."""
@@ -177,10 +186,13 @@ def run(argv: list[str]) -> None:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    if status < 0:  # before it could save, or for lack of memory
+        print(f"the launch was ended by signal {-status}", file=sys.stderr)
+        status = 128 - status
     if status == 3:
         print("every seed of this run died; the others go on", file=sys.stderr)
     elif status:
-        if status in (130, -signal.SIGINT):
+        if status > 128:
             print("stopped: the same command goes on", file=sys.stderr)
         raise SystemExit(status)
 
@@ -193,7 +205,7 @@ def complete(jobs: dict[Path, Job]) -> dict[Job, rundir.Run]:
 
 def write_table(folder: Path, text: str, rows: list[dict[str, Any]]) -> None:
     """Print the table of the runs in a folder; write it there with its numbers."""
-    (folder / "table.md").write_text(text)
+    rundir.write_text(folder / "table.md", text)
     rundir.write_json(folder / "table.json", rows)
     print(text, end="")
 
@@ -206,7 +218,7 @@ class Report(NamedTuple):
 
     folder: Path
     runs: dict[Job, rundir.Run]
-    rows: list[dict[str, Any]]  # report.summary of each run
+    rows: list[dict[str, Any]]  # report.summary of each swept value of each run
     text: str  # table of the rows
 
 
@@ -265,13 +277,13 @@ def main(
     `further` adds text to the table of a group; `before` makes what a job needs in its run
     directory's parent.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
+    parser = cli.Parser(doc)
     parser.add_argument("groups", nargs="+", choices=groups, metavar="GROUP")
     parser.add_argument("--tasks", nargs="+", help="only these tasks of the groups")
     parser.add_argument("--jobs", nargs="+", help="only jobs of these names")
-    parser.add_argument("--num-seeds", type=int, default=8, help="of runs that are not there yet")
-    parser.add_argument("--seed", type=int, default=0, help="the first; others add to the runs")
-    parser.add_argument("--out", type=rundir.expanded, default=Path(out), help=f"default: {out}")
+    parser.add_argument("--num-seeds", type=int, default=8, help="seeds of each new launch")
+    parser.add_argument("--seed", type=int, default=0, help="first seed; not 0: adds seeds to runs")
+    parser.add_argument("--out", type=cli.path, default=Path(out), help=f"default: {out}")
     args = parser.parse_args(argv)
     for flag, field in (("tasks", "task"), ("jobs", "name")):
         known = {getattr(job, field) for group in args.groups for job in groups[group]}
@@ -292,8 +304,8 @@ def main(
             todo[group] = plan(jobs, args.seed, args.num_seeds)
     except ValueError as error:
         parser.error(str(error))
-    for group in args.groups:
-        for run_dir, job, launch in todo[group]:
+    for group, missing in todo.items():
+        for run_dir, job, launch in missing:
             before(job, run_dir)
             run(launch)
         done = summarise(groups[group], args.out / group)
