@@ -171,7 +171,8 @@ def test_settings_that_are_made_before_jax_starts(monkeypatch, tmp_path):
         with pytest.raises(ValueError, match="DDRESS=localhost: write HOST:PORT"):
             program.setup_jax(1)
         monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
-        with pytest.raises(ValueError, match="NUM_PROCESSES='two', JAX_PROCESS_ID='0': whole numbers"):
+        wanted = "NUM_PROCESSES='two', JAX_PROCESS_ID='0': whole numbers"
+        with pytest.raises(ValueError, match=wanted):
             program.setup_jax(1)
     finally:
         jax.config.update(name, before)
