@@ -288,7 +288,6 @@ def test_unknown_name_lists_the_nearest(name, expected):
         ("CheetahRun?privileged=1", "unknown option 'privileged'"),
         ("swimmer?backend=mjx", "generalized only"),
         ("swimmer?engine=c", "are MuJoCo's: leave them out"),
-        ("hopper?backend=spring&engine=c", "are MuJoCo's: add backend=mjx"),
     ],
 )
 def test_bad_options_are_named(name, message):
