@@ -122,31 +122,22 @@ def plot_alphas(done: Report) -> None:
     Points: IQM and 95 % interval over seeds. Lines: the learners without alpha, and the behaviour
     policy.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     for task in dict.fromkeys(job.task for job in done.runs):
-        figure = Figure(figsize=(9, 5), layout="constrained")
-        FigureCanvasAgg(figure)
-        axis = figure.subplots()
-        for i, job in enumerate(job for job in done.runs if job.task == task):
-            run, color = done.runs[job], f"C{i}"
-            finals = {label: report.final(run.final[x]) for label, x in report.groups(run)}
-            middle = np.array([final["iqm"] for final in finals.values()])
-            if "" in finals:
-                axis.axhline(middle[0], color=color, linestyle="--", label=job.name)
-                continue
-            interval = np.array([final["interval"] for final in finals.values()]).T
-            alpha = [float(label.removeprefix("alpha=")) for label in finals]
-            error = np.abs(interval - middle)
-            axis.errorbar(alpha, middle, error, color=color, marker="o", capsize=3, label=job.name)
-        behaviour = behaviour_return(done.folder / task)
-        axis.axhline(behaviour, color="black", linestyle=":", label="behaviour policy")
-        axis.set(xscale="log", xlabel="alpha", ylabel="last greedy return", title=task)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside right center", frameon=False)
-        figure.savefig(done.folder / f"{task}_alpha.png", dpi=110)
+        path = done.folder / f"{task}_alpha.png"
+        with report.figure(path, 1, 1, report.TEXT_WIDTH, task) as (axis,):
+            for i, job in enumerate(job for job in done.runs if job.task == task):
+                run, look = done.runs[job], {"color": f"C{i}", "label": job.name}
+                finals = {label: report.final(run.final[x]) for label, x in report.groups(run)}
+                middle = np.array([final["iqm"] for final in finals.values()])
+                if "" in finals:
+                    axis.axhline(middle[0], linestyle="--", **look)
+                    continue
+                interval = np.array([final["interval"] for final in finals.values()]).T
+                alpha = [float(label.removeprefix("alpha=")) for label in finals]
+                axis.errorbar(alpha, middle, np.abs(interval - middle), marker="o", **look)
+            behaviour = behaviour_return(done.folder / task)
+            axis.axhline(behaviour, color="black", linestyle=":", label="behaviour policy")
+            axis.set(xscale="log", xlabel="alpha", ylabel="last greedy return")
 
 
 def both_policies(done: Report) -> str:

@@ -12,13 +12,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 if __name__ == "__main__":  # import from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from algos.launch import rundir
+from algos.launch import report, rundir
 from experiments.reproduce import runner
 from experiments.reproduce.runner import Job, Report
 
@@ -59,19 +57,19 @@ def replay_curves(done: Report) -> str:
     """Draw what the replay was like: means over the seeds of first launches; returns where."""
     if not done.runs:
         return ""
-    figure = Figure(figsize=(4 * len(SHOWN), 3.5), layout="constrained")
-    axes = figure.subplots(1, len(SHOWN))
-    for job, run in done.runs.items():
-        metrics = rundir.read_metrics(run.path, len(rundir.read_run(run.path).seeds))
-        for axis, (metric, label) in zip(axes, SHOWN.items(), strict=True):
-            if metric in metrics:
-                steps, values = metrics[metric]
-                filled = np.isfinite(values).any(1)
-                axis.plot(steps[filled], np.nanmean(values[filled], 1), label=job.name)
-            axis.set(xlabel="environment steps", ylabel=label)
-    axes[0].legend(fontsize="x-small")
     out = done.folder / f"{next(iter(done.runs)).task}-replay.png"
-    FigureCanvasAgg(figure).print_png(str(out))
+    with report.figure(out, len(SHOWN), len(SHOWN), report.TEXT_WIDTH, "") as axes:
+        for i, (job, run) in enumerate(done.runs.items()):
+            look = {"label": job.name, "linestyle": "-" if i < 10 else "--"}  # of ten colours
+            first = rundir.read_run(run.path)  # `run` has the seeds of all its launches
+            metrics = rundir.read_metrics(run.path, len(first.seeds))
+            for axis, (metric, label) in zip(axes, SHOWN.items(), strict=True):
+                if metric in metrics:
+                    steps, values = metrics[metric]
+                    filled = np.isfinite(values).any(1)
+                    axis.plot(steps[filled], np.nanmean(values[filled], 1), **look)
+                axis.set(xlabel="environment steps", ylabel=label)
+                axis.locator_params(axis="x", nbins=4)
     return f"\nESS, KL and clipped ratios: {out}\n"
 
 
