@@ -107,6 +107,7 @@ def test_targets_by_hand():
     ends = jnp.array([False, True])
     target = lambda value: bcq.best_target(jnp.ones(2), ends, value, 0.99, 0.75)
     assert_close(target(value), [11.395, 1.0])
+    assert_close(target(value.at[..., 1].set(jnp.nan)), [11.395, 1.0])  # nothing of it enters
     assert_close(jax.grad(lambda value: target(value).sum())(value), 0.0)
 
 

@@ -177,6 +177,7 @@ def test_targets_by_hand(penalty, min_weight, temperature, target):
     args = two(-1.0), two(2.0), temperature, penalty, 0.99
     targets = lambda value: brac.penalised_target(*step, value, *args)
     assert_close(targets(value), [target, 1.0])
+    assert_close(targets(value.at[1].set(jnp.nan)), [target, 1.0])  # nothing of it enters
     gradient = jax.grad(lambda value: targets(value).sum())(value)
     assert_close(gradient, 0.0)
 

@@ -35,6 +35,7 @@ def config_of(**changes):
 )
 def test_target_by_hand(temperature, terminated, expected):
     value, log_prob = jnp.array([[10.0], [12.0]]), jnp.array([-1.0])
+    value = jnp.where(terminated, jnp.nan, value)  # nothing of it enters after the end
     ended = jnp.array([terminated])
     target = sac.soft_target(jnp.ones(1), ended, value, log_prob, temperature, 0.99)
     assert_allclose(target, [expected])
