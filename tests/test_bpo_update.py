@@ -444,6 +444,11 @@ def test_entropy_bonus_acts_on_mu_alone():
     assert not equal(plain[1].params["mu"], bonus[1].params["mu"])
 
 
+def test_each_gradient_has_its_norm():
+    _, (metrics,) = run(SMALL, 1, vf_coef=0.0)
+    assert metrics["losses/critic_grad_norm"] == 0.0 < metrics["losses/actor_grad_norm"]
+
+
 @pytest.mark.slow  # minutes: every operation is compiled by itself
 def test_jit_changes_nothing():
     jitted = run(SMALL, 1, gamma=SMALL.gamma)[0]

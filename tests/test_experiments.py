@@ -239,6 +239,12 @@ def test_benchmark_refuses(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_case_imports_no_other_algorithm(monkeypatch):
+    """Its start-up is measured."""
+    monkeypatch.setattr(benchmark.importlib, "import_module", None)
+    assert benchmark.parse(["--case", '["ppo"]']).case == ["ppo"]
+
+
 def test_benchmark_goes_through_the_second_half_of_a_run():
     """At the start there may be a warm-up, and each update may have gradient steps of its own."""
     seen = []

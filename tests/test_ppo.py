@@ -198,6 +198,8 @@ def test_each_network_is_clipped_by_its_own_norm():
         step = jax.tree.map(jnp.subtract, after.params[name], before.params[name])
         norm = math.sqrt(sum(float((x**2).sum()) for x in jax.tree.leaves(step)))
         assert_allclose(norm, 1e-3, rtol=1e-2)
+    alone = run_update(dataclasses.replace(config, vf_coef=0.0))[2]
+    assert alone["losses/critic_grad_norm"] == 0.0 < alone["losses/actor_grad_norm"]
 
 
 def test_an_epoch_sees_every_transition_once():

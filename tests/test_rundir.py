@@ -173,6 +173,17 @@ def test_a_step_that_is_no_number_is_damage(tmp_path, step):
         rundir.rewind(tmp_path, 96, write=True)
 
 
+def test_files_of_a_measurement(tmp_path):
+    out = tmp_path / "new" / "lr0.1"
+    table, numbers = rundir.measurement_files(out, False)
+    assert (table.name, numbers.name) == ("lr0.1.md", "lr0.1.json")
+    assert out.parent.is_dir()  # before the measurement, which takes long
+    numbers.touch()
+    with pytest.raises(ValueError, match=r"lr0.1.json exists: choose another name, or --force"):
+        rundir.measurement_files(out, False)
+    assert rundir.measurement_files(out, True) == (table, numbers)
+
+
 # --- one process, one run ---
 
 
