@@ -248,6 +248,9 @@ def test_divergences_of_an_update(divergence):
     key_draw, key_divergence = jax.random.split(keys[1])
     u = draw(policy, key_draw)
     assert_close(metrics["losses/entropy"], -policy.log_prob(u).mean(), rtol=1e-4)
+    values = lambda a: brac.Critic(config, 2).apply(state.params["critic"], obs, a)
+    assert_close(metrics["losses/q_data"], values(action).mean(), rtol=1e-4)  # of both critics
+    assert_close(metrics["losses/q_policy"], values(jnp.tanh(u)).mean(), rtol=1e-4)
     if divergence == "mmd":
         key_own, key_clone = jax.random.split(key_divergence)
         x = jnp.tanh(draw(policy, key_own, 4))

@@ -306,10 +306,12 @@ def test_a_policy_is_known_by_its_content(tmp_path):
     (tmp_path / "p.npz").write_bytes(b"policy")
     (tmp_path / "q.npz").write_bytes(b"policy")
     (tmp_path / "other.npz").write_bytes(b"other")
-    of = lambda name: collect_data.content(
-        collect_data.describe("hopper", [collect_data.Part(policy=str(tmp_path / name))], [5], 0)
-    )
-    assert of("p.npz") == of("q.npz") != of("other.npz")
+    part = lambda name: collect_data.Part(policy=str(tmp_path / name))
+    of = lambda name: collect_data.describe("hopper", [part(name)], [5], 0)
+    datasets.write(tmp_path / "0.npz", tiny.transitions(5), {"of": of("p.npz"), "returns": {}})
+    assert collect_data.finished(tmp_path / "0.npz", of("q.npz"))
+    with pytest.raises(ValueError, match="is of another command: delete it or choose another"):
+        collect_data.finished(tmp_path / "0.npz", of("other.npz"))
 
 
 def test_one_process_writes_a_dataset(mixture, tmp_path, monkeypatch, capsys):
