@@ -308,7 +308,8 @@ def test_a_policy_is_known_by_its_content(tmp_path):
     (tmp_path / "other.npz").write_bytes(b"other")
     part = lambda name: collect_data.Part(policy=str(tmp_path / name))
     of = lambda name: collect_data.describe("hopper", [part(name)], [5], 0)
-    datasets.write(tmp_path / "0.npz", tiny.transitions(5), {"of": of("p.npz"), "returns": {}})
+    meta = {"env": "hopper", "of": of("p.npz"), "returns": {"mean": 1.0}}
+    datasets.write(tmp_path / "0.npz", tiny.transitions(5), meta)
     assert collect_data.finished(tmp_path / "0.npz", of("q.npz"))
     with pytest.raises(ValueError, match="is of another command: delete it or choose another"):
         collect_data.finished(tmp_path / "0.npz", of("other.npz"))
