@@ -162,7 +162,7 @@ NUM_DRAWS = 4  # draws of each policy for an estimate of kl or mmd
 NUM_CANDIDATES = 10  # draws from which `max_q` takes the best
 MMD_SCALE = 20.0  # scale of the Laplacian kernel
 MAX_ALPHA = 500.0  # upper end of alpha's range
-GRADIENT_PENALTY = 5.0  # weight of the gradient penalty
+GRADIENT_PENALTY_WEIGHT = 5.0  # weight of the gradient penalty
 
 
 class MLP(nn.Module):
@@ -289,7 +289,7 @@ def gradient_penalty(critic, own, given, weight):
     between = own + weight * (given - own)
     gradient = jax.grad(lambda action: critic(action).sum())(between)
     slope = jnp.sqrt(1e-8 + (gradient**2).sum(-1))
-    return GRADIENT_PENALTY * (jnp.maximum(slope - 1.0, 0.0) ** 2).mean()
+    return GRADIENT_PENALTY_WEIGHT * (jnp.maximum(slope - 1.0, 0.0) ** 2).mean()
 
 
 def divergence_loss(kind, critic, own, given, weight):

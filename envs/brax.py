@@ -83,8 +83,10 @@ def make(
 ) -> RawEnv:
     """Build a Brax task; engine and the solver options are for backend mjx only."""
     if backend != "mjx" and (engine or iterations or ls_iterations):
-        fix = "leave them out" if task == "swimmer" else "add backend=mjx"
-        raise ValueError(f"brax/{task}: engine, iterations and ls_iterations are MuJoCo's: {fix}")
+        raise ValueError(
+            f"brax/{task}?backend={backend}: engine, iterations and ls_iterations need "
+            "backend=mjx: leave them out, or change the backend"
+        )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Brax System, piplines", category=UserWarning)
         env = brax_envs.get_environment(task, backend=backend)

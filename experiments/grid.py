@@ -106,6 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         for run_dir, job in jobs.items():
             check_present(job, run_dir, args.seed, args.num_seeds)
         todo = runner.plan(jobs, args.seed, args.num_seeds)
+        runner.complete(jobs | others)  # what the table will hold
         print(f"runs: {len(jobs)}, complete: {len(jobs) - len(todo)}", flush=True)
         check_apart([(job, argv) for _, job, (_, _, *argv) in todo if argv[0] != "--resume"])
     except ValueError as error:

@@ -183,7 +183,7 @@ def test_solver_options_of_a_task_reach_the_model():
 
 @pytest.mark.parametrize("option", ["iterations=2", "engine=c"])
 def test_options_of_mujoco_need_backend_mjx(option):
-    with pytest.raises(ValueError, match="add backend=mjx"):
+    with pytest.raises(ValueError, match="need backend=mjx"):
         envs.make(f"hopper?backend=spring&{option}", 1)
 
 

@@ -287,7 +287,7 @@ def test_unknown_name_lists_the_nearest(name, expected):
         ("hopper?iterations=2&iterations=3", "iterations is given twice"),
         ("CheetahRun?privileged=1", "unknown option 'privileged'"),
         ("swimmer?backend=mjx", "generalized only"),
-        ("swimmer?engine=c", "are MuJoCo's: leave them out"),
+        ("swimmer?engine=c", "backend=mjx: leave them out"),
     ],
 )
 def test_bad_options_are_named(name, message):

@@ -255,6 +255,19 @@ def test_launches_that_do_not_go_together_are_no_run(tmp_path, seeds, steps, epi
         runner.summarise([Job("pendulum", "kl", "ppo")], tmp_path)
 
 
+def test_a_table_is_checked_before_anything_runs(tmp_path, monkeypatch, capsys):
+    """By the complete runs of the whole group, also those that are not asked for."""
+    ran = []
+    monkeypatch.setattr(runner, "run", ran.append)
+    folder = tmp_path / "tasks" / "pendulum"
+    write_run(folder / "reppo", "pendulum", seeds=(0, 1))
+    write_run(folder / "reppo_s1", "pendulum", seeds=(1, 2))
+    with pytest.raises(SystemExit):
+        reppo.main(["tasks", "--tasks", "CheetahRun", "--out", str(tmp_path)])
+    assert "reppo_s1 has seed 1 again: move it away" in capsys.readouterr().err
+    assert ran == []
+
+
 def test_a_folder_may_have_a_space():
     job = Job("pendulum", "kl", "brac", "--dataset {here}/data.npz --sweep {{alpha}}")
     flags = runner.flags_of(job, Path("my runs/kl"), Path("my runs/kl"))

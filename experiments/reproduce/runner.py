@@ -302,6 +302,7 @@ def main(
         for group in args.groups:
             jobs = placed(filter(wanted, groups[group]), args.out / group)
             todo[group] = plan(jobs, args.seed, args.num_seeds)
+            complete(placed(groups[group], args.out / group))  # what the table will hold
     except ValueError as error:
         parser.error(str(error))
     for group, missing in todo.items():
