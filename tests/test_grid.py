@@ -134,6 +134,16 @@ def test_bad_input_is_one_line_before_anything_runs(flags, options, message, tmp
     assert len(ran) == 1
 
 
+def test_a_table_is_checked_before_anything_runs(tmp_path, ran, capsys):
+    """By all runs in the folder, also those that are not asked for."""
+    write_run(tmp_path / "ppo/gymnax/Pendulum-v1", "pendulum", seeds=(0, 1))
+    write_run(tmp_path / "ppo/gymnax/Pendulum-v1_s1", "pendulum", seeds=(1, 2))
+    with pytest.raises(SystemExit):
+        run_grid(tmp_path)
+    assert "Pendulum-v1_s1 has seed 1 again: move it away" in capsys.readouterr().err
+    assert ran == []
+
+
 def test_offline_runs_beside_others_are_drawn_against_seconds(tmp_path, ran, monkeypatch):
     drawn, real = [], report.plot_curves
 

@@ -110,6 +110,12 @@ def test_continuous_actions_are_clipped():
 # --- the file ---
 
 
+def test_a_path_may_start_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=f"^{tmp_path}/policy.npz does not exist"):
+        policies.load_policy("~/policy.npz")
+
+
 @pytest.mark.parametrize("name", tiny.ALGOS)
 def test_a_policy_needs_its_file_alone(name, tmp_path, monkeypatch):
     """Neither its run directory nor its task, and it acts as the algorithm does in that task."""

@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -339,6 +340,12 @@ def test_errors_of_the_program_are_no_lack_of_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(session, "trace", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         run(*FLAGS, "--verbose", "0", "--run-dir", str(tmp_path / "run"))
+
+
+def test_a_complete_run_without_pictures_has_nothing_left_to_do(tmp_path):
+    (tmp_path / "done.json").touch()
+    done = SimpleNamespace(run_dir=tmp_path, launch=SimpleNamespace(render=False))
+    assert session.Session.advice.fget(done) == "the run is complete"
 
 
 def test_an_interrupt_of_the_pictures_says_that_the_rest_is_done(tmp_path, monkeypatch):
