@@ -13,13 +13,14 @@ import inspect
 import io
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from envs.options import COUNT, Kind, choice, read, spell
-from envs.wrappers import RESET_MODES, Env, Goals, RawEnv, check, wrap
+from envs.wrappers import RESET_MODES, Env, Goals, RawEnv, check, countable, wrap
 
 # Let the call of a program on a CPU return only when the program has ended: if Python ended while a
 # program still calls MuJoCo through it, the process would crash or hang.
@@ -209,19 +210,19 @@ def make(
     it (`privileged_size` entries). Raises ValueError for an unknown name, option or value, and
     ImportError when an optional package is missing.
     """
-    if num_envs < 1:
-        raise ValueError(f"num_envs={num_envs}: at least 1 is needed")
+    if not countable(num_envs):
+        raise ValueError(f"num_envs={num_envs!r}: it should be an int from 1 to 2**31 - 1")
     if reset_mode is not None and reset_mode not in RESET_MODES:
         raise ValueError(f"reset_mode={reset_mode!r}: choose one of {', '.join(RESET_MODES)}")
-    if max_steps is not None and max_steps < 1:
-        raise ValueError(f"max_steps={max_steps}: at least 1 is needed")
+    if max_steps is not None and not countable(max_steps):
+        raise ValueError(f"max_steps={max_steps!r}: it should be an int from 1 to 2**31 - 1")
     name = canonical(name)
     if name.startswith("atari/"):
         if max_steps is not None:
             raise ValueError(f"{name}: max_steps={max_steps} cannot be changed")
         purpose = "training" if stagger else "evaluation"
         return importlib.import_module(MODULES["atari"]).make(name[6:], num_envs, purpose)
-    raw = _load(name)
+    raw = _load(name, _factory(name)) if ":" in name else _load(name)
     raw = raw._replace(
         reset_mode=reset_mode or raw.reset_mode, max_steps=max_steps or raw.max_steps
     )
@@ -253,10 +254,14 @@ def canonical(name: str) -> str:
 
 
 @functools.lru_cache(maxsize=16)
-def _load(name: str) -> RawEnv:
-    """The adapter's environment, loaded and (by jit) traced once for training and evaluation."""
-    if ":" in name:
-        raw = _load_factory(name)
+def _load(name: str, factory: Callable | None = None) -> RawEnv:
+    """The adapter's environment, loaded and (by jit) traced once for training and evaluation.
+
+    A user's `factory` is part of the cache's key: after its module is edited and loaded again, it
+    is called again.
+    """
+    if factory:
+        raw = _call(name, factory)
     else:
         source, task, options = _parse(name)
         if source == "brax":
@@ -295,12 +300,13 @@ def precise(function):
     return wrapper
 
 
-def _load_factory(name: str) -> RawEnv:
-    path, _, factory = name.partition(":")
+def _factory(name: str) -> Callable:
+    """The user's function that a name such as my_module:my_factory stands for."""
+    path, _, attribute = name.partition(":")
     function = None
     try:
         if all(part.isidentifier() for part in path.split(".")):
-            function = getattr(importlib.import_module(path), factory, None)
+            function = getattr(importlib.import_module(path), attribute, None)
     except ModuleNotFoundError as error:
         if error.name not in (path, path.split(".")[0]):
             raise ImportError(f"{name}: {error}") from error
@@ -312,8 +318,13 @@ def _load_factory(name: str) -> RawEnv:
         inspect.signature(function).bind()
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: the function must need no arguments ({error})") from None
+    return function
+
+
+def _call(name: str, factory: Callable) -> RawEnv:
+    """The environment that a user's function returns, checked."""
     try:
-        raw = function()
+        raw = factory()
     except ValueError as error:  # such as MuJoCo's, of a model
         raise ValueError(f"{name}: {error}") from error
     except TypeError as error:
@@ -349,8 +360,11 @@ def _parse(name: str) -> tuple[str, str, dict[str, Any]]:
             raise ValueError(f"{name!r}: {option} is given twice")
         options[option] = read(text, kinds[option], f"{name!r}: {option}")
     options = {option: x for option, x in options.items() if x != kinds[option].default}
-    if task == "swimmer" and options.get("backend", "generalized") != "generalized":
-        raise ValueError(f"{name!r}: Brax implements swimmer for backend=generalized only")
+    if task == "swimmer" and options not in ({}, {"backend": "generalized"}):
+        raise ValueError(
+            f"{name!r}: Brax implements swimmer for backend=generalized only, which takes no other "
+            "option"
+        )
     return source, task, options
 
 

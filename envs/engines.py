@@ -165,9 +165,9 @@ class _Simulations:
         rows = state.view(np.float64)
         self.batch.state[:] = rows[:, : self.batch.nstate]
         self._write(inputs)
-        before = self.batch.warning[:, UNSTABLE, COUNT].copy()
+        self.batch.warning[:, UNSTABLE, COUNT] = 0
         self.batch.step(nstep=self.physics.frame_skip)
-        unstable = (self.batch.warning[:, UNSTABLE, COUNT] != before).any(-1)
+        unstable = self.batch.warning[:, UNSTABLE, COUNT].any(-1)
         if self.forces:
             self.data.cfrc_ext[:] = 0.0
             for i in np.flatnonzero(self.num_contacts):
@@ -336,8 +336,9 @@ _names: Counter[str] = Counter()
 def host_function(name: str, function: Callable, *inputs: jax.ShapeDtypeStruct) -> Callable:
     """A numpy function of arrays [B, ...], as a jax function of arrays without that axis.
 
-    The axes of nested vmaps become B, and `function` runs once for all of them. `function` must be
-    pure: XLA may call it on several threads at once. An exception in it ends the program.
+    The axes of nested vmaps become B, and `function` runs once for all of them. Arrays are cast to
+    the dtypes of `inputs`. `function` must be pure: XLA may call it on several threads at once. An
+    exception in it ends the program.
     """
     # One call, on zeros, finds the shapes and types of the outputs.
     example = function(*(np.zeros((1, *x.shape), x.dtype) for x in inputs))
@@ -371,7 +372,12 @@ def host_function(name: str, function: Callable, *inputs: jax.ShapeDtypeStruct) 
     address = ctypes.cast(handler, ctypes.c_void_p).value
     jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(address), platform="cpu")
     call = jax.ffi.ffi_call(target, outputs, vmap_method="broadcast_all")
-    return lambda *arrays: jax.tree.unflatten(structure, call(*arrays))
+
+    def wrapper(*arrays):
+        cast = (jnp.asarray(x, like.dtype) for x, like in zip(arrays, inputs, strict=True))
+        return jax.tree.unflatten(structure, call(*cast))
+
+    return wrapper
 
 
 def _array(pointer, like: jax.ShapeDtypeStruct) -> np.ndarray:

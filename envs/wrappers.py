@@ -56,9 +56,9 @@ class Env(NamedTuple):
     """`num_envs` environments (N) with the whole stack.
 
     step's info has, on every step: "final_observation" [N, obs_size], the true successor, before
-    any reset; "returned" [N] bool, an episode ended; "episode_return" and "episode_length" [N] of
-    the running episode with this step, to be read where returned; "env_nan" [N] bool, the physics
-    went non-finite on this step.
+    any reset; "returned" [N] bool, an episode ended (in Atari a game); "episode_return" and
+    "episode_length" [N] of the running episode with this step, to be read where returned;
+    "env_nan" [N] bool, the physics went non-finite on this step.
     """
 
     name: str
@@ -177,16 +177,15 @@ def check(raw: RawEnv) -> None:
 
         return checked
 
-    positive = lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 < x < 2**31
     for field in ("obs_size", "action_size", "max_steps"):
         value = getattr(raw, field)
-        require(positive(value), field, value, "an integer from 1 to 2**31 - 1")
+        require(countable(value), field, value, "an int from 1 to 2**31 - 1")
     modes = ", ".join(RESET_MODES)
     require(raw.reset_mode in RESET_MODES, "reset_mode", raw.reset_mode, f"one of {modes}")
     require(isinstance(raw.discrete, bool), "discrete", raw.discrete, "True or False")
     shape, size = raw.obs_shape, raw.obs_size
-    fine = isinstance(shape, tuple) and all(map(positive, shape)) and math.prod(shape) == size
-    require(fine, "obs_shape", shape, f"a tuple of integers with the product {size}")
+    fine = isinstance(shape, tuple) and all(map(countable, shape)) and math.prod(shape) == size
+    require(fine, "obs_shape", shape, f"a tuple of ints with the product {size}")
     fine = isinstance(raw.privileged_size, int) and 0 <= raw.privileged_size < size
     require(fine, "privileged_size", raw.privileged_size, f"an integer from 0 to {size - 1}")
     fine = raw.action_range is None or np.shape(raw.action_range) == (2, raw.action_size)
@@ -228,12 +227,21 @@ def check(raw: RawEnv) -> None:
     require(like(nan, (), jnp.bool_), "info['env_nan']", nan, "a bool without axes")
 
 
+def countable(x: Any) -> bool:
+    """True for a positive integer that fits into 32 bits."""
+    return isinstance(x, int) and not isinstance(x, bool) and 0 < x < 2**31
+
+
 def describe(tree: Any) -> str:
     """A value in words: dtype and shape of an array, else what it is."""
+    if isinstance(tree, np.generic):
+        return repr(tree)
     if hasattr(tree, "shape") and hasattr(tree, "dtype"):
         return f"{tree.dtype}{list(tree.shape)}"
     if all(isinstance(x, (int, float, str)) for x in jax.tree.leaves(tree)):
         return repr(tree)
+    if jax.tree_util.all_leaves([tree]):
+        return f"a {type(tree).__name__}"
     return str(jax.tree.map(describe, tree))
 
 

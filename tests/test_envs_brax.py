@@ -315,6 +315,15 @@ def hopper():
     return model, {"qpos": qpos}
 
 
+def test_a_page_plays_as_fast_as_the_task(hopper, tmp_path):
+    """20 steps of 0.01 s, at most about 30 frames a second: every third."""
+    page = viewer.render(*hopper, tmp_path / "a", dt=0.01, gif=False).read_text()
+    scene = json.loads(re.search(r"const scene = (\{.*\});", page).group(1))
+    assert scene["dt"] == pytest.approx(0.03)
+    poses = np.frombuffer(base64.b64decode(scene["poses"]), "<f4")
+    assert poses.size == 7 * len(scene["geoms"]) * 7  # 7 frames, 7 numbers a geom
+
+
 def test_page_is_self_contained_and_holds_the_poses(hopper, tmp_path):
     model, frames = hopper
     page = viewer.write_html(model, frames, tmp_path / "a.html", dt=0.01).read_text()

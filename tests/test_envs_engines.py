@@ -204,8 +204,24 @@ def test_a_velocity_out_of_all_bounds_is_unstable(raw, start):
     rows = state.view(np.float64)
     rows[2, 1 + 15] = 1e11  # time, 15 positions, first velocity
     rows[3, 1 + 15] = np.nan
-    *_, info = jax.jit(jax.vmap(raw.step, (None, 0, 0)))(None, state, jnp.zeros((NUM_ENVS, 8)))
-    assert info["env_nan"].tolist() == [False, False, True, True, False]
+    step = jax.jit(jax.vmap(raw.step, (None, 0, 0)))
+    for _ in range(2):  # MuJoCo's own count of such events is 1 after both
+        *_, info = step(None, state, jnp.zeros((NUM_ENVS, 8)))
+        assert info["env_nan"].tolist() == [False, False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    "task", ["brax/hopper", "playground/CartpoleBalance", "arm/reacher-static"]
+)
+def test_every_source_reports_what_the_engine_finds(task):
+    """MuJoCo replaces the broken state, so that nothing else shows it."""
+    if task.startswith("playground"):
+        pytest.importorskip("mujoco_playground")
+    raw = envs._load(task)
+    state = jax.jit(jax.vmap(raw.reset))(jax.random.split(jax.random.key(0), 2))[1]
+    action = jnp.zeros((2, raw.action_size)).at[1].set(jnp.nan)
+    *_, info = jax.jit(jax.vmap(raw.step, (None, 0, 0)))(jax.random.key(1), state, action)
+    assert info["env_nan"].tolist() == [False, True]
 
 
 # --- numpy functions ---
@@ -225,6 +241,17 @@ def test_an_exception_in_a_host_function_reaches_the_caller():
     result = function(jnp.array([[1.0, 4.0], [9.0, 0.0]]))
     assert result["root"].tolist() == [[1, 2], [3, 0]]
     assert result["large"].tolist() == [False, True]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int32])
+def test_a_host_function_gets_the_dtype_that_it_asks_for(dtype):
+    """Arguments of a user may have any."""
+    double = engines.host_function(
+        "test/double", lambda x: 2 * x, jax.ShapeDtypeStruct((2,), jnp.float32)
+    )
+    result = jax.jit(double)(jnp.array([1, -3], dtype))
+    assert result.dtype == jnp.float32
+    assert result.tolist() == [2, -6]
 
 
 def test_simulations_are_made_once(monkeypatch):

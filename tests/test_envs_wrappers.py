@@ -287,7 +287,8 @@ def test_unknown_name_lists_the_nearest(name, expected):
         ("hopper?iterations=2&iterations=3", "iterations is given twice"),
         ("CheetahRun?privileged=1", "unknown option 'privileged'"),
         ("swimmer?backend=mjx", "generalized only"),
-        ("swimmer?engine=c", "backend=mjx: leave them out"),
+        ("swimmer?engine=c", "generalized only, which takes no other option"),
+        ("hopper?backend=spring&engine=c", "backend=mjx: leave them out"),
     ],
 )
 def test_bad_options_are_named(name, message):
@@ -296,7 +297,18 @@ def test_bad_options_are_named(name, message):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"num_envs": 0}, {"max_steps": 0}, {"reset_mode": "always"}], ids=lambda bad: str(bad)
+    "bad",
+    [
+        {"num_envs": 0},
+        {"num_envs": 2.0},
+        {"num_envs": "2"},
+        {"max_steps": 0},
+        {"max_steps": 2.5},
+        {"max_steps": 2**31},
+        {"max_steps": True},
+        {"reset_mode": "always"},
+    ],
+    ids=str,
 )
 def test_bad_arguments_are_named(bad):
     (field, value), *_ = bad.items()
@@ -363,6 +375,13 @@ def test_an_error_in_a_factory_is_the_users_to_see(user_module):
         envs.make("user_module:mixed", 2)
 
 
+class Place:
+    """A state that is no pytree."""
+
+    def __init__(self, x):
+        self.x = x
+
+
 def spoiled(**changes):
     """`counter` with parts of what it returns replaced."""
     raw = counter()
@@ -409,9 +428,11 @@ def spoiled(**changes):
             {"extra": lambda: jnp.zeros(2, jnp.float8_e4m3fn)},
             r"state\['extra'\] of step is float8_e4m3fn\[2\], and a type of numpy",
         ),
-        ({"max_steps": None}, r"max_steps is None, and an integer from 1 to 2\*\*31 - 1"),
+        ({"max_steps": None}, r"max_steps is None, and an int from 1 to 2\*\*31 - 1"),
         ({"max_steps": 0}, r"max_steps is 0"),
         ({"max_steps": 10**10}, r"max_steps is 10000000000"),
+        ({"obs_size": np.prod((3,))}, r"obs_size is np.int64\(3\), and an int from 1"),
+        ({"extra": lambda: Place(1.0)}, r"what reset returns at .* is a Place, and a number"),
         ({"action_size": 0}, r"action_size is 0"),
         (
             {"obs_shape": (2, 2)},
@@ -457,15 +478,43 @@ def test_continuous_actions_are_clipped_for_every_environment(monkeypatch):
     np.testing.assert_array_equal(reward, [1.0, 0.5, -1.0])
 
 
-def test_physics_is_compiled_in_full_precision():
-    seen = []
+def test_a_factory_that_is_edited_is_called_again(monkeypatch):
+    """As in a notebook, whose functions are in __main__; until then it is called once."""
+    module, calls = types.ModuleType("my_module"), []
+    monkeypatch.setitem(sys.modules, "my_module", module)
+
+    def define(reward):
+        def factory():
+            calls.append(reward)
+            return spoiled(reward=lambda x: jnp.full_like(x, reward))
+
+        module.factory = factory
+
+    for reward in (1.0, 5.0):
+        define(reward)
+        for _ in range(2):
+            env = envs.make("my_module:factory", 2)
+        _, state = env.reset(jax.random.key(0))
+        paid = env.step(jax.random.key(1), state, jnp.zeros((2, 1)))[2]
+        np.testing.assert_array_equal(paid, reward)
+    assert calls == [1.0, 5.0]
+
+
+def test_physics_is_compiled_in_full_precision(monkeypatch):
+    raw, seen = spoiled(), []
 
     def step(*args):
         seen.append(jax.config.jax_default_matmul_precision)
-        return args
+        return raw.step(*args)
 
+    module = types.ModuleType("my_module")
+    module.factory = lambda: raw._replace(step=step)
+    monkeypatch.setitem(sys.modules, "my_module", module)
     with jax.default_matmul_precision("bfloat16"):
-        jax.eval_shape(envs.precise(step), 1.0)
+        env = envs.make("my_module:factory", 2)
+        key = jax.random.key(0)
+        seen.clear()  # the check of its shapes
+        jax.eval_shape(env.step, key, env.reset(key)[1], jnp.zeros((2, 1)))
     assert seen == ["highest"]
 
 
