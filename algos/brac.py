@@ -55,6 +55,7 @@ Documentation: docs/brac.md
 import math
 import signal
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -138,7 +139,7 @@ class Config:
         return self.divergence in ("dual_kl", "wasserstein")
 
     def validate(self) -> None:
-        """Raise ValueError if there is no dataset, or the settings contradict each other."""
+        """Raise ValueError without a dataset or for contradictions; warn if all steps are warm."""
         if not self.dataset:
             raise ValueError("dataset='': give --dataset PATH or --dataset minari:NAME")
         if self.behavior and not self.cloned:
@@ -151,6 +152,13 @@ class Config:
             raise ValueError(
                 f"target_divergence={self.target_divergence:g}: with --train-alpha it has to be "
                 "positive, or alpha can only grow"
+            )
+        steps = self.num_updates * self.gradient_steps
+        if self.warm_start >= steps - 1:  # gradient steps are counted from 0
+            warnings.warn(
+                f"warm_start={self.warm_start}: the policy loss leaves the critics out in all "
+                f"{steps} gradient steps of the run; lower warm_start",
+                stacklevel=2,
             )
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import warnings
 from functools import cache, partial
 
 import jax
@@ -439,6 +440,16 @@ def test_a_clone_that_was_not_finished_is_named(clones):
 def test_bad_input_is_one_error(changes, message):
     with pytest.raises(ValueError, match=message):
         brac.make_train(config_of(**changes))
+
+
+def test_a_run_whose_policy_never_sees_a_critic_is_warned_of():
+    """Two updates of 32 gradient steps, numbers 0 to 63: the last one is warm, or is not."""
+    steps = {"gradient_steps": 32, "total_timesteps": 50}
+    with pytest.warns(UserWarning, match="warm_start=63: .* in all 64 gradient steps"):
+        common.check(config_of(**steps, warm_start=63))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        common.check(config_of(**steps, warm_start=62))
 
 
 @pytest.mark.parametrize(
