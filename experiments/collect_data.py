@@ -87,7 +87,10 @@ TYPES = ("pure", "eps1", "eps3", "gaussian1", "gaussian3")
 def read_mixture(path: Path) -> list[Part]:
     """The parts in a file; paths of policies are relative to it."""
     try:
-        parts = [Part(**part) for part in json.loads(path.read_text())]
+        listed = json.loads(path.read_text())
+        if not isinstance(listed, list):
+            raise ValueError("a list of parts is wanted")
+        parts = [Part(**part) for part in listed]
         for part in parts:
             common.check(part)
     except (OSError, ValueError, TypeError) as error:

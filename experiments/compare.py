@@ -41,24 +41,33 @@ def read_runs(run_dirs: list[Path]) -> list[rundir.Run]:
 def joined(runs: list[rundir.Run]) -> list[rundir.Run]:
     """The runs, with the launches that add seeds to another of them (RUN_s8 to RUN) in that one.
 
-    Both must be complete and have the same settings.
+    Both must be complete and have the same settings, and all their seeds must differ.
     """
     launches: dict[Path, list[Path]] = {}
     for run in runs:
-        same = (
-            other.path
-            for other in runs
-            if runner.adds_seeds(run.path, other.path)
-            and (run.config, run.launch.get("sweep")) == (other.config, other.launch.get("sweep"))
-            and run.done
-            and other.done
-        )
+        same = (other.path for other in runs if continues(run, other))
         launches.setdefault(next(same, run.path), []).append(run.path)
     whole = {run.path: run for run in runs}
     return [
-        runner.read_launches(sorted(paths)) if len(paths) > 1 else whole[paths[0]]
-        for paths in launches.values()
+        runner.read_launches([path, *sorted({*paths} - {path})]) if len(paths) > 1 else whole[path]
+        for path, paths in launches.items()
     ]
+
+
+def continues(run: rundir.Run, other: rundir.Run) -> bool:
+    """Whether `run` adds seeds to `other`: by its name, by its settings, and with new seeds."""
+
+    def settings(x: rundir.Run) -> tuple:
+        shared = "sweep", "num_evals", "eval_episodes", "final_episodes"
+        return x.algo, x.config, [x.launch.get(name) for name in shared]
+
+    return bool(
+        runner.adds_seeds(run.path.resolve(), other.path.resolve())
+        and settings(run) == settings(other)
+        and not {*run.seeds.tolist()} & {*other.seeds.tolist()}
+        and run.done
+        and other.done
+    )
 
 
 def check_ending(out: Path, *endings: str) -> None:

@@ -48,7 +48,8 @@ def jobs_of(args: argparse.Namespace, flags: list[str]) -> dict[Path, Job]:
 
 def jobs_in(out: Path) -> dict[Path, Job]:
     """All runs of the grid in a directory, by their run directories."""
-    saved = [rundir.read_description(path.parent) for path in sorted(out.rglob("config.json"))]
+    found = [path for algo in cli.ALGOS for path in sorted((out / algo).rglob("config.json"))]
+    saved = [rundir.read_description(path.parent) for path in found]
     runs = [(x["algo"], envs.canonical(x["config"]["env"])) for x in saved]
     return {out / algo / task: Job(task, algo, algo) for algo, task in runs}
 

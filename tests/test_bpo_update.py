@@ -263,6 +263,59 @@ def test_what_q_and_the_second_moment_learn(config):
     check("qhat", r_hat, 0.81, (1e-8, states[1].r_hat_max))
 
 
+CHAIN = replace(LONG, num_mu_minibatches=1)
+
+
+def test_q_then_the_second_moment_then_mu_are_fitted_to_the_new_policy():
+    """One gradient step each: Q^ is told the new Q, and mu the new Q^ within its bounds."""
+
+    def change(state):
+        state = shifted("mu")(shifted("q")(shifted("qhat", 2.6)(state)))
+        targets = {name: state.params[name] for name in ("q", "qhat")}
+        return state._replace(target_params=targets)
+
+    (before, after), [metric] = run(CHAIN, 1, change, learning_rate=0.3)
+    rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), after.replay)
+    actor, nets = actor_of(CHAIN), {name: q_network(CHAIN, name) for name in ("q", "qhat")}
+    taken = jax.nn.one_hot(rows.action, 2)
+
+    def loss_of(name, reward, gamma, low, high, policy):
+        values = lambda obs: nets[name].apply(before.params[name], obs)
+        probs = jax.nn.softmax(actor.apply(policy, rows.next_obs).logits)
+        next_value = (probs * bpo.symexp(values(rows.next_obs))).sum(-1)
+        target = reward + gamma * jnp.where(rows.terminated, 0.0, next_value)
+        target = jnp.clip(target, low / (1 - gamma), high / (1 - gamma))
+        return (((values(rows.obs) * taken).sum(-1) - bpo.symlog(target)) ** 2).mean()
+
+    def check(name, *args):
+        old, new = (loss_of(name, *args, state.params["actor"]) for state in (before, after))
+        assert abs(old / new - 1) > 3e-3
+        assert_allclose(metric[f"losses/{name}_loss"], new, rtol=3e-4)
+
+    check("q", rows.reward, 0.9, *after.reward_range)
+    q = (bpo.symexp(nets["q"].apply(after.params["q"], rows.obs)) * taken).sum(-1)
+    r_hat = 2 * rows.reward * jnp.clip(q, *(after.reward_range / 0.1)) - rows.reward**2
+    assert_allclose(after.r_hat_max, r_hat.max(), rtol=1e-4)
+    check("qhat", r_hat, 0.81, 1e-8, after.r_hat_max)
+    qhat = bpo.symexp(nets["qhat"].apply(after.params["qhat"], rows.obs))
+    bounds = 1e-8 / 0.19, after.r_hat_max / 0.19
+    assert (qhat > bounds[1]).any()
+    log_pi = jax.nn.log_softmax(actor.apply(after.params["actor"], rows.obs).logits)
+    log_mu = jax.nn.log_softmax(actor.apply(before.params["mu"], rows.obs).logits)
+
+    def mu_loss(moment):
+        target = jax.nn.softmax(log_pi + 0.5 * jnp.log(jnp.maximum(moment, 1e-6)))
+        return -(target * log_mu).sum(-1).mean()
+
+    free, bounded = mu_loss(qhat), mu_loss(jnp.clip(qhat, *bounds))
+    assert abs(free / bounded - 1) > 3e-3
+    assert_allclose(metric["losses/mu_loss"], bounded, rtol=3e-4)
+    qhat = (qhat * taken).sum(-1)
+    assert_allclose(metric["health/qhat_below_q2"], (qhat < q**2).mean(), rtol=1e-4)
+    correlation = np.corrcoef(qhat, q**2)[0, 1]
+    assert_allclose(metric["health/qhat_q2_corr"], correlation, rtol=1e-3)
+
+
 FREE = replace(CONTINUOUS, **ONE_STEP | {"num_vf_minibatches": 4}, clip_targets=False)
 
 
@@ -516,6 +569,7 @@ def test_what_is_learned_is_in_standardised_units():
     assert_allclose(metric["losses/explained_variance"], explained, rtol=1e-3, atol=1e-4)
     clipped = (jnp.exp(log_ratio) > 1.4).mean()
     assert_allclose(metric["ratios/clip_fraction"], clipped)
+    assert_allclose(metric["ratios/max"], jnp.exp(log_ratio).max(), rtol=1e-4)
 
     def check(name, reward, gamma, low, high):
         net = q_network(NORMAL, name)

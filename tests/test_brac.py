@@ -395,7 +395,7 @@ def test_clones_of_a_sweep_or_of_dead_seeds_are_refused(clones):
         dead = {k: np.full_like(x, np.nan) for k, x in file.items() if k != "__meta__"}
     rundir.save_arrays(path, dead, {})
     load([3])
-    with pytest.raises(ValueError, match=r"policy_s001\.npz is of a dead seed.* leave seed 4 out"):
+    with pytest.raises(ValueError, match=r"policy_s001\.npz is of a dead seed"):
         load([3, 4])
     path = clones / "config.json"
     saved = json.loads(path.read_text())

@@ -112,6 +112,10 @@ def test_counts_may_be_written_as_people_write_them():
         (["--env", "ant?backend=sprung"], r"backend='sprung' must be one of .*spring"),
         (["--env", "ant?back=spring"], r"unknown option 'back'"),
         (["--env", "Hopper-v5?healthy_z_range=nan,1"], r"healthy_z_range='nan,1' must be low,high"),
+        (
+            ["--preset", "mujoco_ppo", "--preset=cartpole"],
+            "--preset is given twice: write all names after one of them",
+        ),
         (["--preset", "mujoco_pp"], r"unknown preset 'mujoco_pp'.*mujoco_ppo"),
         (["--num-seed", "3"], r"unknown argument '--num-seed'.*--num-seeds"),
         (["--frobnicate"], r"unknown argument '--frobnicate'"),

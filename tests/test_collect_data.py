@@ -63,6 +63,7 @@ def test_mixture_of_a_file(tmp_path):
     [
         ("[", "is not a mixture"),
         ("[]", "has no parts"),
+        ('{"policy": "p"}', "is not a mixture: a list of parts is wanted"),
         ('[{"shar": 2}]', "is not a mixture: .*shar"),
         ('[{"share": 0}]', "share above 0"),
         ('[{"share": "2"}]', "share='2': it should be a valid number"),

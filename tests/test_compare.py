@@ -72,21 +72,34 @@ def test_a_row_for_each_swept_value(tmp_path, capsys):
     assert [row[2] for row in rows] == ["2/2", "2/2"]
 
 
-def test_added_seeds_count_to_their_run(tmp_path, capsys):
-    """Unless they have other settings, or are unfinished."""
+def test_added_seeds_count_to_their_run(tmp_path, capsys, monkeypatch):
+    """Unless they are unfinished, of another algorithm, have other settings or one of its seeds."""
+
+    def changed(path, part, **values):
+        saved = rundir.read_json(path / "config.json")
+        saved[part] |= values
+        rundir.write_json(path / "config.json", saved)
+        return path
+
     runs = [write_run(tmp_path / "run"), write_run(tmp_path / "run_s4", seeds=(4, 5))]
-    other = write_run(tmp_path / "run_s6", seeds=(6,))
-    saved = rundir.read_json(other / "config.json")
-    saved["config"]["gamma"] = 0.5
-    rundir.write_json(other / "config.json", saved)
-    unfinished = write_run(tmp_path / "run_s7", seeds=(7,), done=False)
-    compare.main([*map(str, [runs[1], other, runs[0], unfinished])])
-    rows = [(row[0], row[2]) for row in table_of(capsys)]
-    assert rows == [
-        ("ppo (run)", "6/6"),
-        ("ppo (run_s6)", "1/1"),
-        ("ppo (run_s7), unfinished", "1/1"),
+    runs += [
+        changed(write_run(tmp_path / "run_s6", seeds=(6,)), "config", gamma=0.5),
+        write_run(tmp_path / "run_s7", seeds=(7,), done=False),
+        changed(write_run(tmp_path / "run_s8", seeds=(8,)), "launch", num_evals=5),
+        write_run(tmp_path / "run_s9", seeds=(3, 9)),
+        write_run(tmp_path / "run_s10", seeds=(10,), algo="bpo"),
     ]
+    monkeypatch.chdir(tmp_path)
+    compare.main([*map(str, runs[1:]), "run"])  # one path is relative
+    rows = {row[0]: row[2] for row in table_of(capsys)}
+    assert rows == {
+        "ppo (run)": "6/6",
+        "ppo (run_s6)": "1/1",
+        "ppo (run_s7), unfinished": "1/1",
+        "ppo (run_s8)": "1/1",
+        "ppo (run_s9)": "2/2",
+        "bpo": "1/1",
+    }
 
 
 def test_nobody_alive(tmp_path, capsys):
@@ -110,6 +123,17 @@ def test_runs_of_one_name_are_told_apart_by_where_their_paths_differ(tmp_path):
     other = write_run(tmp_path / "a2c" / "pendulum", env="pendulum", algo="p3o")
     labels = [entry.label for entry in entries_of(*paths, other)]
     assert labels == ["p3o (a2c)", "p3o (b/x)", "p3o", "p3o"]
+
+
+def test_a_run_inside_another_is_told_apart_too(tmp_path):
+    outer, inner = (write_run(tmp_path / x) for x in ("run", "run/more"))
+    assert [x.label for x in entries_of(outer, inner)] == ["ppo (run)", "ppo (more)"]
+
+
+def test_the_legend_counts_the_seeds_that_are_alive(tmp_path):
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", seeds=(1, None, 2), algo="bpo")]
+    runs += [write_run(tmp_path / "c", "pendulum", seeds=(1, 2), algo="bpo")]
+    assert report.names(entries_of(*runs)) == {"ppo": "ppo (n=4)", "bpo": "bpo (n=2 of 2-3)"}
 
 
 def test_labels_are_those_of_the_legend_in_order(tmp_path):

@@ -38,7 +38,7 @@ def write_run(
         "rows": {"seeds": numbers, "labels": [label for label, _ in rows]},
     }
     rundir.write_json(path / "config.json", description)
-    rundir.write_json(path / "meta.json", {"num_devices": 2, "device": "cpu"})
+    rundir.write_json(path / "meta.json", {"num_devices": 2, "device": "cpu", "commit": "a"})
     base = np.array([np.nan if seed is None else 10.0 * seed + offset for _, seed in rows])
     returns = [np.stack([base + i - 0.5, base + i + 0.5], 1) for i in range(EVALS)]
     steps, seconds = [0, 100, 200], [0.0, 1.0, 2.0]

@@ -106,6 +106,8 @@ def test_figure_and_table_are_of_all_runs(tmp_path, ran, capsys, monkeypatch):
     assert table.count("\n") == 2 + 4
     numbers = json.loads((tmp_path / "table.json").read_text())
     assert [row["per_seed"] for row in numbers] == [[2.0, 12.0]] * 4
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "config.json").write_text('{"model": 1}')  # of somebody else
     run_grid(tmp_path, algos=("bpo",), tasks=("acrobot",))  # beside what is there
     rows = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines()[2:]]
     found = [(row[0].removeprefix("| "), row[1]) for row in rows]

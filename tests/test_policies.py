@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +37,22 @@ def test_an_unfinished_run_says_why_it_has_no_policies(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="there: no policies, as its run writes them at its end"):
         policies.load_policy(tmp_path / "policy_s000.npz")
+
+
+def test_a_policy_of_a_dead_seed_is_refused(whole, tmp_path):
+    path = tmp_path / "policy_s001.npz"
+    with np.load(whole[0] / path.name) as file:
+        dead = {k: x if k == "__meta__" else np.full_like(x, np.nan) for k, x in file.items()}
+    np.savez(path, **dead)
+    with pytest.raises(ValueError, match=r"policy_s001\.npz is of a dead seed: its parameters"):
+        policies.load_policy(path)
+
+
+def test_a_run_without_an_evaluation_says_so(whole, tmp_path):
+    for name in ("config.json", "meta.json"):
+        shutil.copy(whole[0] / name, tmp_path)
+    with pytest.raises(ValueError, match=f"^{tmp_path} has no evaluation yet"):
+        rundir.read_run(tmp_path)
 
 
 def test_curves_and_groups(whole):
@@ -91,6 +108,12 @@ def test_a_policy_says_what_is_wrong_with_an_observation(whole, obs, message):
 
 
 @pytest.mark.filterwarnings("error")
+def test_a_number_is_no_key(whole):
+    act = policies.load_policy(whole[0] / "policy_s000.npz")
+    with pytest.raises(ValueError, match=r"key is 7: jax\.random\.key\(SEED\) is wanted"):
+        act(np.zeros(4), 7)
+
+
 def test_observations_have_the_type_that_the_task_gives():
     """P3O divides bytes by 255: numbers from 0 to 255 of another type are to be bytes, too."""
     wanted = {"size": 3, "dtype": "uint8"}

@@ -211,27 +211,36 @@ HERE, SUCCESSOR = (
 )
 
 
-def counter_update(**changes):
-    """An update of `counter` without entropy: values [8] by observations, metrics, parameters."""
-    changes = COUNTER | {"temperature_init": 1e-20} | changes
-    algo = reppo.build(config_of(**changes), envs.make("tiny:counter", 4, stagger=False))
+def counter_run(**changes):
+    """An update of `counter` without entropy: state before it, state after it, metrics."""
+    config = config_of(**COUNTER | {"temperature_init": 1e-20} | changes)
+    algo = reppo.build(config, envs.make("tiny:counter", 4, stagger=False))
 
     def run(key):
         state = blind_and_narrow(algo.init(key))
-        return state.params["critic"], algo.update(state)[1]
+        return state, *algo.update(state)
 
-    params, metrics = jax.jit(run)(jax.random.key(0))
-    critic = reppo.Critic(config_of(**changes))
+    return jax.jit(run)(jax.random.key(0))
+
+
+def counter_update(**changes):
+    """The same: values [8] by parameters and observations, metrics, parameters of the critic."""
+    before, _, metrics = counter_run(**changes)
+    critic = reppo.Critic(config_of(**COUNTER | changes))
     predict = lambda params, obs: critic.apply(params, obs, np.zeros((8, 2))).value
-    return predict, metrics, params
+    return predict, metrics, before.params["critic"]
 
 
-def test_what_the_targets_are_made_of():
-    """1 + V(successor) / 2 at the true successor: 4 where a reset to 0 follows."""
-    predict, metrics, params = counter_update()
+@pytest.mark.parametrize("td_lambda", [0.0, 0.8])
+def test_what_the_targets_are_made_of(td_lambda):
+    """1 + F / 2: F mixes V at the true successor with the next target, but not across a cut."""
+    predict, metrics, params = counter_update(td_lambda=td_lambda)
     values = np.append(predict(params, HERE)[:4], predict(params, SUCCESSOR)[3])
     assert np.diff(np.sort(values)).min() > 1e-3  # the counts 0 to 4 can be told apart
-    target = 1 + 0.5 * predict(params, SUCCESSOR)
+    value = np.asarray(predict(params, SUCCESSOR))
+    target = 1 + 0.5 * value
+    for t in (2, 1, 0, 6, 5, 4):  # steps 3 and 7 are the last of their episodes
+        target[t] = 1 + 0.5 * (td_lambda * target[t + 1] + (1 - td_lambda) * value[t])
     loss = lambda params: ((predict(params, HERE) - target) ** 2).mean()
     assert_close(metrics["losses/qf_loss"], loss(params), rtol=1e-4)
     assert_close(metrics["losses/value_error"], loss(params), rtol=1e-4)
@@ -248,6 +257,26 @@ def test_the_entropy_of_the_next_state_is_a_bonus():
     target = 10 + 0.5 * 2.0 * entropy + 0.5 * predict(params, SUCCESSOR)
     error = ((predict(params, HERE) - target) ** 2).mean() + 1.0
     assert_close(metrics["losses/value_error"], error, rtol=0.15)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "sampled"])
+def test_the_kl_is_that_of_the_new_policy_from_the_old_one(estimator):
+    """Two epochs of one minibatch: the first has no KL, the second what the first step made."""
+    changes = {"kl_estimator": estimator, "kl_samples": 512, "kl_coef_init": 1e-20}
+    changes |= {"temperature_init": 1.0, "learning_rate": 0.3}  # entropy widens the policy
+    before, after, _ = counter_run(**changes)
+    *_, metrics = counter_run(**changes, num_epochs=2)
+    actor = reppo.Actor(config_of(**COUNTER), 2, 2)
+    old, new = (actor.apply(x.params["actor"]["net"], HERE) for x in (before, after))
+    kl_of = lambda p, q: (
+        (np.log(q.std / p.std) + (p.std**2 + (p.mean - q.mean) ** 2) / (2 * q.std**2) - 0.5)
+        .sum(-1)
+        .mean()
+    )
+    kl, other = kl_of(old, new), kl_of(new, old)
+    assert abs(kl / other - 1) > 0.2
+    tolerance = {"exact": 1e-3, "sampled": 0.1}[estimator]
+    assert_close(metrics["losses/kl"], kl / 2, rtol=tolerance)
 
 
 def test_the_kl_is_measured_from_the_policy_that_acted():

@@ -192,7 +192,7 @@ def test_seeds_are_not_added_to_another_run(where, changed, message, cloned):
         command(job, run_dir, 4, 3)
 
 
-def test_added_seeds_count_as_one_run(tmp_path):
+def test_added_seeds_count_as_one_run(tmp_path, capsys):
     """A sweep of two values, with a further policy; seeds 0 and 1, then 2."""
     folder, job = tmp_path / "pendulum", Job("pendulum", "kl", "ppo")
     for name, seeds in {"kl": (0, 1), "kl_s2": (2,)}.items():
@@ -200,7 +200,9 @@ def test_added_seeds_count_as_one_run(tmp_path):
         evals = dict(np.load(run_dir / "eval.npz"))
         np.savez(run_dir / "eval.npz", **evals, best_returns=evals["returns"] + 1000.0)
     write_run(folder / "kl_s3", "pendulum", ("alpha=1", "alpha=2"), (3,), done=False)
+    rundir.write_json(folder / "kl_s2" / "meta.json", {"commit": "b"})
     done = runner.summarise([job], tmp_path)
+    assert capsys.readouterr().err == f"{folder}/kl: seeds of several commits: a, b\n"
     run = done.runs[job]
     assert run.seeds.tolist() == [0, 1, 0, 1, 2, 2]
     assert [(label, x.tolist()) for label, x in report.groups(run)] == [

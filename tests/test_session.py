@@ -21,7 +21,7 @@ from launching import FLAGS, checkpoint, content, events, run, session_of, start
 from tiny import assert_same, lines_of
 
 from algos import ppo
-from algos.launch import cli, logs, policies, report, rundir, session
+from algos.launch import cli, logs, policies, render, report, rundir, session
 
 pytestmark = [pytest.mark.usefixtures("signals"), pytest.mark.xdist_group("ppo")]
 
@@ -214,14 +214,24 @@ def test_a_longer_run_with_a_schedule_says_that_the_schedule_changes(tmp_path):
 
 
 def test_a_copied_file_does_not_start_the_original(tmp_path, monkeypatch, capsys):
-    copy = Path(session.__file__).parents[1] / "mine.py"
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(copy), raising=False)
-    monkeypatch.setattr(sys, "argv", [str(copy), "--run-dir", str(tmp_path / "run")])
-    with pytest.raises(SystemExit):
-        session.main("ppo")
-    said = "error: algos/mine.py ends with launch.main('ppo'), which would run algos/ppo.py: write "
-    assert capsys.readouterr().err == f"{said}launch.main('mine')\n"
-    session.check_script("mine")
+    """Wherever it is; a script that only calls the original may have any name."""
+    folder = Path(session.__file__).parents[1]
+    main = sys.modules["__main__"]
+    for copy, move in (
+        (folder / "mine.py", ""),
+        (tmp_path / "mine.py", f"move it to {folder} and "),
+    ):
+        monkeypatch.setattr(main, "__file__", str(copy), raising=False)
+        session.check_script("ppo")
+        with monkeypatch.context() as patch:
+            patch.setattr(main, "make_train", None, raising=False)
+            patch.setattr(sys, "argv", [str(copy), "--run-dir", str(tmp_path / "run")])
+            with pytest.raises(SystemExit):
+                session.main("ppo")
+            said = "error: mine.py ends with launch.main('ppo'), which would run algos/ppo.py: "
+            assert capsys.readouterr().err == f"{said}{move}write launch.main('mine')\n"
+            patch.setattr(main, "__file__", str(folder / "mine.py"))
+            session.check_script("mine")
 
 
 def test_a_policy_has_the_return_that_tables_quote(whole):
@@ -231,15 +241,21 @@ def test_a_policy_has_the_return_that_tables_quote(whole):
 
 
 @pytest.mark.slow
-def test_a_longer_run_forgets_the_end_of_the_shorter(whole, tmp_path, monkeypatch):
+def test_a_longer_run_forgets_the_end_of_the_shorter(whole, tmp_path, monkeypatch, capsys):
     run_dir = tmp_path / "run"
     shutil.copytree(whole[0], run_dir)
+    (run_dir / "videos").mkdir()
+    for name in ("best_s000.gif", "worst_s001.html", "mine.gif"):
+        (run_dir / "videos" / name).touch()
     longer = ["--resume", str(run_dir), "--verbose", "0", "--total-timesteps", "256"]
     with monkeypatch.context() as patch:
         interrupt_at(patch, 2)  # after the last of its eight updates, before its end
         status, _ = run(*longer)
     assert status == 130
     assert not (run_dir / "done.json").exists()
+    assert [x.name for x in (run_dir / "videos").iterdir()] == ["mine.gif"]
+    assert render.render_run(run_dir) == []  # its policies are those of the shorter run
+    assert f"{run_dir} has not ended" in capsys.readouterr().err
     status, said = run("--resume", str(run_dir), "--verbose", "0")
     assert (status, said) == (0, "")
     assert strict_json(run_dir / "done.json")["steps"] == 256

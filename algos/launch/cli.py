@@ -119,6 +119,8 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
     first.add_argument("--env")
     first.add_argument("--preset", nargs="*", default=[])
     first.add_argument("--resume", default="")
+    if sum(word.partition("=")[0] == "--preset" for word in argv) > 1:
+        raise ValueError("--preset is given twice: write all names after one of them")
     try:
         chosen = first.parse_known_args(argv)[0]
     except argparse.ArgumentError as error:

@@ -114,12 +114,18 @@ def load_algo(
 
 
 def read_policy(path: Path) -> tuple[envs.Env, Any, Any]:
-    """Environments, Algo and parameters of an exported policy; ValueError if there is none."""
+    """Environments, Algo and parameters of an exported policy.
+
+    ValueError if there is none, or if its seed had died.
+    """
     about = describe_policy(path)
     # A file without a format has no interface, so its task is loaded.
     env, algo = load_algo(about["algo"], about["config"], about if "format" in about else None)
     template = jax.eval_shape(lambda key: algo.policy_of(algo.init(key)), jax.random.key(0))
-    return env, algo, rundir.load_tree(path, template)[0]
+    policy = rundir.load_tree(path, template)[0]
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(policy)):
+        raise ValueError(f"{path} is of a dead seed: its parameters are not finite")
+    return env, algo, policy
 
 
 def act_of(env: envs.Env, algo: Any, policy: Any) -> Callable:
@@ -139,12 +145,18 @@ def load_policy(path: Path | str) -> Callable:
     `act` takes observations [obs_size] or [N, obs_size] as the environment gives them, arrays or
     lists, and returns actions as a numpy array, continuous ones clipped to [-1, 1]; greedy without
     a key, sampled with one. The observation statistics are inside. It raises ValueError, in one
-    line, for observations that it cannot take.
+    line, for observations or a key that it cannot take.
     """
     env, algo, policy = read_policy(rundir.expanded(path))
     play = jax.jit(act_of(env, algo, policy))
     wanted = interface_of(env)["obs"]
-    return lambda obs, key=None: np.array(play(check_obs(obs, wanted), key))
+
+    def act(obs, key=None):
+        if key is not None and not isinstance(key, jax.Array):
+            raise ValueError(f"key is {reprlib.repr(key)}: jax.random.key(SEED) is wanted")
+        return np.array(play(check_obs(obs, wanted), key))
+
+    return act
 
 
 def check_obs(obs: Any, wanted: dict[str, Any]) -> np.ndarray:

@@ -16,6 +16,8 @@ import envs
 from algos.launch import policies, rundir
 from envs import wrappers
 
+RANKS = ("best", "median", "worst")
+
 
 def render_run(run_dir: Path | str) -> list[Path]:
     """Draw a finished run to RUN_DIR/videos; returns the files written.
@@ -33,6 +35,8 @@ def render_run(run_dir: Path | str) -> list[Path]:
 
 def draw(run: rundir.Run) -> list[Path]:
     """Play the chosen seeds and draw their episodes."""
+    if run.done is None:  # what policies there are may be of a shorter run
+        raise ValueError(f"{run.path} has not ended")
     rows = ranked(run.final.mean(-1))
     env = envs.make(run.config["env"], len(rows), stagger=False, reset_mode="cached")
     if env.frame is None or env.render is None:
@@ -54,6 +58,11 @@ def draw(run: rundir.Run) -> list[Path]:
 def stem_of(run: rundir.Run, rank: str, row: int) -> Path:
     """File of a row's picture, without its ending."""
     return run.path / "videos" / f"{rank}_s{row:03d}"
+
+
+def files(run_dir: Path) -> list[Path]:
+    """The pictures in a run directory."""
+    return [x for rank in RANKS for x in (run_dir / "videos").glob(f"{rank}_s*")]
 
 
 def caption(run: rundir.Run, rank: str, row: int) -> str:
@@ -81,7 +90,7 @@ def ranked(final: np.ndarray) -> dict[str, int]:
     if not len(order):
         raise ValueError("no seed is alive")
     chosen: dict[str, int] = {}
-    for rank, place in ("best", 0), ("median", (len(order) - 1) // 2), ("worst", -1):
+    for rank, place in zip(RANKS, (0, (len(order) - 1) // 2, -1), strict=True):
         if order[place] not in chosen.values():
             chosen[rank] = int(order[place])
     return chosen

@@ -61,7 +61,7 @@ def own_part(path: Path, paths: list[Path]) -> str:
     begin = num_shared(parts)
     end = num_shared([x[begin:][::-1] for x in parts])
     own = path.absolute().parts
-    return "/".join(own[begin : len(own) - end])
+    return "/".join(own[begin : len(own) - end]) or path.absolute().name
 
 
 def num_shared(parts: list[tuple[str, ...]]) -> int:
@@ -250,12 +250,22 @@ def curve_of(returns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def names(entries: list[Entry]) -> dict[str, str]:
-    """Each label as the legend has it: with the number of seeds, or its range over tasks."""
+    """Each label as the legend has it: with the number of seeds, or its range over tasks.
+
+    Where seeds died, the number of those alive comes first.
+    """
     counts: dict[str, list[int]] = {}
+    alive: dict[str, list[int]] = {}
     for entry in entries:
+        last = entry.run.returns[entry.rows, -1].mean(-1)
         counts.setdefault(entry.label, []).append(len(entry.rows))
-    ends = {label: sorted({min(n), max(n)}) for label, n in counts.items()}
-    return {label: f"{label} (n={'-'.join(map(str, n))})" for label, n in ends.items()}
+        alive.setdefault(entry.label, []).append(int(np.isfinite(last).sum()))
+    span = lambda n: "-".join(map(str, sorted({min(n), max(n)})))
+    found = {}
+    for label, n in counts.items():
+        shown = span(n) if alive[label] == n else f"{span(alive[label])} of {span(n)}"
+        found[label] = f"{label} (n={shown})"
+    return found
 
 
 def unit_of_steps(entries: list[Entry]) -> str:

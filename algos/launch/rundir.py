@@ -305,6 +305,8 @@ def read_done(path: Path) -> dict[str, Any] | None:
 
 def read_evals(path: Path, num_rows: int) -> dict[str, np.ndarray]:
     """The arrays of eval.npz, as `write_evals` describes them; ValueError if it is damaged."""
+    if not path.exists():
+        raise ValueError(f"{path.parent} has no evaluation yet")
     evals = read_arrays(path)
     count = evals["steps"].size if "steps" in evals else 0
     per_row = {"returns", "lengths", *map(returns_of, further_of(evals))}
@@ -454,8 +456,7 @@ def digest(tree: Any) -> str:
 def check_data(run_dir: Path, digests: list[str]) -> None:
     """ValueError if a run learned from other data than these."""
     path = run_dir / "meta.json"
-    saved = read_json(path).get("data", digests) if path.exists() else digests
-    if saved != digests:
+    if path.exists() and read_json(path, data=list)["data"] != digests:
         raise ValueError(
             f"cannot resume {run_dir}: the dataset or the clones are not those it learned from"
         )

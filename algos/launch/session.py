@@ -66,9 +66,13 @@ def main(name: str, argv: list[str] | None = None) -> None:
             session = Session(name, config, launch, rows)
             session.check_run_dir()
             session.log.say(session.plan())
-            if not (launch.preset or cli.task_preset(config.env, algorithm.PRESETS)):
+            named = launch.resume or launch.preset
+            if not named and not cli.task_preset(config.env, algorithm.PRESETS):
                 session.log.say(f"{name} has no preset for this task: it starts from the defaults")
             session.open(make_program(algorithm, config, launch, local(rows)), held)
+        except BrokenPipeError:  # `--help | head` closes the pipe; Python would flush into it again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(0) from None
         except (ValueError, OSError, ImportError) as error:
             end(launch, 2, f"error: {error}")
         try:
@@ -93,11 +97,13 @@ def main(name: str, argv: list[str] | None = None) -> None:
 
 def check_script(name: str) -> None:
     """ValueError if a copy of an algorithm's file would start the original."""
-    script = Path(getattr(sys.modules["__main__"], "__file__", "")).resolve()
-    if script.parent == Path(__file__).resolve().parents[1] and script.stem != name:
+    running, folder = sys.modules["__main__"], Path(__file__).resolve().parents[1]
+    script = Path(getattr(running, "__file__", "")).resolve()
+    if hasattr(running, "make_train") and script != folder / f"{name}.py":
+        move = "" if script.parent == folder else f"move it to {folder} and "
         raise ValueError(
-            f"algos/{script.name} ends with launch.main({name!r}), which would run "
-            f"algos/{name}.py: write launch.main({script.stem!r})"
+            f"{script.name} ends with launch.main({name!r}), which would run algos/{name}.py: "
+            f"{move}write launch.main({script.stem!r})"
         )
 
 
@@ -215,7 +221,7 @@ class Session:
         if meta["update"] and not (self.run_dir / "eval.npz").exists():
             raise ValueError(f"{self.run_dir} has no eval.npz: its curve so far is lost")
         self.update, self.seconds = meta["update"], meta["seconds"]
-        self.started -= self.seconds.pop("wall", 0.0)  # older checkpoints do not have it
+        self.started -= self.seconds.pop("wall")
         self.dead = np.array(meta["dead"])
         # Without done.json the run stopped after its last update: `finish` is still to do.
         if self.update >= self.config.num_updates and done.exists():
@@ -240,6 +246,8 @@ class Session:
         if self.lead:  # these describe a shorter run
             done.unlink(missing_ok=True)
             (self.run_dir / "final.npz").unlink(missing_ok=True)
+            for picture in render.files(self.run_dir):
+                picture.unlink()
 
     def devices(self) -> list[jax.Device]:
         """The devices of this host that train."""

@@ -134,14 +134,20 @@ def plan(jobs: dict[Path, Job], seed: int, num_seeds: int) -> list[tuple[Path, J
 def read_launches(paths: list[Path]) -> rundir.Run:
     """Complete launches of a run as one; ValueError if they share seeds or differ in evaluations.
 
-    A launch whose seeds all died has fewer evaluations.
+    A launch whose seeds all died has fewer evaluations. Launches of several commits, whose code may
+    differ, are named on stderr.
     """
     parts = [rundir.read_run(path) for path in paths]
-    steps = max((part.steps for part in parts), key=len)
+    found = [rundir.read_json(path / "meta.json", commit=str)["commit"] for path in paths]
+    commits = dict.fromkeys(commit or "unknown" for commit in found)
+    if len(commits) > 1:
+        print(f"{paths[0]}: seeds of several commits: {', '.join(commits)}", file=sys.stderr)
+    longest = max(parts, key=lambda part: len(part.steps))
+    steps = longest.steps
     for i, part in enumerate(parts):
         same_steps = np.array_equal(part.steps, steps[: len(part.steps)])
-        if not same_steps or part.final.shape[1] != parts[0].final.shape[1]:
-            raise ValueError(f"{part.path} has other evaluations than {paths[0]}: move it away")
+        if not same_steps or part.final.shape[1] != longest.final.shape[1]:
+            raise ValueError(f"{part.path} has other evaluations than {longest.path}: move it away")
         if shared := {*part.seeds.tolist()} & {x for p in parts[:i] for x in p.seeds.tolist()}:
             raise ValueError(f"{part.path} has seed {min(shared)} again: move it away")
 
