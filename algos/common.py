@@ -37,6 +37,7 @@ class Algo(NamedTuple):
 # --- configurations ---
 
 UnitFloat = Annotated[float, Interval(ge=0, le=1)]  # a number in [0, 1]
+SMALLEST, LARGEST = (float(getattr(jnp.finfo(jnp.float32), x)) for x in ("tiny", "max"))
 
 
 def check(config: Any) -> None:
@@ -56,6 +57,8 @@ def check(config: Any) -> None:
             # the program counts in int32; total_timesteps and seed have limits of their own
             if isinstance(x, int) and x >= 2**31 and name not in ("total_timesteps", "seed"):
                 raise ValueError(f"{name}={x}: it should be less than 2**31")
+            if isinstance(x, float) and x and not SMALLEST <= abs(x) <= LARGEST:
+                raise ValueError(f"{name}={x:g}: float32 has no such number")
     config.validate()
 
 

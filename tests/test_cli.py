@@ -152,6 +152,12 @@ def test_counts_may_be_written_as_people_write_them():
         (["--num-seeds", "2", "false"], r"unknown argument 'false': it is the value of no flag"),
         (["true"], r"unknown argument 'true': it is the value of no flag"),
         (["--num-envs", "8", "16"], r"unknown argument '16': it is the value of no flag"),
+        (["--learning-rate", "1e-50"], r"learning_rate=1e-50: float32 has no such number"),
+        (["--max-grad-norm", "1e40"], r"max_grad_norm=1e\+40: float32 has no such number"),
+        (
+            ["--num-envs", "400000000", "--num-steps", "8"],
+            r"an update would have 3,200,000,000 steps, .*: lower num_envs or num_steps",
+        ),
         (["--stop-at-return", "nan"], r"stop_at_return=nan: it should be a finite number"),
         (
             ["--total-timesteps", "1e13"],

@@ -39,7 +39,7 @@ VALUES = {
 def test_lines_of_metrics_keep_every_seed(tmp_path):
     log = make_log(tmp_path)
     log.write(64, VALUES)
-    log.close()
+    log.close(True)
     assert lines_of(tmp_path) == [
         {
             "global_step": 64,
@@ -70,7 +70,7 @@ def test_hosts_that_do_not_lead_print_nothing(capsys):
     log = logs.Log(-1)
     log.write(1, VALUES)
     log.say("hello", 0)
-    log.close()
+    log.close(True)
     assert capsys.readouterr() == ("", "")
 
 
@@ -80,7 +80,7 @@ def test_verbosity(tmp_path, capsys):
         for level, text in enumerate("abc"):
             log.say(text, level)
         log.write(0, {"losses/value_loss": np.array([1.0, 2.0])})
-        log.close()
+        log.close(True)
         said = capsys.readouterr().err.split()
         assert [x.split("/")[0] for x in said if x[0].isalpha()] == expected
 
@@ -91,7 +91,7 @@ def test_tensorboard(tmp_path):
     # Not closed: a run that is killed keeps what it wrote.
     seen = {tag: value for step, tag, value in events(tmp_path) if step == 64}
     assert seen == pytest.approx(logs.aggregate(VALUES))
-    log.close()
+    log.close(True)
 
 
 def test_wandb_needs_no_account(tmp_path, monkeypatch, capsys):
@@ -99,7 +99,7 @@ def test_wandb_needs_no_account(tmp_path, monkeypatch, capsys):
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    run_dir = tmp_path / "run"
+    run_dir = tmp_path / "a run"
     log = make_log(run_dir, track=True, wandb_seeds=True, wandb_tags=("mine",))
     assert [row for _, row in log.wandb_runs] == [None, 0, 1]
     log.write(64, VALUES)
@@ -107,9 +107,9 @@ def test_wandb_needs_no_account(tmp_path, monkeypatch, capsys):
     for file in ("plots/curve.png", "policy_s000.npz", "policy_s001.npz"):
         (run_dir / file).write_bytes(b"bytes")
     log.attach(run_dir)
-    log.close()
+    log.close(True)
     [said] = capsys.readouterr().err.splitlines()
-    assert said.startswith("W&B is offline: `wandb sync ")
+    assert said.startswith(f"W&B is offline: `wandb sync '{run_dir}'/wandb/offline-run-*` ")
     files = [path.name for path in (run_dir / "wandb").glob("offline-run-*/files/**/*.*")]
     assert sorted(x for x in files if x[-4:] in (".png", ".npz")) == [
         *("curve.png", "policy_s000.npz", "policy_s000.npz", "policy_s001.npz", "policy_s001.npz")
@@ -118,7 +118,7 @@ def test_wandb_needs_no_account(tmp_path, monkeypatch, capsys):
 
 class FakeRun:
     def __init__(self, fails):
-        self.fails, self.logged, self.finished = fails, [], False
+        self.fails, self.logged, self.exit_code = fails, [], None
 
     def define_metric(self, *args, **kwargs):
         """W&B's own; nothing here looks at it."""
@@ -128,14 +128,17 @@ class FakeRun:
             raise ConnectionError("no network")
         self.logged.append(values)
 
-    def finish(self):
+    def finish(self, exit_code):
         if self.fails == "finish":
             raise ConnectionError("no network")
-        self.finished = True
+        self.exit_code = exit_code
 
 
-@pytest.mark.parametrize("fails", ["import", "init", "log", "finish", ""])
-def test_wandb_never_ends_a_run(tmp_path, monkeypatch, capsys, fails):
+@pytest.mark.parametrize(
+    ("fails", "complete"),
+    [("import", True), ("init", True), ("log", True), ("finish", True), ("", True), ("", False)],
+)
+def test_wandb_never_ends_a_run(tmp_path, monkeypatch, capsys, fails, complete):
     made = []
 
     def init(**options):
@@ -150,7 +153,7 @@ def test_wandb_never_ends_a_run(tmp_path, monkeypatch, capsys, fails):
     log = make_log(tmp_path, track=True, wandb_seeds=True, wandb_tags=("mine",), verbose=0)
     log.write(64, VALUES)
     log.write(96, VALUES | {"losses/value_loss": np.array([0.5, 0.7])})
-    log.close()
+    log.close(complete)
     said = capsys.readouterr().err
     assert said.count("\n") == (1 if fails else 0)
     assert len(lines_of(tmp_path)) == 2
@@ -161,7 +164,7 @@ def test_wandb_never_ends_a_run(tmp_path, monkeypatch, capsys, fails):
     assert whole.logged[0] == {"global_step": 64} | logs.aggregate(VALUES)
     assert first.logged[0] == {"global_step": 64, "eval/episodic_return": 1.0}
     assert second.logged[1]["charts/episodic_return"] == 5.0
-    assert whole.finished
+    assert whole.exit_code == second.exit_code == (0 if complete else 1)
     assert first.logged[1]["losses/value_loss"] == 0.5
     assert [options["group"] for _, options in made] == [
         "ppo__cartpole",
@@ -175,7 +178,7 @@ def test_wandb_never_ends_a_run(tmp_path, monkeypatch, capsys, fails):
     assert len({options["id"] for _, options in made}) == 3
     ids = [options["id"] for _, options in made]
     made.clear()
-    make_log(tmp_path, track=True, wandb_seeds=True, wandb_tags=("mine",), verbose=0).close()
+    make_log(tmp_path, track=True, wandb_seeds=True, wandb_tags=("mine",), verbose=0).close(True)
     assert [options["id"] for _, options in made] == ids
 
 
@@ -239,7 +242,7 @@ def test_a_console_that_goes_away_is_not_written_to_again(tmp_path):
         log.say("hello")
         log.advance(3)
     log.write(64, VALUES)
-    log.close()
+    log.close(True)
     assert broken.attempts == 1
     assert log.console.stream is None
     assert [line["global_step"] for line in lines_of(tmp_path)] == [64]
@@ -252,7 +255,7 @@ def test_a_process_may_have_no_console_from_the_start(tmp_path, monkeypatch):
         log.say("hello")
         log.advance(3)
     log.write(64, VALUES)
-    log.close()
+    log.close(True)
     assert [line["global_step"] for line in lines_of(tmp_path)] == [64]
 
 

@@ -108,6 +108,22 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path):
         rundir.rewind(tmp_path, 96, write=True)
 
 
+def test_only_a_checkpoint_with_one_before_it_may_be_deleted(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for number, advised in (3, False), (6, True):
+        path = tmp_path / "checkpoints" / f"{number:09d}.npz"
+        path.touch()
+        with pytest.raises(ValueError, match=rf"{number}\.npz is damaged") as error:
+            rundir.load_tree(path, {})
+        assert ("delete it to use the one before" in str(error.value)) == advised
+
+
+def test_returns_are_shown_with_two_decimals_below_ten():
+    assert report.estimate(0.976, (-0.5, 12.34)) == "0.98 [-0.50, 12.34]"
+    assert report.estimate(-12.34, (-12.5, 1.2)) == "-12.3 [-12.5, 1.2]"
+    assert report.estimate(None, (None, None)) == "- [-, -]"
+
+
 def test_a_damaged_description_is_named(tmp_path):
     (tmp_path / "meta.json").touch()
     with pytest.raises(ValueError, match=r"meta.json is damaged"):

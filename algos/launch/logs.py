@@ -210,15 +210,15 @@ class Log:
                     for path in run_dir.glob(pattern):
                         run.save(path, base_path=run_dir, policy="now")
 
-    def close(self) -> None:
-        """Finish all sinks."""
+    def close(self, complete: bool) -> None:
+        """Finish all sinks; W&B shows a run that is not complete as failed."""
         if self.file:
             self.file.close()
         if self.tensorboard:
             self.tensorboard.close()
         with self.wandb_guard():
             for run, _ in self.wandb_runs:
-                run.finish()
+                run.finish(exit_code=0 if complete else 1)
 
     @contextlib.contextmanager
     def wandb_guard(self):
@@ -308,7 +308,8 @@ def start_wandb(log: Log, run_dir: Path, name: str, config: Any, launch: Any, ro
     mode: Any = os.environ.get("WANDB_MODE")
     mode = mode or ("online" if wandb.login(prompt=False) else "offline")
     if mode == "offline":
-        log.say(f"W&B is offline: `wandb sync {run_dir}/wandb/offline-run-*` uploads its runs", 0)
+        stored = f"{shlex.quote(str(run_dir))}/wandb/offline-run-*"
+        log.say(f"W&B is offline: `wandb sync {stored}` uploads its runs", 0)
     device = jax.devices()[0].device_kind
     run_id = read_json(run_dir / "meta.json")["id"]
     group = f"{name}__{config.env}"

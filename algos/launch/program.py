@@ -117,6 +117,11 @@ def make_program(algorithm: ModuleType, config: Any, launch: Launch, rows: Rows)
             f"total_timesteps={config.total_timesteps} makes {config.num_updates:,} updates of "
             f"{config.steps_per_update} steps: fewer than 2**31 are possible"
         )
+    if config.steps_per_update >= 2**31:
+        raise ValueError(
+            f"an update would have {config.steps_per_update:,} steps, and fewer than 2**31 are "
+            "possible: lower num_envs or num_steps"
+        )
     env = algorithm.make_env(config)
     eval_env = envs.make(config.env, launch.eval_episodes, stagger=False, reset_mode="cached")
     if env.stateful and len(rows.seeds) > 1:

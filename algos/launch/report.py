@@ -505,8 +505,16 @@ def number(x: float | None, digits: int = 1) -> str:
     return "-" if x is None or not np.isfinite(x) else f"{x:,.{digits}f}"
 
 
-def estimate(middle: float | None, interval: Iterable[float | None], digits: int = 1) -> str:
-    """A number with its interval."""
+def decimals(x: float | None) -> int:
+    """Decimals with which a return is shown: one from 10 on, two below."""
+    return 1 if x is None or abs(x) >= 10 else 2
+
+
+def estimate(
+    middle: float | None, interval: Iterable[float | None], digits: int | None = None
+) -> str:
+    """A number with its interval, with the decimals of a return if `digits` does not say them."""
+    digits = decimals(middle) if digits is None else digits
     shown, lo, hi = (number(x, digits) for x in (middle, *interval))
     return f"{shown} [{lo}, {hi}]"
 

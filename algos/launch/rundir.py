@@ -74,7 +74,8 @@ def load_tree(path: Path, template: Any) -> tuple[Any, dict[str, Any]]:
     try:
         arrays, meta = load_arrays(path)
     except ValueError as error:
-        advice = ": delete it to use the one before" if path.parent.name == "checkpoints" else ""
+        others = path.parent.name == "checkpoints" and len(checkpoints(path.parents[1])) > 1
+        advice = ": delete it to use the one before" if others else ""
         raise ValueError(f"{error}{advice}") from None
     wanted = {
         jax.tree_util.keystr(path): jax.eval_shape(jax.random.key_data, x) if is_key(x) else x

@@ -15,11 +15,13 @@ import math
 import os
 import re
 import secrets
+import shlex
 import signal
 import sys
 import threading
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -73,7 +75,7 @@ def main(name: str, argv: list[str] | None = None) -> None:
         except BrokenPipeError:  # `--help | head` closes the pipe; Python would flush into it again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(0) from None
-        except (ValueError, OSError, ImportError) as error:
+        except (ValueError, OSError, ImportError, MemoryError) as error:
             end(launch, 2, f"error: {error}")
         try:
             session.run()
@@ -151,12 +153,13 @@ class Session:
     @property
     def advice(self) -> str:
         """How to go on after an early end."""
+        run_dir = shlex.quote(str(self.run_dir))
         if (self.run_dir / "done.json").exists():  # a run that is resumed has none
-            draw = f": draw it with python experiments/render.py {self.run_dir}"
+            draw = f": draw it with python experiments/render.py {run_dir}"
             return "the run is complete" + draw * self.launch.render
         if self.program.stateful:
             return f"{self.config.env} cannot be resumed"
-        return f"go on with --resume {self.run_dir}"
+        return f"go on with --resume {run_dir}"
 
     # the run directory
 
@@ -214,7 +217,8 @@ class Session:
         if not saved:
             if done.exists():
                 raise ValueError(f"{self.run_dir} has no checkpoint to resume from")
-            self.evals = rundir.rewind(self.run_dir, -1, write=self.lead)  # from the start again
+            self.log.say(f"{self.run_dir} has no checkpoint: it starts again")
+            self.evals = rundir.rewind(self.run_dir, -1, write=self.lead)
             return
         template = jax.eval_shape(self.program.init, *inputs(self.rows))
         self.restored, meta = rundir.load_tree(saved[-1], template)
@@ -270,7 +274,7 @@ class Session:
 
     def run(self) -> None:
         """Compile, train, evaluate, save; exit status 130 if interrupted, 3 if every seed died."""
-        handlers = {}
+        handlers, complete = {}, False
         if threading.current_thread() is threading.main_thread():  # others may not set them
             # SIGHUP: the terminal was closed; under nohup it stays ignored.
             numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -285,7 +289,7 @@ class Session:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            self.log.close()
+            self.log.close(complete and not self.dead.all())
         if not complete or self.dead.all():
             raise SystemExit(3 if complete else 130)
 
@@ -502,10 +506,10 @@ class Session:
         report.plot_curves(lines, curve, title, xs=("steps", "seconds"))
         results = report.results(run)
         for result in results:
-            iqm = "-" if result["iqm"] is None else f"{result['iqm']:.1f}"
-            line = f"{result['label'] or 'final greedy return'}: IQM {iqm}"
+            shown = partial(report.number, digits=report.decimals(result["iqm"]))
+            line = f"{result['label'] or 'final greedy return'}: IQM {shown(result['iqm'])}"
             if None not in result["interval"]:  # as of a single seed
-                line += ", 95 % interval [{:.1f}, {:.1f}]".format(*result["interval"])
+                line += ", 95 % interval [{}, {}]".format(*map(shown, result["interval"]))
             self.log.say(line)
             alive = sum(x is not None for x in result["per_seed"])
             episodes = run.final.shape[1]
