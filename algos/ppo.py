@@ -498,8 +498,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "reacher": {**PHYSICS, "gamma": 0.95},
     "arm": FAST,
     "ant": {  # with an initial std of 1, actions cost more than standing still earns
-        **FAST, "total_timesteps": 10_000_000, "num_envs": 512, "num_steps": 32, "num_epochs": 4,
-        "gamma": 0.97, "hidden": (256, 256), "log_std_init": -1.0,
+        **FAST, "total_timesteps": 20_000_000, "num_envs": 512, "num_steps": 32, "num_epochs": 4,
+        "num_minibatches": 4, "learning_rate": 5e-4, "gamma": 0.97, "hidden": (256, 256),
+        "log_std_init": -1.0,
     },
     **dict.fromkeys(("breakout", "asterix", "freeway", "space_invaders"), MINATAR),
     # the PPO baselines of Goodall et al. 2026 (BPO); gsde is their name for noise that is held
