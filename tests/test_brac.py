@@ -283,6 +283,7 @@ def test_warm_policies_see_no_critic():
     assert_close(max(jax.tree.leaves(moved)), step, rtol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:warm_start=")
 def test_the_clone_is_what_the_policy_is_drawn_to():
     """A policy that is its clone's copy feels nothing on average; another one moves to it."""
     config = config_of(**CLONED, gradient_steps=32, warm_start=10**9, learning_rate=3e-3)
