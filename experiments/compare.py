@@ -58,8 +58,7 @@ def continues(run: rundir.Run, other: rundir.Run) -> bool:
     """Whether `run` adds seeds to `other`: by its name, by its settings, and with new seeds."""
 
     def settings(x: rundir.Run) -> tuple:
-        shared = "sweep", "num_evals", "eval_episodes", "final_episodes"
-        return x.algo, x.config, [x.launch.get(name) for name in shared]
+        return x.algo, x.config, [x.launch.get(name) for name in runner.SHARED]
 
     return bool(
         runner.adds_seeds(run.path.resolve(), other.path.resolve())

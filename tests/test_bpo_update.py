@@ -267,7 +267,7 @@ CHAIN = replace(LONG, num_mu_minibatches=1)
 
 
 def test_q_then_the_second_moment_then_mu_are_fitted_to_the_new_policy():
-    """One gradient step each: Q^ is told the new Q, and mu the new Q^ within its bounds."""
+    """One gradient step each. Q^ learns from the new Q; mu learns from the new, clipped Q^."""
 
     def change(state):
         state = shifted("mu")(shifted("q")(shifted("qhat", 2.6)(state)))

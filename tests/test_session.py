@@ -435,6 +435,33 @@ def test_what_cannot_be_resumed_does_not_advise_it(tmp_path, monkeypatch):
     assert (status, said) == (130, "stopped at once; cartpole cannot be resumed\n")
 
 
+def test_a_closed_pipe_ends_the_help(tmp_path, monkeypatch, capsys):
+    """`--help | head -1`: no error, and Python's own flush at its end finds no broken pipe."""
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(write, "w"))
+    with pytest.raises(SystemExit) as end:
+        session.main("ppo", ["--help"])
+    assert end.value.code == 0
+    sys.stdout.close()
+    assert capsys.readouterr().err == ""
+
+
+def test_only_a_new_run_is_told_that_it_has_no_preset(tmp_path):
+    run_dir = str(tmp_path / "run")
+    said = "ppo has no preset for this task"
+    assert said in run(*FLAGS, "--env", "probe/value", "--run-dir", run_dir)[1]
+    longer = run("--resume", run_dir, "--total-timesteps", "384")[1]
+    assert "384" in longer
+    assert said not in longer
+
+
+def test_advice_can_be_pasted(tmp_path):
+    stopped = session_of(run_dir=str(tmp_path / "a run"))
+    stopped.program = SimpleNamespace(stateful=False)
+    assert stopped.advice == f"go on with --resume '{tmp_path}/a run'"
+
+
 @pytest.mark.parametrize(
     ("seeds", "line"),
     [

@@ -113,6 +113,7 @@ def difference(x: np.ndarray, y: np.ndarray) -> str:
     rng = np.random.default_rng(0)
     drawn_x, drawn_y = (report.middle_mean(report.resampled(returns, rng)) for returns in (x, y))
     middle = report.iqm(x) - report.iqm(y)
+    # one decimal, as the returns have, however small their difference is
     return report.estimate(middle, np.percentile(drawn_x - drawn_y, [2.5, 97.5]), digits=1)
 
 

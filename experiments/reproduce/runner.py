@@ -29,6 +29,10 @@ from algos.launch import cli, logs, report, rundir
 ROOT = Path(__file__).parents[2]
 
 
+# Flags of a launch that all launches of a run have in common.
+SHARED = ("sweep", "num_evals", "eval_episodes", "final_episodes")
+
+
 class Job(NamedTuple):
     """A run. In its flags {here} is the parent of its run directory.
 
@@ -62,8 +66,7 @@ def flags_of(job: Job, run_dir: Path, path: Path) -> list[str]:
 
 def settings(config: Any, launch: cli.Launch) -> dict[str, Any]:
     """What the launches of a run have in common."""
-    shared = "sweep", "num_evals", "eval_episodes", "final_episodes"
-    return vars(config) | {name: getattr(launch, name) for name in shared}
+    return vars(config) | {name: getattr(launch, name) for name in SHARED}
 
 
 def check_settings(job: Job, run_dir: Path, path: Path) -> None:
