@@ -95,11 +95,14 @@ def test_tensorboard(tmp_path):
 
 
 def test_wandb_needs_no_account(tmp_path, monkeypatch, capsys):
-    """Without a key its runs stay on disk: one line says so, and W&B itself says nothing."""
+    """Without a key its runs stay on disk: one line says so, and W&B itself says nothing.
+
+    The brackets in the path are no pattern.
+    """
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    run_dir = tmp_path / "a run"
+    run_dir = tmp_path / "a run[1]"
     log = make_log(run_dir, track=True, wandb_seeds=True, wandb_tags=("mine",))
     assert [row for _, row in log.wandb_runs] == [None, 0, 1]
     log.write(64, VALUES)

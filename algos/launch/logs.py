@@ -208,7 +208,7 @@ class Log:
                 launch = ("plots/*", "videos/*", "policy_s*.npz")
                 for pattern in launch if row is None else (f"policy_s{row:03d}.npz",):
                     for path in run_dir.glob(pattern):
-                        run.save(path, base_path=run_dir, policy="now")
+                        run.save(path, base_path=run_dir, policy="now", glob=False)
 
     def close(self, complete: bool) -> None:
         """Finish all sinks; W&B shows a run that is not complete as failed."""
