@@ -84,7 +84,9 @@ class Config:
     def validate(self) -> None:
         """Raise ValueError if there is no dataset."""
         if not self.dataset:
-            raise ValueError("dataset='': give --dataset PATH or --dataset minari:NAME")
+            raise ValueError(
+                "dataset='': give --dataset PATH or --dataset minari:NAME (docs/datasets.md)"
+            )
 
 
 # --- networks ---

@@ -141,7 +141,9 @@ class Config:
     def validate(self) -> None:
         """Raise ValueError without a dataset or for contradictions; warn if all steps are warm."""
         if not self.dataset:
-            raise ValueError("dataset='': give --dataset PATH or --dataset minari:NAME")
+            raise ValueError(
+                "dataset='': give --dataset PATH or --dataset minari:NAME (docs/datasets.md)"
+            )
         if self.behavior and not self.cloned:
             raise ValueError(
                 f"behavior={self.behavior}: leave it out, {self.divergence} uses no clone"

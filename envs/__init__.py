@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import functools
 import importlib
+import importlib.util
 import inspect
 import io
 import os
@@ -347,7 +348,11 @@ def _parse(name: str) -> tuple[str, str, dict[str, Any]]:
     source, _, task = ALIASES.get(base, base).partition("/")
     if task not in TASKS.get(source, ()):
         known = [*ALIASES, *(f"{source}/{task}" for source in TASKS for task in TASKS[source])]
-        raise ValueError(f"unknown environment {name!r}; did you mean {_nearest(base, known)}?")
+        own = base.isidentifier() and importlib.util.find_spec(base)
+        hint = f" A function of your module is {base}:FUNCTION" if own else ""
+        raise ValueError(
+            f"unknown environment {name!r}; did you mean {_nearest(base, known)}?{hint}"
+        )
     kinds, owner = OPTIONS[source], source
     if source == "gym":
         kinds, owner = kinds | importlib.import_module("envs.gym").kinds(task), task

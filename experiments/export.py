@@ -21,12 +21,12 @@ from algos.launch import cli, policies, program, rundir
 
 def to_onnx(path: Path) -> Any:
     """The ONNX model of a policy; its metadata are those of the policy's file, in JSON."""
+    about = policies.describe_policy(path)
     try:
         import jax2onnx
         import onnx
     except ImportError as error:
         raise ImportError(f'{error}: pip install -e ".[onnx]"') from None
-    about = policies.describe_policy(path)
     env, algo, policy = policies.read_policy(path)
     obs = policies.interface_of(env)["obs"]
     try:
@@ -53,6 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         program.setup_jax(1)
+        if args.out.suffix != ".onnx":
+            raise ValueError(f"--out {args.out}: its name is to end in .onnx")
         rundir.check_new([args.out], args.force)
         model = to_onnx(args.policy)
         rundir.write_atomic(args.out, lambda file: file.write(model.SerializeToString()))

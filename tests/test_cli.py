@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -73,9 +74,10 @@ def test_without_a_preset_it_is_said(monkeypatch):
 
 def test_help_shows_the_values_that_would_run(capsys):
     with pytest.raises(SystemExit) as exit_info:
-        parse("--help", "--env", "pendulum")
+        parse("--help", "--env", "pendulum", "--gamma", "0.875")
     assert exit_info.value.code == 0
     text = capsys.readouterr().out
+    assert "(default: 0.875)" in text
     value = str(ppo.PRESETS["pendulum"]["total_timesteps"])
     assert value in text
     assert value != str(ppo.Config.total_timesteps)
@@ -119,6 +121,16 @@ def test_counts_may_be_written_as_people_write_them():
         (["--preset", "mujoco_pp"], r"unknown preset 'mujoco_pp'.*mujoco_ppo"),
         (["--num-seed", "3"], r"unknown argument '--num-seed'.*--num-seeds"),
         (["--frobnicate"], r"unknown argument '--frobnicate'"),
+        (["--lr", "1e-3"], r"unknown argument '--lr': did you mean --learning-rate, "),
+        (["--hidden"], r"--hidden has no value"),
+        (["--hidden", "--num-envs", "8"], r"--hidden has no value"),
+        (["--preset"], r"--preset has no value"),
+        (["--wandb-tags", "--track"], r"--wandb-tags has no value"),
+        (["--sweep"], r"--sweep has no value"),
+        (
+            ["--sweep", "learning-rate=1e-3,2e-3", "--learning-rate", "1e-3"],
+            r"learning_rate is swept, .*: drop --learning-rate",
+        ),
         (["stray"], r"unknown argument 'stray'"),
         (["--num-minibatches", "7"], r"num_minibatches=7 does not divide"),
         (["--num-seeds", "0"], r"num_seeds=0: it should be greater than 0"),
@@ -231,6 +243,33 @@ def test_a_missing_extra_is_named(monkeypatch, tmp_path):
     assert status == 2
     assert 'pip install -e ".[playground]"' in said.splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_launch_larger_than_the_machine_ends_in_one_line(tmp_path, monkeypatch):
+    """On a CPU, before anything is allocated."""
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2}.get)
+    status, said = run(*FLAGS, "--verbose", "0", "--run-dir", str(tmp_path / "run"))
+    assert status == 1
+    assert re.fullmatch(
+        "error: Out of memory: training needs .* GiB, the machine has 0 GiB: start a .*\n", said
+    )
+
+
+def test_a_file_is_no_run_directory(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    status, said = run(*FLAGS, "--verbose", "0", "--run-dir", str(tmp_path / "file"))
+    assert (status, said) == (
+        2,
+        f"error: {tmp_path / 'file'} is a file: choose another --run-dir\n",
+    )
+
+
+def test_a_module_without_its_function_is_named(tmp_path, monkeypatch):
+    (tmp_path / "robots.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    said = run("--verbose", "0", "--env", "robots")[1]
+    assert said.endswith("? A function of your module is robots:FUNCTION\n")
+    assert "FUNCTION" not in run("--verbose", "0", "--env", "no_such_robots")[1]
 
 
 def test_an_unwritable_run_directory(tmp_path):

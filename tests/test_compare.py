@@ -50,11 +50,12 @@ def test_a_row_for_each_run(tmp_path, capsys):
     lo, hi = report.iqm_interval(final)
     assert rows[0][0] == "ppo (one)"
     assert rows[0][1:4] == ["gymnax/CartPole-v1", "4/4", f"17.0 [{lo:.1f}, {hi:.1f}]"]
-    assert rows[0][4:] == ["2", "200", "2.0", "30.0", "2 x cpu"]
+    assert rows[0][4:] == ["2.0", "2", "200", "2.0", "30.0", "2 x cpu"]
     assert rows[1][0] == "ppo (two), unfinished"
     assert rows[1][2] == "3/4"
     assert rows[1][3].startswith("112.0 [")
-    assert rows[1][6:8] == ["2.0", "-"]
+    assert rows[1][4] == "102.0"
+    assert rows[1][7:9] == ["2.0", "-"]
     with Image.open(out) as image:
         image.load()
         assert image.format == "PNG"

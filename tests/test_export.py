@@ -60,9 +60,13 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "jax2onnx", None)
         assert 'pip install -e ".[onnx]"' in refused(path, "--out", tmp_path / "x.onnx")
+    assert refused(path, "--out", tmp_path / "x.html").endswith("is to end in .onnx\n")
     pytest.importorskip("jax2onnx")
     missing = tmp_path / "policy_s001.npz"
     assert "does not exist; there: policy_s000" in refused(missing, "--out", tmp_path / "x.onnx")
     assert "no ONNX for a policy of bcq" in refused(path, "--out", tmp_path / "x.onnx")
-    assert "exists: choose another name, or --force" in refused(path, "--out", path)
+    (tmp_path / "old.onnx").write_text("mine")
+    assert "exists: choose another name, or --force" in refused(
+        path, "--out", tmp_path / "old.onnx"
+    )
     assert not (tmp_path / "x.onnx").exists()

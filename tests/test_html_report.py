@@ -90,7 +90,7 @@ def test_numbers_are_those_of_the_summary(tmp_path):
     for found, row in zip(returns[1:], rows, strict=True):
         assert found[3] == statistics.estimate(row["iqm"], row["interval"])
     assert returns[1][:3] == ["ppo", "gymnax/CartPole-v1", "4/4"]
-    assert returns[1][4:] == ["2", "200", "2.0", "30.0", "2 x cpu"]
+    assert returns[1][4:] == ["2.0", "2", "200", "2.0", "30.0", "2 x cpu"]
     assert [x[0] for x in returns[1:]] == ["ppo", "bpo, unfinished"]
     assert seeds == [
         ["seed", "-1", "0", "1", "2", "3", "7"],  # a dead one has number -1 here

@@ -463,16 +463,27 @@ def test_advice_can_be_pasted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("seeds", "line"),
+    ("seeds", "interval"),
     [
-        ("2", r"final greedy return: IQM \d+\.\d+, 95 % interval \[\d+\.\d+, \d+\.\d+\]"),
-        ("1", r"final greedy return: IQM \d+\.\d+"),
+        ("5", r"95 % interval \[\d+\.\d+, \d+\.\d+\]"),
+        ("2", r"lowest and highest seed \[\d+\.\d+, \d+\.\d+\]"),
+        ("1", ""),
     ],
 )
-def test_one_seed_has_no_interval(tmp_path, seeds, line):
+def test_last_lines_of_a_launch(tmp_path, seeds, interval):
+    """One seed has no interval, and that of up to four is their range. The worst seed is named."""
     _, said = run(*FLAGS, "--num-seeds", seeds, "--run-dir", str(tmp_path / "run"))
-    (found,) = (x for x in said.splitlines() if x.startswith("final greedy return"))
-    assert re.fullmatch(line, found)
+    lines = said.splitlines()
+    (i,) = (i for i, x in enumerate(lines) if x.startswith("final greedy return"))
+    number = r"\d+\.\d+"
+    assert re.fullmatch(
+        f"final greedy return: IQM {number}{interval and ', ' + interval}", lines[i]
+    )
+    done = rundir.read_run(tmp_path / "run")
+    worst = report.number(
+        done.final.mean(-1).min(), report.decimals(report.iqm(done.final.mean(-1)))
+    )
+    assert lines[i + 1].startswith(f"  worst seed: {worst}; seeds alive: {seeds} of {seeds}; ")
 
 
 def test_interrupt_of_the_imports(tmp_path):
@@ -574,6 +585,7 @@ def test_seconds_are_those_of_their_parts(tmp_path, monkeypatch):
 
     monkeypatch.setattr(session, "compile_ahead", compiled)
     monkeypatch.setattr(session, "memory_text", lambda *_: "")
+    monkeypatch.setattr(session, "check_memory", lambda *_: None)
     run_dir = tmp_path / "run"
     run(*FLAGS, "--verbose", "0", "--run-dir", str(run_dir))
     seconds = strict_json(run_dir / "done.json")["seconds"]

@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, get_origin, get_type_hints
 
 import tyro
 from pydantic import NonNegativeInt, PositiveInt
@@ -51,7 +51,7 @@ class Launch:
     """directory to write; empty: runs/ENV/ALGO/TIME_sSEEDxSEEDS_HASH"""
     resume: str = ""
     """run directory to continue from its last checkpoint"""
-    checkpoint_every: NonNegativeInt = 5
+    checkpoint_every: NonNegativeInt = 1
     """evaluations between checkpoints; 0: only at the end and at ctrl-C"""
     track: bool = False
     """log to Weights & Biases"""
@@ -113,7 +113,9 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
     Returns `(config, launch)`; checking the config is left to the caller. Raises ValueError in one
     line for what cannot be read.
     """
-    argv = with_sweeps(dashed(sys.argv[1:] if argv is None else argv), config_type)
+    argv = dashed(sys.argv[1:] if argv is None else argv)
+    check_values(argv, config_type)
+    argv = with_sweeps(argv, config_type)
     # These three decide the defaults of all other flags.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--env")
@@ -146,22 +148,29 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
         config: Annotated[config_type, tyro.conf.arg(name="")]  # type: ignore[valid-type]
         launch: Annotated[Launch, tyro.conf.arg(name="")]
 
-    stderr = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(stderr):
-            arguments, unknown = tyro.cli(
-                Arguments,
-                prog=f"python algos/{name}.py",
-                description=describe(name, presets),
-                default=Arguments(config, launch),
-                args=argv,
-                return_unknown_args=True,
-                registry=NUMBERS,
-            )
-    except SystemExit as end:
-        if end.code:
-            raise ValueError(unboxed(stderr.getvalue())) from None
-        raise  # after --help
+    def read(words: list[str], default: Arguments):
+        """The arguments in `words`, and the words that are none; SystemExit after --help."""
+        stderr = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(stderr):
+                return tyro.cli(
+                    Arguments,
+                    prog=f"python algos/{name}.py",
+                    description=describe(name, presets),
+                    default=default,
+                    args=words,
+                    return_unknown_args=True,
+                    registry=NUMBERS,
+                )
+        except SystemExit as end:
+            if end.code:
+                raise ValueError(unboxed(stderr.getvalue())) from None
+            raise
+
+    flags = [word for word in argv if word not in HELP]
+    arguments, unknown = read(flags, Arguments(config, launch))
+    if len(flags) < len(argv):  # the values of the other flags are shown
+        read(["--help"], arguments)
     if unknown:
         fields = [*dataclasses.fields(config), *dataclasses.fields(launch)]
         raise ValueError(about_unknown(unknown[0], argv, [field.name for field in fields]))
@@ -170,6 +179,15 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
         check_resumable(launch, arguments.launch)
     common.check(arguments.launch)
     return arguments
+
+
+def check_values(argv: list[str], config_type: type) -> None:
+    """ValueError for a flag that takes a list, and has nothing after it."""
+    hints = get_type_hints(config_type) | get_type_hints(Launch)
+    lists = {"--" + x.replace("_", "-") for x, kind in hints.items() if get_origin(kind) is tuple}
+    for word, following in itertools.pairwise([*argv, "--"]):
+        if word in lists and following.startswith("--"):
+            raise ValueError(f"{word} has no value: write one or more after it, or leave it out")
 
 
 def about_unknown(word: str, argv: list[str], fields: list[str]) -> str:
@@ -208,6 +226,7 @@ def describe(name: str, presets: Iterable[str]) -> str:
     return "\n".join([f"Train {name}; the values shown are those that would run.", *lines])
 
 
+HELP = ("-h", "--help")
 NUMBERS = tyro.constructors.ConstructorRegistry()
 
 
@@ -247,11 +266,12 @@ def with_sweeps(argv: list[str], config_type: type) -> list[str]:
             groups.append(arg.split("=", 1))
         else:
             groups.append([arg])
-    rest, items = groups[0], []
+    rest = groups[0]
+    items: list[str] = []
     fields = [field_of(group[0]) for group in groups[1:]]
     for field, (flag, *values) in zip(fields, groups[1:], strict=True):
         if field == "sweep":
-            items += values
+            items += map(dashless, values)
         elif field in numbers and len(values) > 1 and all(map(is_number, values)):
             if fields.count(field) > 1:
                 raise ValueError(f"{flag} is given twice: write all its values after one of them")
@@ -263,6 +283,12 @@ def with_sweeps(argv: list[str], config_type: type) -> list[str]:
         if flag in rest and field in swept:
             raise ValueError(f"{field} is swept, so one value has no effect: drop {flag}")
     return [*rest, "--sweep", *items] if items else rest
+
+
+def dashless(item: str) -> str:
+    """An item of --sweep with its field's own name, which may be written as its flag is."""
+    field, equals, values = item.partition("=")
+    return field.strip().replace("-", "_") + equals + values
 
 
 def is_number(text: str) -> bool:
@@ -299,7 +325,9 @@ def task_values(env: str, presets: dict[str, dict]) -> dict[str, Any]:
 
 def nearest(word: str, known: Any) -> str:
     """Phrase that lists the nearest of the `known` words; all of them if none is near."""
-    near = difflib.get_close_matches(word, list(known), n=4, cutoff=0.4)
+    initials = lambda name: "".join(part[:1] for part in re.split("[-_]", name.strip("-")))
+    near = [name for name in known if initials(name) == word.strip("-")]  # lr: learning-rate
+    near += [x for x in difflib.get_close_matches(word, list(known), 4, 0.4) if x not in near]
     return f"did you mean {', '.join(near)}?" if near else f"choose from {', '.join(known)}"
 
 

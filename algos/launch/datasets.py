@@ -44,7 +44,9 @@ HDF5 = (".hdf5", ".h5")  # suffixes of what is read as HDF5, in any letter case
 def load(source: str, env: envs.Env) -> Dataset:
     """Read a dataset for `env`; ValueError in one line if there is none, or it does not fit."""
     if not source:
-        raise ValueError("no dataset: give --dataset PATH or --dataset minari:NAME")
+        raise ValueError(
+            "no dataset: give --dataset PATH or --dataset minari:NAME (docs/datasets.md)"
+        )
     minari = source.startswith("minari:")
     path = minari_path(source[7:]) if minari else rundir.expanded(source)
     if not path.is_file():

@@ -83,7 +83,7 @@ def describe_policy(path: Path) -> dict[str, Any]:
         found = ", ".join(sorted(p.name for p in folder.glob("*_s*.npz")))
         problem = "is a folder, name a policy" if path.is_dir() else "does not exist"
         running = (folder / "config.json").exists() and not (folder / "done.json").exists()
-        nothing = "no policies" + running * ", as its run writes them at its end"
+        nothing = "no policies" + running * ": its run writes them at its end, --resume it first"
         raise ValueError(f"{path} {problem}; there: {found or nothing}")
     meta = rundir.load_arrays(path)[1]
     if "format" not in meta:

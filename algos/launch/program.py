@@ -254,11 +254,29 @@ def compiler_options(name: str) -> dict[str, Any]:
 # --- memory ---
 
 
+def memory(compiled: Program) -> int:
+    """Bytes that training needs on each device."""
+    sizes = compiled.train.memory_analysis()
+    return sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
+
+
+def check_memory(compiled: Program, num_devices: int) -> None:
+    """MemoryError if training needs more than a CPU's machine has: the kernel would kill it.
+
+    A GPU refuses by itself.
+    """
+    needed = memory(compiled) * num_devices
+    has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if jax.default_backend() == "cpu" and needed > has:
+        raise MemoryError(
+            f"Out of memory: training needs {needed / 2**30:,.0f} GiB, the machine has "
+            f"{has / 2**30:,.0f} GiB"
+        )
+
+
 def memory_text(compiled: Program, state: Any) -> str:
     """How much memory training needs on each device, and what takes most of it."""
-    sizes = compiled.train.memory_analysis()
-    total = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
-    text = f"memory: {total / 2**20:,.0f} MiB on each device"
+    text = f"memory: {memory(compiled) / 2**20:,.0f} MiB on each device"
     replay = row_bytes(getattr(state, "replay", None))
     if replay:
         text += f", {replay / 2**20:,.1f} MiB of replay for each row"

@@ -29,14 +29,15 @@ def render_run(run_dir: Path | str) -> list[Path]:
     try:
         return draw(run)
     except Exception as error:
-        print(f"not rendered: {type(error).__name__}: {error}", file=sys.stderr)
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        print(f"not rendered: {reason}", file=sys.stderr)
         return []
 
 
 def draw(run: rundir.Run) -> list[Path]:
     """Play the chosen seeds and draw their episodes."""
     if run.done is None:  # what policies there are may be of a shorter run
-        raise ValueError(f"{run.path} has not ended")
+        raise ValueError(f"{run.path} has not ended: --resume it first")
     rows = ranked(run.final.mean(-1))
     env = envs.make(run.config["env"], len(rows), stagger=False, reset_mode="cached")
     if env.frame is None or env.render is None:

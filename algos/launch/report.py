@@ -450,14 +450,15 @@ def summary(label: str, run: rundir.Run, index: np.ndarray) -> dict[str, Any]:
 
 def summary_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Head and cells of the table of the summaries."""
-    head = ["algorithm", "environment", "n", "final greedy return, IQM [95 %]", "episodes"]
-    head += ["steps", "train, s", "compile, s", "device"]
+    head = ["algorithm", "environment", "n", "final greedy return, IQM [95 %]", "worst seed"]
+    head += ["episodes", "steps", "train, s", "compile, s", "device"]
     cells = [
         [
             row["label"] + ("" if row["finished"] else ", unfinished"),
             row["env"],
             f"{row['alive']}/{row['n']}",
             estimate(row["iqm"], row["interval"]),
+            number(worst(row["per_seed"]), decimals(row["iqm"])),
             str(row["episodes"]),
             f"{row['steps']:,}",
             number(row["train_seconds"]),
@@ -498,6 +499,17 @@ def score_markdown(rows: list[dict[str, Any]]) -> str:
         for row in rows
     ]
     return table(["algorithm", "tasks", "n", "normalised score, IQM [95 %]"], cells)
+
+
+def worst(per_seed: list[float | None]) -> float | None:
+    """The lowest of the seeds that are alive; None if none is."""
+    return min((x for x in per_seed if x is not None), default=None)
+
+
+def interval_name(num_seeds: int) -> str:
+    """What the bootstrap interval of so many seeds is."""
+    # Over 2.5 % of the draws from 4 seeds or fewer give the lowest seed, and as many the highest.
+    return "95 % interval" if num_seeds > 4 else "lowest and highest seed"
 
 
 def number(x: float | None, digits: int = 1) -> str:

@@ -51,7 +51,9 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except Exception as error:  # damage may show in numpy, zipfile, zlib or tokenize
-        raise ValueError(f"{path} is damaged or not ours ({error})") from None
+        # What is no array is a pickle to numpy, which says how to load that all the same.
+        reason = "it is no .npz of plain arrays" if "pickle" in str(error) else error
+        raise ValueError(f"{path} is damaged or not ours ({reason})") from None
 
 
 def load_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

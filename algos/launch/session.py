@@ -36,6 +36,7 @@ from algos.launch import cli, logs, policies, render, report, rundir
 from algos.launch.cli import Launch
 from algos.launch.program import (
     Program,
+    check_memory,
     compile_ahead,
     make_program,
     memory_text,
@@ -81,7 +82,7 @@ def main(name: str, argv: list[str] | None = None) -> None:
             session.run()
         except OSError as error:  # such as a full disk
             end(launch, 1, f"error: {error}: {session.advice}")
-        except jax.errors.JaxRuntimeError as error:
+        except (jax.errors.JaxRuntimeError, MemoryError) as error:
             if not re.search("RESOURCE_EXHAUSTED|Out of memory", str(error)):
                 raise
             reason = str(error).partition("\n")[0]
@@ -165,6 +166,8 @@ class Session:
 
     def check_run_dir(self) -> None:
         """ValueError if a new launch would write where a run is."""
+        if self.run_dir.exists() and not self.run_dir.is_dir():
+            raise ValueError(f"{self.run_dir} is a file: choose another --run-dir")
         found = rundir.files(self.run_dir)
         if self.lead and not self.launch.resume and found:
             raise ValueError(
@@ -230,7 +233,7 @@ class Session:
         # Without done.json the run stopped after its last update: `finish` is still to do.
         if self.update >= self.config.num_updates and done.exists():
             raise ValueError(
-                f"{self.run_dir} is complete ({self.update} updates): "
+                f"{self.run_dir} is complete ({self.step:,} steps): "
                 "raise --total-timesteps to train on"
             )
         if self.update > self.config.num_updates:
@@ -246,6 +249,7 @@ class Session:
                 f"{', '.join(annealed)}: from here on towards the new end, so this is not what a "
                 f"run of\n  {self.config.total_timesteps:,} steps gives"
             )
+        self.log.say(f"continues after {self.step:,} steps of each row")
         self.evals = rundir.rewind(self.run_dir, self.step, write=self.lead)
         if self.lead:  # these describe a shorter run
             done.unlink(missing_ok=True)
@@ -321,6 +325,7 @@ class Session:
             traced = trace(self.program, rows)
         with self.log.waiting("compiling"):
             self.program = compile_ahead(traced, rows)
+            check_memory(self.program, len(self.devices()))
             state = jax.block_until_ready(self.program.init(*inputs(rows)))
         self.log.say(memory_text(self.program, state))
         self.seconds["compile"] += time.time() - start
@@ -507,13 +512,16 @@ class Session:
         results = report.results(run)
         for result in results:
             shown = partial(report.number, digits=report.decimals(result["iqm"]))
+            alive = sum(x is not None for x in result["per_seed"])
             line = f"{result['label'] or 'final greedy return'}: IQM {shown(result['iqm'])}"
             if None not in result["interval"]:  # as of a single seed
-                line += ", 95 % interval [{}, {}]".format(*map(shown, result["interval"]))
+                ends = "[{}, {}]".format(*map(shown, result["interval"]))
+                line += f", {report.interval_name(alive)} {ends}"
             self.log.say(line)
-            alive = sum(x is not None for x in result["per_seed"])
-            episodes = run.final.shape[1]
-            self.log.say(f"  seeds alive: {alive} of {result['n']}; episodes of each: {episodes}")
+            self.log.say(
+                f"  worst seed: {shown(report.worst(result['per_seed']))}; seeds alive: {alive} of "
+                f"{result['n']}; episodes of each: {run.final.shape[1]}"
+            )
         seconds = self.times()
         done: dict[str, Any] = {"steps": int(run.steps[-1]), "alive": int((~self.dead).sum())}
         done |= {"episodes": run.final.shape[1], "results": results, "seconds": seconds}
