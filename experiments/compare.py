@@ -38,20 +38,25 @@ def read_runs(run_dirs: list[Path]) -> list[rundir.Run]:
     return [rundir.read_run(path) for path in run_dirs]
 
 
-def joined(runs: list[rundir.Run]) -> list[rundir.Run]:
-    """The runs, with the launches that add seeds to another of them (RUN_s8 to RUN) in that one.
+def grouped(runs: list[rundir.Run]) -> list[list[rundir.Run]]:
+    """The runs, each followed by the launches that add seeds to it (RUN_s8 to RUN).
 
     Both must be complete and have the same settings, and all their seeds must differ.
     """
+    whole = {run.path: run for run in runs}
     launches: dict[Path, list[Path]] = {}
     for run in runs:
         same = (other.path for other in runs if continues(run, other))
         launches.setdefault(next(same, run.path), []).append(run.path)
-    whole = {run.path: run for run in runs}
     return [
-        runner.read_launches([path, *sorted({*paths} - {path})]) if len(paths) > 1 else whole[path]
+        [whole[path], *(whole[x] for x in sorted({*paths} - {path}))]
         for path, paths in launches.items()
     ]
+
+
+def joined(launches: list[rundir.Run]) -> rundir.Run:
+    """The launches of a run as one run."""
+    return runner.read_launches([x.path for x in launches]) if launches[1:] else launches[0]
 
 
 def continues(run: rundir.Run, other: rundir.Run) -> bool:
@@ -131,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--width {args.width:g}: 2 to 30 inches are possible")
     try:
         outputs = outputs_of(args)
-        entries = report.entries(joined(read_runs(args.run_dirs)))
+        entries = report.entries(map(joined, grouped(read_runs(args.run_dirs))))
         if args.labels:
             entries = report.relabel(entries, args.labels)
         rows = [report.summary(*entry) for entry in entries]

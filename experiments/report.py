@@ -4,8 +4,8 @@
     python experiments/report.py RUN_DIR RUN_DIR --out page.html --title "PPO and BPO on hopper"
 
 The page is one file that loads nothing, so it works offline. Its curves and numbers are those of
-compare.py, except that RUN_s8, which adds seeds to RUN, stands by itself. It includes the pictures
-of the best, median and worst policy that --render or render.py drew.
+compare.py, which joins RUN_s8, a launch that adds seeds to RUN, with RUN. It includes the pictures
+of the best, median and worst policy of each launch that --render or render.py drew.
 """
 
 import base64
@@ -35,13 +35,16 @@ FLAGS += ("num_evals", "eval_episodes", "final_episodes", "stop_at_return")
 DASHES = {"-": "", "--": "7 3", ":": "2 2", "-.": "7 2 2 2"}
 
 
+# Steps [T] and values [T, R] of each metric, as `rundir.read_metrics` has them.
+Metrics = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
 class Source(NamedTuple):
     """What the page shows of a run directory; an entry, in contrast, is one curve."""
 
     name: str
     run: rundir.Run
     meta: dict[str, Any]
-    metrics: dict[str, tuple[np.ndarray, np.ndarray]]  # as `rundir.read_metrics` has them
 
 
 # --- sections ---
@@ -97,13 +100,12 @@ def seeds(entries: list[report.Entry], summaries: list[dict[str, Any]]) -> ET.El
     return table("seeds", ["seed", *map(str, every)], rows)
 
 
-def metrics(entries: list[report.Entry], sources: list[Source]) -> list[ET.Element]:
+def metrics(entries: list[report.Entry], of_run: dict[Path, Metrics]) -> list[ET.Element]:
     """A chart for each metric but NO_METRIC, by task and by what the runs count as steps.
 
     Metrics that are constant are listed instead.
     """
     look, parts = report.looks(entries), []
-    of_run = {source.run.path: source.metrics for source in sources}
     groups: dict[str, list[report.Entry]] = {}
     for task, present in report.by_task(entries).items():
         for entry in present:
@@ -146,7 +148,7 @@ def pictures(source: Source) -> list[ET.Element]:
 
 def facts(source: Source) -> dict[str, str]:
     """What was run, and what it cost."""
-    _, run, meta, _ = source
+    _, run, meta = source
     seconds = {"train": float(run.seconds[-1])} | (run.done["seconds"] if run.done else {})
     named = [f"{name} {version}" for name, version in meta.get("versions", {}).items()]
     return {
@@ -197,13 +199,30 @@ def read_sources(runs: list[rundir.Run]) -> list[Source]:
             name,
             run,
             rundir.read_json(run.path / "meta.json", num_devices=int, device=str),
-            rundir.read_metrics(run.path, len(run.seeds)),
         )
         for name, run in zip(headings(whole), runs, strict=True)
     ]
 
 
-def sections(entries: list[report.Entry], sources: list[Source]) -> list[ET.Element]:
+def read_metrics(launches: list[rundir.Run]) -> Metrics:
+    """The metrics of all launches of a run; NaN where a launch has none of this name and step."""
+    parts = [rundir.read_metrics(run.path, len(run.seeds)) for run in launches]
+    ends = np.cumsum([len(run.seeds) for run in launches])
+    found: Metrics = {}
+    for name in dict.fromkeys(itertools.chain(*parts)):
+        steps = np.unique(np.concatenate([part[name][0] for part in parts if name in part]))
+        values = np.full((len(steps), ends[-1]), np.nan)
+        for run, part, end in zip(launches, parts, ends, strict=True):
+            if name in part:
+                rows = slice(end - len(run.seeds), end)
+                values[np.searchsorted(steps, part[name][0]), rows] = part[name][1]
+        found[name] = steps, values
+    return found
+
+
+def sections(
+    entries: list[report.Entry], sources: list[Source], of_run: dict[Path, Metrics]
+) -> list[ET.Element]:
     """All parts of the page, in order.
 
     For a further chart, add a `section` with a `chart`, whose `paint` draws on a matplotlib axis.
@@ -212,7 +231,7 @@ def sections(entries: list[report.Entry], sources: list[Source]) -> list[ET.Elem
     alive, count = (sum(row[name] for row in summaries) for name in ("alive", "n"))
     num_runs = "One run" if len(sources) == 1 else f"{len(sources)} runs"
     names = [source.name for source in sources]
-    small, different = metrics(entries, sources), differences(sources)
+    small, different = metrics(entries, of_run), differences(sources)
     columns = [facts(source) for source in sources]
     rows = [[key, *(values[key] for values in columns)] for key in columns[0]]
     return [
@@ -277,10 +296,12 @@ def main(argv: list[str] | None = None) -> None:
         compare.check_ending(args.out, ".html")
         rundir.check_new([args.out], args.force)
         runs = compare.read_runs(args.run_dirs)
-        entries, sources = report.entries(runs), read_sources(runs)
+        groups = compare.grouped(runs)
+        entries, sources = report.entries(map(compare.joined, groups)), read_sources(runs)
+        of_run = {launches[0].path: read_metrics(launches) for launches in groups}
         algos, tasks = dict.fromkeys(run.algo for run in runs), report.by_task(entries)
         title = args.title or f"{', '.join(algos)} on {', '.join(tasks)}"
-        page = page_of(title, sections(entries, sources))
+        page = page_of(title, sections(entries, sources, of_run))
         rundir.write_atomic(args.out, lambda file: file.write(page.encode()))
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -411,3 +411,22 @@ def test_charts_of_metrics_have_the_rows_of_their_value(tmp_path, monkeypatch):
     monkeypatch.setattr(statistics, "draw_metric", lambda axis, lines: drawn.extend(lines))
     write_page(tmp_path, run)
     assert [x.tolist() for _, _, x in drawn] == [[[0, 1], [1, 2]], [[9, 8], [9, 8]]]
+
+
+def test_launches_that_add_seeds_are_one_curve(tmp_path, monkeypatch):
+    """One row and one line of their seeds together, where both have a record; two runs."""
+    drawn = []
+    one = write_run(tmp_path / "run", seeds=(0, 1))
+    more = write_run(tmp_path / "run_s2", seeds=(2,))
+    write_metrics(one, [{"global_step": i, "losses/a": [i, i + 1]} for i in (0, 1)])
+    write_metrics(more, [{"global_step": i, "losses/a": [i + 5]} for i in (0, 2)])
+    monkeypatch.setattr(statistics, "draw_metric", lambda axis, lines: drawn.extend(lines))
+    page = write_page(tmp_path, one, more)
+    returns, seeds = page.tables[:2]
+    assert [row[2] for row in returns[1:]] == ["3/3"]
+    assert seeds[1][1:] == ["2.0", "12.0", "22.0"]
+    [(_, steps, values)] = drawn
+    assert steps.tolist() == [0, 1, 2]
+    nan = np.nan
+    np.testing.assert_array_equal(values, [[0, 1, 5], [1, 2, nan], [nan, nan, 7]])
+    assert "2 runs; 3 of 3 seeds are alive." in page.texts
