@@ -92,11 +92,12 @@ def curves(entries: list[report.Entry]) -> list[ET.Element]:
 def seeds(entries: list[report.Entry], summaries: list[dict[str, Any]]) -> ET.Element:
     """Final return of every seed of every entry."""
     every = sorted({int(seed) for entry in entries for seed in entry.run.seeds[entry.rows]})
-    shown = lambda x: "dead" if x is None else report.number(x)
     rows = []
     for name, entry, row in zip(headings(entries), entries, summaries, strict=True):
-        final = dict(zip(entry.run.seeds[entry.rows].tolist(), row["per_seed"], strict=True))
-        rows.append([name, *(shown(final[seed]) if seed in final else "" for seed in every)])
+        digits = report.decimals(row["iqm"])
+        shown = ["dead" if x is None else report.number(x, digits) for x in row["per_seed"]]
+        final = dict(zip(entry.run.seeds[entry.rows].tolist(), shown, strict=True))
+        rows.append([name, *(final.get(seed, "") for seed in every)])
     return table("seeds", ["seed", *map(str, every)], rows)
 
 

@@ -100,6 +100,13 @@ def test_numbers_are_those_of_the_summary(tmp_path):
     assert "2 runs; 7 of 8 seeds are alive." in page.texts
 
 
+def test_small_returns_have_two_decimals_everywhere(tmp_path):
+    page = write_page(tmp_path, write_run(tmp_path / "run", seeds=(0,), offset=-1.85))
+    returns, seeds = page.tables[:2]
+    assert returns[1][3:5] == ["0.15 [-, -]", "0.15"]
+    assert seeds[1] == ["ppo", "0.15"]
+
+
 def test_a_swept_run_has_a_row_for_each_value(tmp_path):
     run = write_run(tmp_path / "run", labels=("gamma=0.9", "gamma=0.99"), seeds=(1, 2))
     page = write_page(tmp_path, run)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import envs
-from algos.launch import policies, rundir
+from algos.launch import policies, report, rundir
 from envs import wrappers
 
 RANKS = ("best", "median", "worst")
@@ -69,7 +69,9 @@ def files(run_dir: Path) -> list[Path]:
 def caption(run: rundir.Run, rank: str, row: int) -> str:
     """What a picture shows."""
     seed = f"seed {run.seeds[row]} {run.labels[row]}".strip()
-    return f"{rank}: {seed}, final return {run.final[row].mean():.1f}"
+    final = run.final.mean(-1)
+    digits = report.decimals(report.iqm(final))  # as in tables
+    return f"{rank}: {seed}, final return {report.number(final[row], digits)}"
 
 
 def pictures(run: rundir.Run) -> dict[Path, str]:
