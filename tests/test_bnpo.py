@@ -506,3 +506,17 @@ def test_a_quadratic_critic_is_climbed():
     std = math.exp(math.tanh(rho))
     assert_allclose(mean_grad, 2 * (mean - b) / 2)
     assert_allclose(rho_grad, 2 * (std - e) * std * (1 - math.tanh(rho) ** 2))
+
+
+def test_initial_weights():
+    """Uniform up to sqrt(3 / inputs) in the actor, and up to 3e-3 in the critic's last layer."""
+    config, obs = bnpo.Config(hidden=(40, 30)), jnp.zeros((1, 20))
+    noise = jnp.zeros((20, 40)), jnp.zeros((40, 30)), jnp.zeros((30, 4))
+    actor = bnpo.Actor(config, 4).init(jax.random.key(0), obs, noise)["params"]
+    for i, inputs in enumerate((20, 40, 30)):
+        bound = math.sqrt(3 / inputs)
+        assert 0.9 * bound < jnp.abs(actor[f"kernel_{i}"]).max() <= bound
+    policy = Gaussian(jnp.zeros((1, 4)), jnp.zeros((1, 4)))
+    critic = bnpo.Critic(config, 9).init(jax.random.key(0), obs, policy)["params"]
+    last = critic[f"Dense_{len(critic) - 1}"]["kernel"]
+    assert 2.5e-3 < jnp.abs(last).max() <= 3e-3

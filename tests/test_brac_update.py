@@ -368,3 +368,18 @@ def test_no_key_is_used_twice_with_clones(divergence):
             jax.jit(twice).trace(jax.random.key(0))
         traced = train.trace(jax.random.key(0), None, rows_of(), actor_of(config, 7))
     assert traced.out_info["state"].params  # the whole run was traced, with clones
+
+
+def test_the_target_entropy_is_one_of_each_action():
+    """Of two actions: Adam's first moment of the temperature has it, times 0.1."""
+    columns = tiny.transitions(64, action_size=2)._asdict() | {"clone": None}
+    rows = brac.Batch(*(jax.tree.map(jnp.asarray, columns[name]) for name in brac.Batch._fields))
+
+    def moment(mult):
+        changes = {"gradient_steps": 1, "train_temperature": True, "temperature": 0.5}
+        config = tiny.config_of("brac", env="tiny:seek", target_entropy_mult=mult, **changes)
+        algo = tiny.build("brac", config)
+        state = jax.jit(algo.update)(algo.init(jax.random.key(0)), rows)[0]
+        return state.opt_state["temperature"].mu
+
+    np.testing.assert_allclose(moment(1.7) - moment(0.7), 0.1 * 2, rtol=1e-4)

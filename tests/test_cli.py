@@ -272,6 +272,11 @@ def test_a_module_without_its_function_is_named(tmp_path, monkeypatch):
     assert "FUNCTION" not in run("--verbose", "0", "--env", "no_such_robots")[1]
 
 
+def test_a_resumed_run_keeps_its_seeds(whole):
+    _, said = run("--resume", str(whole[0]), "--seed", "1")
+    assert said.startswith("error: cannot resume with seed=1")
+
+
 def test_an_unwritable_run_directory(tmp_path):
     (tmp_path / "file").write_text("mine")
     status, said = run(*FLAGS, "--verbose", "0", "--run-dir", str(tmp_path / "file" / "run"))

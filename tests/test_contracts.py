@@ -225,11 +225,36 @@ def test_reward_scaling_leaves_logged_returns_alone(lab, trained):
     np.testing.assert_array_equal(sums["['episodes/return']"], sums["['episodes/length']"])
 
 
+def test_a_dead_seed_is_reported(lab):
+    """By its parameters: those of row 0 are NaN."""
+    state = lab.start()
+    spoil = lambda x: x.at[0].set(jnp.nan) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    shardings = jax.tree.map(lambda x: x.sharding, state.params)
+    params = jax.device_put(jax.tree.map(spoil, state.params), shardings)
+    _, sums = lab.train(state._replace(params=params), 1)
+    np.testing.assert_array_equal(sums["health/finite"], [0, 1])
+
+
+@pytest.mark.parametrize("name", ALGOS)
+def test_at_least_the_wanted_steps_are_taken(name):
+    config = config_of(name)
+    longer = dataclasses.replace(config, total_timesteps=config.steps_per_update + 1)
+    assert longer.num_updates == 2
+
+
+@pytest.mark.parametrize("name", [x for x in ALGOS if x not in OFFLINE])
+def test_environments_do_not_reach_their_time_limit_together(name):
+    """Except those of BNPO, which learns from whole episodes."""
+    env = module_of(name).make_env(config_of(name, num_envs=16))
+    elapsed = env.reset(jax.random.key(0))[1].inner.inner.elapsed
+    assert (len(np.unique(elapsed)) > 1) == (name != "bnpo")
+
+
 def test_schedule_ends_where_the_run_ends(lab, trained):
     if not hasattr(lab.config, "anneal_lr"):
         pytest.skip("no schedule")
     done = np.arange(1, 7) / 7 if lab.name == "p3o" else np.arange(6) / 6
-    rates = lab.config.learning_rate * (1 - done * hasattr(lab.config, "anneal_lr"))
+    rates = lab.config.learning_rate * (1 - done)
     np.testing.assert_allclose(trained[1]["['charts/learning_rate']"], rates.sum(), rtol=1e-5)
 
 

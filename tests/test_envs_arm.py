@@ -132,6 +132,26 @@ def test_start_states():
 # --- goals ---
 
 
+def test_the_task_pays_for_touching_the_target():
+    """From 300 random poses, near the target and far from it."""
+    raw, rng = envs._load("arm/reacher-moving"), np.random.default_rng(0)
+    keys = jax.random.split(jax.random.key(0), 300)
+    state = jax.jit(jax.vmap(raw.reset))(keys)[1]
+    state = state._replace(qpos=jnp.float32(rng.uniform(-3, 3, (300, 4))))
+    obs, _, reward, *_ = jax.jit(jax.vmap(raw.step))(keys, state, jnp.zeros((300, 4)))
+    near = np.linalg.norm(obs[:, 29:32] - obs[:, 26:29], axis=1) < 3.5
+    assert 3 < near.sum() < 297
+    np.testing.assert_allclose(reward, 0.04 * near)
+
+
+def test_one_broken_substep_is_reported():
+    raw = envs._load("arm/reacher-moving?engine=c")
+    _, state = raw.reset(jax.random.key(0))
+    broken = state._replace(qvel=state.qvel.at[0].set(jnp.nan))
+    *_, info = jax.jit(raw.step)(jax.random.key(0), broken, jnp.zeros(4))
+    assert info["env_nan"]
+
+
 def test_reward_is_that_of_the_goals(played):
     _, _, (obs, _, reward, terminated, _) = played
     achieved, goal = arm.achieved_goal(obs), arm.desired_goal(obs)

@@ -343,3 +343,21 @@ def test_velocities_and_force_of_the_double_pendulum_are_clipped():
     )
     _, outcome = gym.inverted_double_pendulum(np, data, None, SimpleNamespace(healthy_reward=10.0))
     assert outcome.obs[5:].tolist() == [10.0, -10.0, 5.0, 10.0]
+
+
+def test_a_position_that_mujoco_resets_is_reported():
+    """MuJoCo's C engine puts a state with a huge position back to the default, without an error."""
+    raw = envs._load("gym/Ant-v5?engine=c")
+    state = np.array(jax.jit(jax.vmap(raw.reset))(jax.random.split(jax.random.key(0), 3))[1])
+    state.view(np.float64)[1, 1] = 1e11
+    *_, info = jax.jit(jax.vmap(raw.step, (None, 0, 0)))(None, state, jnp.zeros((3, 8)))
+    assert info["env_nan"].tolist() == [False, True, False]
+
+
+def test_what_mjx_makes_of_an_infinite_speed_is_reported():
+    """Although observations are clipped to finite numbers."""
+    raw = envs._load("gym/InvertedPendulum-v5?engine=mjx")
+    _, (packed, memory) = raw.reset(jax.random.key(0))
+    broken = packed | {"qvel": packed["qvel"].at[0].set(jnp.inf)}
+    *_, info = jax.jit(raw.step)(None, (broken, memory), jnp.zeros(1))
+    assert info["env_nan"]

@@ -551,3 +551,16 @@ def test_the_docs_name_every_task():
 def test_a_broken_step_pays_nothing_though_its_reward_is_a_number():
     out = run(counter(max_steps=100, hidden_nan_at=3), 6)
     np.testing.assert_array_equal(out["reward"][:, 0], 2 * [2.0, 2.0, 0.0])
+
+
+def test_a_reward_that_is_not_finite_ends_the_episode():
+    """Also where the observation is finite."""
+    raw = counter(max_steps=100)
+
+    def step(key, state, action):
+        obs, state, reward, terminated, info = raw.step(key, state, action)
+        return obs, state, jnp.where(state["t"] == 3, jnp.inf, reward), terminated, info
+
+    out = run(raw._replace(step=step), 6)
+    assert out["env_nan"][:, 0].tolist() == 2 * [False, False, True]
+    assert np.isfinite(out["reward"]).all()

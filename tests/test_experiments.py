@@ -17,6 +17,7 @@ from PIL import Image
 
 import envs
 from algos.launch import policies, program, render, report, rundir
+from envs import viewer
 from experiments import benchmark, evaluate, export, peer_cleanrl, peers
 from experiments import render as render_tool
 
@@ -113,6 +114,27 @@ def test_played_episodes_are_those_of_an_evaluation():
         key, actions = jax.random.key(0), jnp.zeros(2, jnp.int32)
         obs, state, _, terminated, _, _ = env.step(key, state, actions)
         assert bool(terminated[0]) == (t == lengths[0] - 1)
+
+
+def test_pictures_are_of_the_final_ranking_and_of_one_episode_each(tmp_path, monkeypatch):
+    """Not of the last evaluation's ranking; episodes begin at their start and stop at their end."""
+    run = write_run(tmp_path / "run")
+    write_policies(run, range(4))
+    final = np.repeat([[9.0], [1.0], [2.0], [3.0]], 6, 1)
+    rundir.write_final(run, {"returns": final, "lengths": final})
+    lengths, drawn, options = np.array([9, 6, 3]), [], []
+    make, play, write = envs.make, render.play, viewer.write_gif
+    monkeypatch.setattr(render, "play", lambda *args: (jax.device_get(play(*args))[0], lengths))
+    monkeypatch.setattr(
+        viewer, "write_gif", lambda images, *args: drawn.append(len(images)) or write(images, *args)
+    )
+    monkeypatch.setattr(
+        render.envs, "make", lambda *args, **more: options.append(more) or make(*args, **more)
+    )
+    paths = render.render_run(run)
+    assert [path.stem for path in paths] == ["best_s000", "median_s003", "worst_s001"]
+    assert drawn == lengths.tolist()
+    assert options[0]["stagger"] is False
 
 
 def test_what_cannot_be_drawn_is_one_line(tmp_path, capsys):

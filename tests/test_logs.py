@@ -327,3 +327,28 @@ main()
     child.stdout.close()
     assert child.wait() == 0
     assert (tmp_path / "done").exists()
+
+
+def test_a_changed_checkout_has_a_plus(monkeypatch):
+    def git(command, **_):
+        changed = " M algos/ppo.py\n"
+        return types.SimpleNamespace(stdout="abc\n" if "rev-parse" in command else changed)
+
+    monkeypatch.setattr(logs.subprocess, "run", git)
+    assert logs.commit() == "abc+"
+
+
+def test_wandb_knows_the_swept_value_of_each_row(tmp_path, monkeypatch):
+    """The launch has the value of the configuration."""
+    made = []
+    fake = types.SimpleNamespace(
+        init=lambda **options: made.append(options) or FakeRun(""),
+        login=lambda **_: True,
+        Settings=dict,
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    write_json(tmp_path / "meta.json", {"id": "x"})
+    rows = Rows(np.array([3, 3]), {"gamma": np.float32([0.5, 0.9])}, ["gamma=0.5", "gamma=0.9"])
+    chosen = cli.Launch(track=True, wandb_seeds=True)
+    logs.Log(0).open(tmp_path, "ppo", tiny.config_of("ppo"), chosen, rows, 0)
+    assert [options["config"]["gamma"] for options in made] == [0.99, 0.5, 0.9]

@@ -375,3 +375,13 @@ def test_importance_weights_correct_the_policy_gradient():
     actions = jnp.arange(4)
     p, q = (jnp.exp(jax.vmap(policy.log_prob)(actions)) for policy in (pi, beta))
     assert_allclose(q @ gradient(actions, p / q), p @ gradient(actions, jnp.ones(4)), atol=1e-6)
+
+
+def test_each_convolution_has_an_activation():
+    config = tiny.config_of("p3o", hidden=(4,), activation="relu")
+    torso, image = p3o.Torso(config, (5, 5, 1)), jax.random.normal(jax.random.key(1), (25,))
+    params = torso.init(jax.random.key(0), image)
+    first, second = (params["params"][f"Dense_{i}"]["kernel"] for i in (0, 1))
+    hidden = jax.nn.relu(p3o.patches(image.reshape(5, 5, 1), 3, 1) @ first).ravel()
+    expected = jax.nn.relu(hidden @ second)
+    assert_allclose(torso.apply(params, image), expected, rtol=1e-4, atol=1e-5)

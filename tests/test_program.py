@@ -176,3 +176,13 @@ def test_settings_that_are_made_before_jax_starts(monkeypatch, tmp_path):
             program.setup_jax(1)
     finally:
         jax.config.update(name, before)
+
+
+def test_the_generator_of_keys_is_fixed():
+    before = jax.config.values["jax_default_prng_impl"]
+    try:
+        jax.config.update("jax_default_prng_impl", "rbg")
+        program.setup_jax(1)
+        assert jax.config.values["jax_default_prng_impl"] == rundir.PRNG
+    finally:
+        jax.config.update("jax_default_prng_impl", before)

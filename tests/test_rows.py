@@ -112,3 +112,12 @@ def test_keys_of_evaluations_are_apart_from_those_of_training():
     training = [keys, once.reshape(-1), twice.reshape(-1)]
     data = lambda x: {tuple(k) for part in x for k in jax.random.key_data(part).tolist()}
     assert not data(evaluated) & data(training)
+
+
+def test_a_seed_stays_dead_when_the_run_is_resumed(tmp_path):
+    run_dir = tmp_path / "run"
+    run(*SWEPT, "--sweep", "learning_rate=3e-4,1e30", "--run-dir", str(run_dir))
+    (run_dir / "done.json").unlink()
+    assert run("--resume", str(run_dir))[0] == 0
+    assert np.isnan(rundir.read_run(run_dir).final[2:]).all()
+    assert strict_json(run_dir / "done.json")["alive"] == 2

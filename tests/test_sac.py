@@ -425,3 +425,37 @@ def test_impossible_settings_are_refused(changes, message):
 def test_discrete_actions_are_refused():
     with pytest.raises(ValueError, match=r"CartPole.* has discrete actions"):
         sac.make_env(config_of(env="cartpole"))
+
+
+def test_broken_steps_are_not_learned_from():
+    """Whatever they hold: no loss of an update sees rows that are not valid."""
+    (_, state, _), _ = states_of(COUNTER, 2)
+    _, update = functions_of(COUNTER)
+    replay = state.replay._replace(valid=state.replay.valid.at[:32].set(False))
+    spoil = lambda x: x.at[:32].set(7.0)
+    spoiled = replay._replace(
+        obs=spoil(replay.obs),
+        action=spoil(replay.action),
+        reward=spoil(replay.reward),
+        next_obs=spoil(replay.next_obs),
+    )
+    one, other = (update(state._replace(replay=x), 1e-3)[0] for x in (replay, spoiled))
+    tiny.assert_close(one.params, other.params)
+
+
+def test_the_target_entropy_is_one_of_each_action():
+    """Of two actions: Adam's first moment of the temperature has alpha times it, times 0.1."""
+
+    def moment(mult):
+        changes = {"updates_per_step": 1 / 32, "learning_starts": 0}
+        config = tiny.config_of("sac", env="tiny:counter", target_entropy_mult=mult, **changes)
+        algo = tiny.build("sac", config)
+        state = jax.jit(algo.update)(algo.init(jax.random.key(0)))[0]
+        return state.opt_state["temperature"].mu
+
+    assert_allclose(moment(1.7) - moment(0.7), 0.1 * 2, rtol=1e-4)
+
+
+def test_the_logged_temperature_is_alpha():
+    _, (metrics,) = states_of(BY_HAND, 1, learning_rate=0.0)
+    assert_allclose(metrics["losses/temperature"] / metrics["losses/count"], 0.2, rtol=1e-5)
