@@ -857,8 +857,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "inverted_double_pendulum": {**FAST, "total_timesteps": 300_000, "num_mu_epochs": 2},
     "reacher": {**PHYSICS, "gamma": 0.95},
     "ant": {  # with an initial std of 1, actions cost more than standing still earns
-        **FAST, "total_timesteps": 10_000_000, "num_envs": 512, "num_steps": 32, "num_epochs": 4,
-        "gamma": 0.97, "clip_eps": 0.4, "num_mu_epochs": 4, "hidden": (256, 256),
+        **FAST, "total_timesteps": 20_000_000, "num_envs": 512, "num_steps": 32, "num_epochs": 4,
+        "num_minibatches": 4, "learning_rate": 5e-4, "gamma": 0.97, "clip_eps": 0.4,
+        "num_vf_minibatches": 4, "num_mu_epochs": 4, "num_mu_minibatches": 4, "hidden": (256, 256),
         "log_std_init": -1.0,
     },
     # the base configurations of the authors' code; gsde is their name for noise that is held
