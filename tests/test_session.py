@@ -211,6 +211,7 @@ def test_a_longer_run_with_a_schedule_says_that_the_schedule_changes(tmp_path):
     status, said = run("--resume", str(run_dir), "--total-timesteps", "64")
     assert status == 0
     assert "anneal_lr: from here on towards the new end" in said
+    assert "continues after 32 steps of each row\n" in said
     _, said = run("--resume", str(run_dir))
     assert "is complete (64 steps)" in said
     assert "anneal" not in said
