@@ -292,16 +292,18 @@ def write_minari(name: str, dataset: Dataset, meta: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Collect from the command line."""
     parser = cli.Parser(__doc__)
-    parser.add_argument("policy", nargs="?", default="", metavar="POLICY")
-    parser.add_argument("--type", choices=TYPES, help="of data, pure if not given")
+    parser.add_argument(
+        "policy", nargs="?", default="", metavar="POLICY", help="policy_sNNN.npz of a run"
+    )
+    parser.add_argument("--type", choices=TYPES, help="of data; default: pure")
     parser.add_argument(
         "--mixture", type=cli.path, help="file of parts, in place of POLICY and --type"
     )
     parser.add_argument("--env", default="", help="task, if no policy says it")
-    parser.add_argument("--steps", type=int, default=1_000_000, help="rows; 1,000,000 by default")
+    parser.add_argument("--steps", type=int, default=1_000_000, help="rows to collect")
     parser.add_argument("--seed", type=cli.seed, default=0, help="of start states and noise")
     parser.add_argument("--out", required=True, help="file to write, or name of a Minari dataset")
-    parser.add_argument("--format", choices=("npz", "minari"), default="npz")
+    parser.add_argument("--format", choices=("npz", "minari"), default="npz", help="of the file")
     args = parser.parse_args(argv)
     try:
         with contextlib.ExitStack() as held:

@@ -116,7 +116,9 @@ def read_ranges(path: Path) -> dict[str, tuple[float, float]]:
 def main(argv: list[str] | None = None) -> None:
     """Compare from the command line."""
     parser = cli.Parser(__doc__)
-    parser.add_argument("run_dirs", nargs="+", type=cli.path, metavar="RUN_DIR")
+    parser.add_argument(
+        "run_dirs", nargs="+", type=cli.path, metavar="RUN_DIR", help="runs to compare"
+    )
     parser.add_argument("--out", type=cli.path, help="figure to write: png, pdf or svg")
     parser.add_argument("--labels", nargs="+", help="names of the curves, in the legend's order")
     parser.add_argument("--title", default="", help="above the figure; default: a single task")

@@ -239,10 +239,14 @@ def markdown(measured: dict[str, np.ndarray]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Diagnose from the command line."""
     parser = cli.Parser(__doc__)
-    parser.add_argument("--run-dir", type=cli.path, required=True, help="run of algos/bnpo.py")
+    parser.add_argument(
+        "--run-dir", type=cli.path, required=True, help="finished run of algos/bnpo.py"
+    )
     parser.add_argument("--num-envs", type=int, default=200, help="episodes of each actor")
     parser.add_argument("--num-rows", type=int, default=4096, help="rows of the replay")
-    parser.add_argument("--out", type=cli.path, required=True, help="path without suffix")
+    parser.add_argument(
+        "--out", type=cli.path, required=True, help="files to write, without suffix"
+    )
     parser.add_argument("--force", action="store_true", help="replace files that exist")
     args = parser.parse_args(argv)
     if args.num_envs < 1 or args.num_envs % GROUP:

@@ -54,7 +54,7 @@ def evaluate_run(run: rundir.Run, episodes: int, seed: int) -> rundir.Run:
 def main(argv: list[str] | None = None):
     """Evaluate from the command line."""
     parser = cli.Parser(__doc__)
-    parser.add_argument("run_dir", type=cli.path, metavar="RUN_DIR")
+    parser.add_argument("run_dir", type=cli.path, metavar="RUN_DIR", help="a finished run")
     parser.add_argument("--episodes", type=int, default=256, help="of each policy")
     parser.add_argument("--seed", type=cli.seed, default=1, help="of the start states")
     parser.add_argument(

@@ -47,8 +47,8 @@ def to_onnx(path: Path) -> Any:
 def main(argv: list[str] | None = None) -> None:
     """Export from the command line."""
     parser = cli.Parser(__doc__)
-    parser.add_argument("policy", type=cli.path, metavar="POLICY")
-    parser.add_argument("--out", type=cli.path, required=True, help="file to write")
+    parser.add_argument("policy", type=cli.path, metavar="POLICY", help="policy_sNNN.npz of a run")
+    parser.add_argument("--out", type=cli.path, required=True, help="file to write: .onnx")
     parser.add_argument("--force", action="store_true", help="replace a file that exists")
     args = parser.parse_args(argv)
     try:

@@ -157,7 +157,9 @@ def describe(algo: str, results: list[dict], experiments: dict[str, list[str]]) 
 def main(argv: list[str] | None = None) -> int:
     """Report from the command line; returns the exit status."""
     parser = cli.Parser(__doc__)
-    parser.add_argument("algos", nargs="*", metavar="ALGO", help=f"of {', '.join(cli.ALGOS)}")
+    parser.add_argument(
+        "algos", nargs="*", metavar="ALGO", help=f"default: all of {', '.join(cli.ALGOS)}"
+    )
     chosen = parser.parse_args(argv).algos or cli.ALGOS
     for algo in chosen:
         if algo not in cli.ALGOS:

@@ -18,7 +18,7 @@ from algos.launch import cli, program, render
 def main(argv: list[str] | None = None):
     """Render from the command line."""
     parser = cli.Parser(__doc__)
-    parser.add_argument("run_dir", type=cli.path, metavar="RUN_DIR")
+    parser.add_argument("run_dir", type=cli.path, metavar="RUN_DIR", help="a finished run")
     args = parser.parse_args(argv)
     try:
         program.setup_jax(1)

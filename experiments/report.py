@@ -288,8 +288,12 @@ def configuration(source: Source) -> ET.Element:
 def main(argv: list[str] | None = None) -> None:
     """Write the page from the command line."""
     parser = cli.Parser(__doc__)
-    parser.add_argument("run_dirs", nargs="+", type=cli.path, metavar="RUN_DIR")
-    parser.add_argument("--out", type=cli.path, required=True, metavar="PAGE.html")
+    parser.add_argument(
+        "run_dirs", nargs="+", type=cli.path, metavar="RUN_DIR", help="runs to show"
+    )
+    parser.add_argument(
+        "--out", type=cli.path, required=True, metavar="PAGE.html", help="page to write"
+    )
     parser.add_argument("--title", default="", help="of the page; default: algorithms and tasks")
     parser.add_argument("--force", action="store_true", help="replace a page that exists")
     args = parser.parse_args(argv)

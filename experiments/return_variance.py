@@ -354,7 +354,9 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--starts", type=int, default=32, help="start states")
     parser.add_argument("--repeats", type=int, default=256, help="rollouts from each")
     parser.add_argument("--num-steps", type=int, default=128, help="length of a rollout")
-    parser.add_argument("--out", type=cli.path, required=True, help="path without suffix")
+    parser.add_argument(
+        "--out", type=cli.path, required=True, help="files to write, without suffix"
+    )
     parser.add_argument("--force", action="store_true", help="replace files that exist")
     args = parser.parse_args(argv)
     try:

@@ -88,6 +88,21 @@ def test_help_shows_the_values_that_would_run(capsys):
     assert {*envs.TASKS["gym"], *envs.TASKS["brax"], *envs.TASKS["playground"]} <= words
 
 
+def test_a_tools_help_ends_with_the_default():
+    parser = cli.Parser("A tool.")
+    parser.add_argument("paths", nargs="+", help="files to read")
+    parser.add_argument("--seeds", nargs="+", type=int, default=(1, 16), help="numbers of seeds")
+    parser.add_argument("--row", type=int, default=0, help="which seed")
+    parser.add_argument("--title", default="", help="above the figure")
+    parser.add_argument("--force", action="store_true", help="replace files")
+    ends = ["files to read", "seeds, default: 1 16", "seed, default: 0", "the figure", "files"]
+    lines = parser.format_help().splitlines()
+    for end in ends:
+        assert [line for line in lines if line.endswith(end)], end
+    args = parser.parse_args(["x"])
+    assert (args.seeds, args.row, args.title, args.force) == ((1, 16), 0, "", False)
+
+
 @pytest.mark.parametrize("dash", ["-", "_"])
 @pytest.mark.parametrize("join", [" ", "="])
 def test_spellings_of_a_flag(dash, join):

@@ -338,6 +338,14 @@ class Parser(argparse.ArgumentParser):
         layout = argparse.RawTextHelpFormatter
         super().__init__(description=doc, formatter_class=layout, allow_abbrev=False)
 
+    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
+        """As in argparse; the help text ends with the default, where one is given."""
+        default = settings.get("default")
+        if default not in (None, "", [], argparse.SUPPRESS):
+            values = default if isinstance(default, (list, tuple)) else [default]
+            settings["help"] += f", default: {' '.join(map(str, values))}"
+        return super().add_argument(*names, **settings)
+
     def error(self, message: str) -> NoReturn:
         """End with one line and exit status 2."""
         self.exit(2, f"error: {message}\n")

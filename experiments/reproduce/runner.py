@@ -287,12 +287,12 @@ def main(
     directory's parent.
     """
     parser = cli.Parser(doc)
-    parser.add_argument("groups", nargs="+", choices=groups, metavar="GROUP")
+    parser.add_argument("groups", nargs="+", choices=groups, metavar="GROUP", help="tables to make")
     parser.add_argument("--tasks", nargs="+", help="only these tasks of the groups")
     parser.add_argument("--jobs", nargs="+", help="only jobs of these names")
     parser.add_argument("--num-seeds", type=int, default=8, help="seeds of each new launch")
     parser.add_argument("--seed", type=int, default=0, help="first seed; not 0: adds seeds to runs")
-    parser.add_argument("--out", type=cli.path, default=Path(out), help=f"default: {out}")
+    parser.add_argument("--out", type=cli.path, default=Path(out), help="of runs and tables")
     args = parser.parse_args(argv)
     for flag, field in (("tasks", "task"), ("jobs", "name")):
         known = {getattr(job, field) for group in args.groups for job in groups[group]}
