@@ -92,6 +92,32 @@ def test_a_life_terminates_and_a_game_returns(played):
     np.testing.assert_array_equal(info["env_nan"], False)
 
 
+def test_a_time_limit_truncates(monkeypatch):
+    """After FRAMES frames a game of Pong is not lost: it is cut off, and a new one begins."""
+    monkeypatch.setattr(atari, "FRAMES", 400)
+    monkeypatch.setattr(atari, "_pool", atari._pool.__wrapped__)  # emulators of this test alone
+    env = envs.make("atari/Pong", 2)
+    assert env.max_steps == 100
+
+    def step(state, key):
+        _, state, _, terminated, truncated, info = env.step(key, state, jnp.zeros(2, jnp.int32))
+        return state, (terminated, truncated, info["returned"], info["episode_length"])
+
+    @jax.jit
+    def play(key):
+        return jax.lax.scan(step, env.reset(key)[1], jax.random.split(key, 210))[1]
+
+    terminated, truncated, returned, length = jax.device_get(play(jax.random.key(0)))
+    assert not terminated.any()
+    np.testing.assert_array_equal(returned, truncated)
+    assert truncated.sum(0).tolist() == [2, 2]
+    assert length[truncated].max() <= env.max_steps
+    for n in range(2):
+        first, second = np.flatnonzero(truncated[:, n])
+        assert length[first, n] == first + 1
+        assert length[second, n] == second - first
+
+
 def test_training_and_evaluation_do_not_share_emulators():
     one, other = (envs.make("atari/Pong", 2, stagger=stagger) for stagger in (True, False))
     handles = [np.asarray(env.reset(jax.random.key(0))[1].handle) for env in (one, other)]

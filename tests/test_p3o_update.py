@@ -447,12 +447,27 @@ def test_initial_weights(obs_shape):
             assert_allclose(jnp.linalg.svd(layer["kernel"])[1], math.sqrt(2), atol=1e-4)
 
 
-@pytest.mark.parametrize("preset", ["a2c", "fixed_clip", "no_kl"])
-def test_ablations_run(preset):
-    algo = tiny.build("p3o", config_of(**p3o.PRESETS[preset]))
-    state = jax.eval_shape(algo.init, jax.random.key(0))
-    new_state, _ = jax.eval_shape(algo.update, state)
-    assert jax.tree.structure(new_state) == jax.tree.structure(state)
+@pytest.mark.parametrize(
+    ("preset", "limit", "kl_coef"),
+    [([], "ess", "1 - ess"), (["fixed_clip"], 1.0, "1 - ess"), (["no_kl"], "ess", 0.0)],
+)
+def test_ablations_take_out_one_part(preset, limit, kl_coef):
+    """The largest ratio and the weight of the KL, as sums over the replayed minibatches."""
+    changes = p3o.PRESETS[preset[0]] if preset else {}
+    config = config_of(replay_fraction=1.0, total_timesteps=20 * 32, learning_rate=0.1, **changes)
+    metrics = states_of(config, 20)[1]
+    total = {k: sum(m[k] for m in metrics) for k in metrics[0] if k.startswith("replay/")}
+    count, ess = total["replay/count"], total["replay/ess"]
+    assert 0 < ess < 0.99 * count
+    known = {"ess": ess, "1 - ess": count - ess, 1.0: count, 0.0: 0.0}
+    assert_allclose(total["replay/ratio_limit"], known[limit], atol=1e-4)
+    assert_allclose(total["replay/kl_coef"], known[kl_coef], atol=1e-4)
+
+
+def test_a2c_is_p3o_without_a_replay_buffer():
+    states, metrics = states_of(config_of(**p3o.PRESETS["a2c"]), 2)
+    assert not jax.tree.leaves(states[-1].replay)
+    assert not [name for name in metrics[-1] if name.startswith("replay/")]
 
 
 def test_bytes_of_the_replay():
