@@ -166,8 +166,8 @@ def test_a_chart_for_each_task_against_steps_and_seconds(tmp_path):
     page = write_page(tmp_path, *runs, "--title", "T")
     labels = [x.get("aria-label") for x in page.all("svg")]
     assert labels == [None, *["gymnax/CartPole-v1", "gymnax/Pendulum-v1"] * 2]  # None: the legend
-    units = [x for x in page.texts if x in ("environment steps", "seconds, all seeds")]
-    assert units == ["environment steps"] * 2 + ["seconds, all seeds"] * 2
+    units = [x for x in page.texts if x in ("environment steps", "seconds of training, all seeds")]
+    assert units == ["environment steps"] * 2 + ["seconds of training, all seeds"] * 2
     assert page.tables[1][1][0] == "ppo, gymnax/CartPole-v1"
     assert page.texts.count("T") == 2  # title and heading
 
@@ -177,7 +177,7 @@ def test_offline_and_other_runs_share_seconds_alone(tmp_path):
     change(offline, "config", dataset="data.npz")
     page = write_page(tmp_path, online, offline)
     assert [x.get("aria-label") for x in page.all("svg")][2:] == ["gymnax/CartPole-v1"]
-    assert "seconds, all seeds" in page.texts
+    assert "seconds of training, all seeds" in page.texts
 
 
 def test_gradient_steps_and_environment_steps_have_charts_of_their_own(tmp_path):

@@ -193,7 +193,7 @@ def profile(scores: np.ndarray, taus: np.ndarray) -> tuple[np.ndarray, np.ndarra
 FORMATS = (".png", ".pdf", ".svg")
 TEXT_WIDTH = 6.75  # inches, of a paper with two columns
 MAX_THIN = 16  # seeds in a panel of which each has a line
-X_LABELS = {"steps": "steps", "seconds": "seconds, all seeds"}
+X_LABELS = {"steps": "steps", "seconds": "seconds of training, all seeds"}
 STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
