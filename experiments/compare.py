@@ -142,6 +142,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.labels:
             entries = report.relabel(entries, args.labels)
         rows = [report.summary(*entry) for entry in entries]
+        differences = report.differences(entries)
         scores = report.scores(entries, read_ranges(args.normalise)) if args.normalise else {}
         summaries = [report.score_summary(*item) for item in scores.items()]
         if "curves" in outputs:
@@ -149,10 +150,14 @@ def main(argv: list[str] | None = None) -> None:
         if "scores" in outputs:
             report.plot_scores(entries, scores, outputs["scores"], args.title, args.width)
         if "numbers" in outputs:
-            rundir.write_json(outputs["numbers"], {"rows": rows, "scores": summaries})
+            rundir.write_json(
+                outputs["numbers"], {"rows": rows, "differences": differences, "scores": summaries}
+            )
     except (ValueError, OSError) as error:
         parser.error(str(error))
     print(report.markdown(rows))
+    if differences:
+        print(report.table(*report.difference_table(differences)))
     if summaries:
         print(report.score_markdown(summaries))
     for what, path in outputs.items():

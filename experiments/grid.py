@@ -120,7 +120,10 @@ def main(argv: list[str] | None = None) -> None:
         runner.run(argv)
     entries = report.entries(runner.complete(jobs | others).values())
     summaries = [report.summary(*entry) for entry in entries]
-    runner.write_table(args.out, report.markdown(summaries), summaries)
+    text, differences = report.markdown(summaries), report.differences(entries)
+    if differences:
+        text += f"\n{report.table(*report.difference_table(differences))}"
+    runner.write_table(args.out, text, summaries)
     # Steps of offline algorithms are gradient steps; beside others only seconds compare.
     kinds = {"dataset" in entry.run.config for entry in entries}
     x = "steps" if len(kinds) == 1 else "seconds"

@@ -37,7 +37,7 @@ th { background: var(--page); font-weight: 600 }
 .facts td, .facts th + th { min-width: 11rem; max-width: 26rem; overflow-wrap: anywhere }
 .returns :is(td, th):nth-child(n+3):not(:last-child), .seeds :is(td, th + th)
   { text-align: right }
-.returns :is(td, th), .seeds :is(td, th) { white-space: nowrap }
+:is(.returns, .differences, .seeds) :is(td, th) { white-space: nowrap }
 :is(td, th):first-child { position: sticky; left: 0; max-width: 45vw; white-space: normal;
   overflow-wrap: break-word }
 .legend { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; margin: .5rem 0; padding: 0;

@@ -232,6 +232,7 @@ def sections(
     alive, count = (sum(row[name] for row in summaries) for name in ("alive", "n"))
     num_runs = "One run" if len(sources) == 1 else f"{len(sources)} runs"
     names = [source.name for source in sources]
+    compared = report.differences(entries)
     small, different = metrics(entries, of_run), differences(sources)
     columns = [facts(source) for source in sources]
     rows = [[key, *(values[key] for values in columns)] for key in columns[0]]
@@ -250,6 +251,12 @@ def sections(
             "The last evaluation. n: seeds that are alive, of all. Episodes are those of a seed, "
             "seconds those of the whole launch.",
             table("returns", *report.summary_table(summaries)),
+        ),
+        *section(
+            "Differences",
+            "Final returns minus those of the first run of the task: the difference of the IQMs "
+            "and its 95 % bootstrap interval. Seeds whose interval contains 0 show no difference.",
+            *([table("differences", *report.difference_table(compared))] if compared else []),
         ),
         *section("Seeds", "Final return of each seed.", seeds(entries, summaries)),
         *section(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
-from test_experiments import table_of, write_run
+from test_experiments import table_of, tables_of, write_run
 
 from algos.launch import report, rundir
 from experiments import compare
@@ -45,7 +45,7 @@ def test_a_row_for_each_run(tmp_path, capsys):
     out, data = tmp_path / "plots" / "both.png", tmp_path / "both.json"
     compare.main([str(one), str(two), "--out", str(out), "--json", str(data)])
 
-    rows = table_of(capsys)
+    rows, differences = tables_of(capsys)
     final = np.array([2.0, 12.0, 22.0, 32.0])
     lo, hi = report.iqm_interval(final)
     assert rows[0][0] == "ppo (one)"
@@ -60,9 +60,21 @@ def test_a_row_for_each_run(tmp_path, capsys):
         image.load()
         assert image.format == "PNG"
         assert min(image.size) > 300
-    saved = json.loads(data.read_text())["rows"]
-    assert saved[0]["per_seed"] == final.tolist()
-    assert saved[1]["per_seed"] == [102.0, 112.0, 122.0, None]
+    saved = json.loads(data.read_text())
+    assert saved["rows"][0]["per_seed"] == final.tolist()
+    assert saved["rows"][1]["per_seed"] == [102.0, 112.0, 122.0, None]
+    middle, interval = report.difference(np.array([102.0, 112.0, 122.0]), final)
+    assert saved["differences"] == [
+        {
+            "label": "ppo (two)",
+            "minus": "ppo (one)",
+            "env": "gymnax/CartPole-v1",
+            "iqm": middle,
+            "interval": list(interval),
+        }
+    ]
+    shown = report.estimate(middle, interval, digits=1)
+    assert differences == [["ppo (two)", "ppo (one)", "gymnax/CartPole-v1", shown]]
 
 
 def test_a_row_for_each_swept_value(tmp_path, capsys):
@@ -179,7 +191,7 @@ def test_curves_against_steps_and_seconds(tmp_path, drawn):
     compare.main([str(run), "--out", str(tmp_path / "x.png"), "--x", "seconds", "steps"])
     found = [(axis.get_xlabel(), curves(axis)["ppo (n=4)"][0].tolist()) for axis in drawn[0]]
     assert found == [
-        ("seconds, all seeds", [0, 1, 2]),
+        ("seconds of training, all seeds", [0, 1, 2]),
         ("environment steps", [0, 100, 200]),
     ]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import re
 import sys
@@ -51,12 +52,19 @@ def write_run(
     return path
 
 
+def tables_of(capsys):
+    """Cells of the Markdown tables that were printed, without their heads."""
+    cells_of = lambda line: [cell.strip() for cell in line.split("|")[1:-1]]
+    parts = itertools.groupby(capsys.readouterr().out.splitlines(), lambda x: x.startswith("|"))
+    tables = [[*map(cells_of, lines)] for is_table, lines in parts if is_table]
+    for table in tables:
+        assert len({len(row) for row in table}) == 1
+    return [table[2:] for table in tables]
+
+
 def table_of(capsys):
-    """Cells of the Markdown table that was printed, without its head."""
-    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("|")]
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert len({len(row) for row in cells}) == 1
-    return cells[2:]
+    """Cells of the first table that was printed."""
+    return tables_of(capsys)[0]
 
 
 # --- render ---

@@ -103,13 +103,14 @@ def test_figure_and_table_are_of_all_runs(tmp_path, ran, capsys, monkeypatch):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "table.md").read_text()
     assert table in capsys.readouterr().out
-    assert table.count("\n") == 2 + 4
+    assert table.count("\n") == 2 + 4 + 1 + 2 + 2  # returns, and bpo minus ppo
+    assert "| bpo | ppo | gymnax/Pendulum-v1 | 0.0 [" in table
     numbers = json.loads((tmp_path / "table.json").read_text())
     assert [row["per_seed"] for row in numbers] == [[2.0, 12.0]] * 4
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "config.json").write_text('{"model": 1}')  # of somebody else
     run_grid(tmp_path, algos=("bpo",), tasks=("acrobot",))  # beside what is there
-    rows = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines()[2:]]
+    rows = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines()[2:7]]
     found = [(row[0].removeprefix("| "), row[1]) for row in rows]
     assert found == [("bpo", "gymnax/Acrobot-v1"), *((x, y) for x in ("bpo", "ppo") for y in tasks)]
 

@@ -22,11 +22,11 @@ VOID = {"meta", "img"}
 
 
 class Page(HTMLParser):
-    """A page as lists: every element's tag and attributes, its texts, and tables as cells."""
+    """A page: every element's tag and attributes, its texts, and the cells of tables by class."""
 
     def __init__(self, text):
         super().__init__()
-        self.elements, self.texts, self.tables, self.open = [], [], [], []
+        self.elements, self.texts, self.tables, self.open = [], [], {}, []
         self.feed(text)
         assert self.open == []  # what was opened was closed
 
@@ -35,11 +35,12 @@ class Page(HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
         if tag == "table":
-            self.tables.append([])
+            self.rows = []
+            self.tables.setdefault(dict(attributes)["class"], []).append(self.rows)
         if tag == "tr":
-            self.tables[-1].append([])
+            self.rows.append([])
         if tag in ("th", "td"):
-            self.tables[-1][-1].append("")
+            self.rows[-1].append("")
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -47,7 +48,7 @@ class Page(HTMLParser):
     def handle_data(self, data):
         self.texts.append(data)
         if self.open and self.open[-1] in ("th", "td"):
-            self.tables[-1][-1][-1] += data
+            self.rows[-1][-1] += data
 
     def all(self, tag):
         """Attributes of every element of a tag."""
@@ -84,7 +85,7 @@ def test_numbers_are_those_of_the_summary(tmp_path):
     one = write_run(tmp_path / "one")
     two = write_run(tmp_path / "two", seeds=(0, None, 2, 7), offset=1e3, done=False, algo="bpo")
     page = write_page(tmp_path, one, two)
-    returns, seeds = page.tables[:2]
+    returns, differences, seeds = (page.tables[x][0] for x in ("returns", "differences", "seeds"))
     entries = statistics.entries([rundir.read_run(one), rundir.read_run(two)])
     rows = [statistics.summary(*entry) for entry in entries]
     for found, row in zip(returns[1:], rows, strict=True):
@@ -92,6 +93,9 @@ def test_numbers_are_those_of_the_summary(tmp_path):
     assert returns[1][:3] == ["ppo", "gymnax/CartPole-v1", "4/4"]
     assert returns[1][4:] == ["2.0", "2", "200", "2.0", "30.0", "2 x cpu"]
     assert [x[0] for x in returns[1:]] == ["ppo", "bpo, unfinished"]
+    (difference,) = statistics.differences(entries)
+    shown = statistics.estimate(difference["iqm"], difference["interval"], digits=1)
+    assert differences[1:] == [["bpo", "ppo", "gymnax/CartPole-v1", shown]]
     assert seeds == [
         ["seed", "-1", "0", "1", "2", "3", "7"],  # a dead one has number -1 here
         ["ppo", "", "2.0", "12.0", "22.0", "32.0", ""],
@@ -102,7 +106,7 @@ def test_numbers_are_those_of_the_summary(tmp_path):
 
 def test_small_returns_have_two_decimals_everywhere(tmp_path):
     page = write_page(tmp_path, write_run(tmp_path / "run", seeds=(0,), offset=-1.85))
-    returns, seeds = page.tables[:2]
+    returns, seeds = (page.tables[x][0] for x in ("returns", "seeds"))
     assert returns[1][3:5] == ["0.15 [-, -]", "0.15"]
     assert seeds[1] == ["ppo", "0.15"]
 
@@ -111,10 +115,11 @@ def test_a_swept_run_has_a_row_for_each_value(tmp_path):
     run = write_run(tmp_path / "run", labels=("gamma=0.9", "gamma=0.99"), seeds=(1, 2))
     page = write_page(tmp_path, run)
     names = ["ppo gamma=0.9", "ppo gamma=0.99"]
-    assert [row[0] for row in page.tables[0][1:]] == names
-    assert [row[0] for row in page.tables[1][1:]] == names
+    assert [row[0] for row in page.tables["returns"][0][1:]] == names
+    assert [row[0] for row in page.tables["seeds"][0][1:]] == names
+    assert [row[:2] for row in page.tables["differences"][0][1:]] == [names[::-1]]
     assert [f"{name} (n=2)" in page.texts for name in names] == [True, True]
-    facts = dict(page.tables[2])
+    facts = dict(page.tables["facts"][0])
     assert facts["swept"] == "gamma=0.9, gamma=0.99"
     assert facts["seeds"] == "1, 2"
 
@@ -125,7 +130,7 @@ def test_what_was_run(tmp_path):
     rundir.write_json(run / "meta.json", {"num_devices": 2, "device": "cpu"} | meta)
     seconds = {"train": 2.0, "compile": 30.0, "eval": 4.0, "wall": 1234.5}
     rundir.write_json(run / "done.json", {"seconds": seconds})
-    facts = dict(write_page(tmp_path, run).tables[2])
+    facts = dict(write_page(tmp_path, run).tables["facts"][0])
     shown = {"compile, s": "30.0", "train, s": "2.0", "eval, s": "4.0", "wall, s": "1,234.5"}
     shown |= {"versions": "jax 1, brax 2", "command": "algos/ppo.py <x>", "commit": "abc+"}
     shown |= {"directory": str(run), "steps": "200", "task": "cartpole", "device": "2 x cpu"}
@@ -142,7 +147,7 @@ def test_only_settings_that_differ_are_compared(tmp_path):
     change(runs[2], "launch", num_evals=7, num_seeds=5)  # num_evals is not known of the others
     page = write_page(tmp_path, *runs)
     hidden = json.dumps(rundir.read_description(runs[0])["config"]["hidden"])
-    head, *rows = page.tables[3]
+    head, *rows = page.tables["facts"][1]
     assert head == ["", "ppo", "bpo", "sac"]
     assert sorted(rows) == [
         ["brains.1.nstep", "0", "1", "2"],
@@ -168,7 +173,7 @@ def test_a_chart_for_each_task_against_steps_and_seconds(tmp_path):
     assert labels == [None, *["gymnax/CartPole-v1", "gymnax/Pendulum-v1"] * 2]  # None: the legend
     units = [x for x in page.texts if x in ("environment steps", "seconds of training, all seeds")]
     assert units == ["environment steps"] * 2 + ["seconds of training, all seeds"] * 2
-    assert page.tables[1][1][0] == "ppo, gymnax/CartPole-v1"
+    assert page.tables["seeds"][0][1][0] == "ppo, gymnax/CartPole-v1"
     assert page.texts.count("T") == 2  # title and heading
 
 
@@ -261,7 +266,7 @@ def test_text_is_text(tmp_path):
     assert page.all("script") == []
     assert page.texts.count(evil) >= 3
     assert f"losses/{evil}" in page.texts
-    assert dict(page.tables[2])["directory"] == str(run)
+    assert dict(page.tables["facts"][0])["directory"] == str(run)
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -272,8 +277,13 @@ def test_nobody_alive_and_nothing_finished(count, tmp_path):
     evals = {"steps": [*range(count)], "seconds": [0.0] * count}
     rundir.write_evals(run, evals | {"returns": nothing, "lengths": nothing})
     page = write_page(tmp_path, run)
-    assert page.tables[0][1][:4] == ["ppo, unfinished", "gymnax/CartPole-v1", "0/1", "- [-, -]"]
-    assert page.tables[1][1] == ["ppo", "dead"]
+    assert page.tables["returns"][0][1][:4] == [
+        "ppo, unfinished",
+        "gymnax/CartPole-v1",
+        "0/1",
+        "- [-, -]",
+    ]
+    assert page.tables["seeds"][0][1] == ["ppo", "dead"]
     assert "Losses and health" not in page.texts
     assert "Policies" not in page.texts
 
@@ -429,7 +439,7 @@ def test_launches_that_add_seeds_are_one_curve(tmp_path, monkeypatch):
     write_metrics(more, [{"global_step": i, "losses/a": [i + 5]} for i in (0, 2)])
     monkeypatch.setattr(statistics, "draw_metric", lambda axis, lines: drawn.extend(lines))
     page = write_page(tmp_path, one, more)
-    returns, seeds = page.tables[:2]
+    returns, seeds = (page.tables[x][0] for x in ("returns", "seeds"))
     assert [row[2] for row in returns[1:]] == ["3/3"]
     assert seeds[1][1:] == ["2.0", "12.0", "22.0"]
     [(_, steps, values)] = drawn

@@ -50,6 +50,22 @@ def test_interval_covers():
     assert 0.85 < inside < 0.99  # a percentile bootstrap of 16 is a little too narrow
 
 
+def test_an_interval_of_a_difference_is_a_bootstrap_of_both():
+    """Over seeds, which are not paired; a dead one is left out."""
+    x, y = np.array([1.0, 2.0, 3.0, 4.0]), np.array([11.0, 12.0, 13.0, 14.0, np.nan])
+    rng = np.random.default_rng(1)
+    middle = lambda v: np.sort(rng.choice(v, (20_000, 4)), 1)[:, 1:3].mean(1)
+    lo, hi = np.percentile(middle(y[:4]) - middle(x), [2.5, 97.5])
+    middle, interval = report.difference(y, x)
+    assert middle == 10.0
+    np.testing.assert_allclose(interval, [lo, hi], atol=0.15)
+    dead, alone = np.full(4, np.nan), np.array([7.0])
+    assert np.isnan([report.difference(dead, x)[0], *report.difference(dead, x)[1]]).all()
+    middle, interval = report.difference(alone, x)
+    assert middle == 4.5
+    assert np.isnan(interval).all()
+
+
 def test_seeds_are_drawn_anew_within_each_task():
     """By hand: two tasks of two seeds, of whose four draws the IQM is the mean of the middle two.
 

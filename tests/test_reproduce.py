@@ -458,20 +458,6 @@ def test_differences_are_of_equal_steps(tmp_path, capsys, monkeypatch):
     assert b1.startswith("| b1 | 7.0 [")
 
 
-def test_an_interval_of_a_difference_is_a_bootstrap_of_both():
-    """Over seeds, which are not paired; a dead one is left out."""
-    x, y = np.array([1.0, 2.0, 3.0, 4.0]), np.array([11.0, 12.0, 13.0, 14.0, np.nan])
-    rng = np.random.default_rng(1)
-    middle = lambda v: np.sort(rng.choice(v, (20_000, 4)), 1)[:, 1:3].mean(1)
-    lo, hi = np.percentile(middle(y[:4]) - middle(x), [2.5, 97.5])
-    value, interval = bnpo.difference(y, x).split(" ", 1)
-    assert float(value) == 10.0
-    np.testing.assert_allclose(json.loads(interval), [lo, hi], atol=0.15)
-    dead, alone = np.full(4, np.nan), np.array([7.0])
-    assert bnpo.difference(dead, x) == "- [-, -]"
-    assert bnpo.difference(alone, x) == "4.5 [-, -]"
-
-
 def test_a_failed_launch_stops_the_program():
     runner.run([sys.executable, "-c", ""])
     runner.run([sys.executable, "-c", "raise SystemExit(3)"])  # every seed died

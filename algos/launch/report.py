@@ -128,6 +128,17 @@ def middle_mean(x: np.ndarray) -> np.ndarray:
     return np.sort(x)[..., cut : x.shape[-1] - cut].mean(-1)
 
 
+def difference(x: np.ndarray, y: np.ndarray) -> tuple[float, tuple[float, float]]:
+    """IQM of the returns x [R] of seeds minus that of y [Q], and its 95 % bootstrap interval.
+
+    The seeds of both are drawn anew, apart from each other; NaN is left out.
+    """
+    rng = np.random.default_rng(0)
+    drawn_x, drawn_y = (middle_mean(resampled(returns, rng)) for returns in (x, y))
+    lo, hi = np.percentile(drawn_x - drawn_y, [2.5, 97.5])
+    return iqm(x) - iqm(y), (float(lo), float(hi))
+
+
 def final(returns: np.ndarray) -> dict[str, Any]:
     """IQM, its interval and the mean of each seed in final returns [R, F]."""
     means = returns.mean(-1)
@@ -473,6 +484,35 @@ def summary_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Table of the summaries."""
     return table(*summary_table(rows))
+
+
+def differences(entries: list[Entry]) -> list[dict[str, Any]]:
+    """Final returns of each entry minus those of the first entry of its task."""
+    found = []
+    for task, (first, *others) in by_task(entries).items():
+        reference = first.run.final[first.rows].mean(-1)
+        for entry in others:
+            middle, interval = difference(entry.run.final[entry.rows].mean(-1), reference)
+            found.append(
+                {
+                    "label": entry.label,
+                    "minus": first.label,
+                    "env": task,
+                    "iqm": rundir.jsonable(middle),
+                    "interval": rundir.jsonable(interval),
+                }
+            )
+    return found
+
+
+def difference_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Head and cells of the table of the differences."""
+    head = ["algorithm", "minus", "environment", "difference of the IQMs [95 %]"]
+    cells = [
+        [row["label"], row["minus"], row["env"], estimate(row["iqm"], row["interval"], digits=1)]
+        for row in rows
+    ]
+    return head, cells
 
 
 def score_summary(label: str, scores: np.ndarray) -> dict[str, Any]:

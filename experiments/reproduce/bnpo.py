@@ -108,15 +108,6 @@ def milestones(done: Report) -> str:
     return f"\n{title}\n\n{report.table(head, rows)}"
 
 
-def difference(x: np.ndarray, y: np.ndarray) -> str:
-    """IQM of the returns x [R] of seeds minus that of y [Q], with its 95 % bootstrap interval."""
-    rng = np.random.default_rng(0)
-    drawn_x, drawn_y = (report.middle_mean(report.resampled(returns, rng)) for returns in (x, y))
-    middle = report.iqm(x) - report.iqm(y)
-    # one decimal, as the returns have, however small their difference is
-    return report.estimate(middle, np.percentile(drawn_x - drawn_y, [2.5, 97.5]), digits=1)
-
-
 def differences(done: Report) -> str:
     """Tables of the final returns minus those of the references after as many steps."""
     text = ""
@@ -132,10 +123,11 @@ def differences(done: Report) -> str:
             name: run.returns[:, np.abs(run.steps - steps).argmin()].mean(-1)
             for name, run in (references | runs).items()
         }
-        rows = [
-            [x, *("-" if x == y else difference(returns, at_the_end[y]) for y in references)]
-            for x, returns in at_the_end.items()
-        ]
+        rows = []
+        for x, returns in at_the_end.items():
+            minus = {y: report.difference(returns, at_the_end[y]) for y in references}
+            shown = {y: report.estimate(*found, digits=1) for y, found in minus.items()}
+            rows.append([x, *("-" if x == y else shown[y] for y in references)])
         head = [task, *(f"minus {name}" for name in references)]
         text += f"\nDifferences after {steps:,} steps:\n\n{report.table(head, rows)}"
     return text
