@@ -240,9 +240,9 @@ def sections(
         node("p", f"{num_runs}; {alive} of {count} seeds are alive."),
         *section(
             "Learning curves",
-            "Greedy evaluation. Line: interquartile mean (IQM) over seeds. Band: its 95 % "
-            "bootstrap interval. Thin lines: the seeds, if a chart has at most "
-            f"{report.MAX_THIN}.",
+            "Greedy evaluation. Line: interquartile mean (IQM) over seeds. Band: "
+            f"{report.interval_name(*(row['alive'] for row in summaries))}. "
+            f"Thin lines: the seeds, if a chart has at most {report.MAX_THIN}.",
             legend(entries),
             *curves(entries),
         ),

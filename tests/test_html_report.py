@@ -88,6 +88,8 @@ def test_numbers_are_those_of_the_summary(tmp_path):
     returns, differences, seeds = (page.tables[x][0] for x in ("returns", "differences", "seeds"))
     entries = statistics.entries([rundir.read_run(one), rundir.read_run(two)])
     rows = [statistics.summary(*entry) for entry in entries]
+    assert returns[0][3] == "final greedy return, IQM [lowest and highest seed]"
+    assert "Band: lowest and highest seed." in " ".join(page.texts)
     for found, row in zip(returns[1:], rows, strict=True):
         assert found[3] == statistics.estimate(row["iqm"], row["interval"])
     assert returns[1][:3] == ["ppo", "gymnax/CartPole-v1", "4/4"]

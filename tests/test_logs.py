@@ -52,7 +52,7 @@ def test_lines_of_metrics_keep_every_seed(tmp_path):
 
 
 def test_aggregates_leave_out_what_is_absent():
-    assert logs.aggregate(VALUES) == {
+    assert logs.aggregate(VALUES, ["", ""]) == {
         "eval/episodic_return": 2.0,
         "eval/episodic_return_min": 1.0,
         "eval/episodic_return_max": 3.0,
@@ -64,6 +64,15 @@ def test_aggregates_leave_out_what_is_absent():
         "time/train": 2.5,
     }
     assert logs.row_values(VALUES, 0) == {"eval/episodic_return": 1.0}
+
+
+def test_a_swept_value_has_aggregates_of_its_own():
+    values = {"losses/value_loss": np.array([1.0, 3.0, 10.0, np.nan]), "time/train": 2.5}
+    assert logs.aggregate(values, ["gamma=0.9", "gamma=0.9", "gamma=0.99", "gamma=0.99"]) == {
+        "gamma=0.9/losses/value_loss": 2.0,
+        "gamma=0.99/losses/value_loss": 10.0,
+        "time/train": 2.5,
+    }
 
 
 def test_hosts_that_do_not_lead_print_nothing(capsys):
@@ -90,7 +99,7 @@ def test_tensorboard(tmp_path):
     log.write(64, VALUES)
     # Not closed: a run that is killed keeps what it wrote.
     seen = {tag: value for step, tag, value in events(tmp_path) if step == 64}
-    assert seen == pytest.approx(logs.aggregate(VALUES))
+    assert seen == pytest.approx(logs.aggregate(VALUES, ["", ""]))
     log.close(True)
 
 
@@ -164,7 +173,7 @@ def test_wandb_never_ends_a_run(tmp_path, monkeypatch, capsys, fails, complete):
         assert said.startswith("W&B failed")
         return
     (whole, options), (first, _), (second, _) = made
-    assert whole.logged[0] == {"global_step": 64} | logs.aggregate(VALUES)
+    assert whole.logged[0] == {"global_step": 64} | logs.aggregate(VALUES, ["", ""])
     assert first.logged[0] == {"global_step": 64, "eval/episodic_return": 1.0}
     assert second.logged[1]["charts/episodic_return"] == 5.0
     assert whole.exit_code == second.exit_code == (0 if complete else 1)

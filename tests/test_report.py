@@ -66,6 +66,20 @@ def test_an_interval_of_a_difference_is_a_bootstrap_of_both():
     assert np.isnan(interval).all()
 
 
+@pytest.mark.parametrize(
+    ("num_seeds", "name"),
+    [
+        ((5, 10), "95 % interval"),
+        ((2, 4), "lowest and highest seed"),
+        ((4, 10), "95 % interval; of 4 seeds or fewer their range"),
+    ],
+)
+def test_an_interval_of_few_seeds_is_their_range(num_seeds, name):
+    assert report.interval_name(*num_seeds) == name
+    low, high = report.iqm_interval(np.arange(float(min(num_seeds))))
+    assert ((low, high) == (0.0, min(num_seeds) - 1)) == (min(num_seeds) <= 4)
+
+
 def test_seeds_are_drawn_anew_within_each_task():
     """By hand: two tasks of two seeds, of whose four draws the IQM is the mean of the middle two.
 

@@ -93,6 +93,7 @@ class Log:
         self.verbose = verbose
         self.console: Any = Console(sys.stderr)
         self.file: Any = None
+        self.labels: list[str] = []
         self.tensorboard: Any = None
         self.wandb_runs: list[tuple[Any, int | None]] = []  # (run, its row; None: all rows)
         self.bar: Any = None
@@ -102,6 +103,7 @@ class Log:
     ) -> None:
         """Open the sinks in the run directory, to go on after `step`."""
         self.file = open(run_dir / "metrics.jsonl", "a")  # noqa: SIM115
+        self.labels = rows.labels
         if launch.tensorboard:
             self.tensorboard = EventFile(run_dir / "tensorboard", step)
         if launch.track:
@@ -191,7 +193,7 @@ class Log:
         line = {"global_step": step} | {k: jsonable(v) for k, v in values.items()}
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
-        scalars = aggregate(values)
+        scalars = aggregate(values, self.labels)
         self.say("  " + "  ".join(f"{k} {v:.4g}" for k, v in scalars.items()), 2)
         if self.tensorboard:
             self.tensorboard.write(step, scalars)
@@ -343,18 +345,26 @@ def start_wandb(log: Log, run_dir: Path, name: str, config: Any, launch: Any, ro
     return runs
 
 
-def aggregate(values: dict[str, Any]) -> dict[str, float]:
-    """Means over the rows that have a value; returns also as min, max and IQM."""
+def aggregate(values: dict[str, Any], labels: list[str]) -> dict[str, float]:
+    """Means over the rows that have a value; returns also as min, max and IQM.
+
+    `labels` [R] are the swept values of the rows. If there are several, each has means of its own:
+    `learning_rate=0.001/losses/value_loss`.
+    """
+    groups = {label: np.array(labels) == label for label in dict.fromkeys(labels)}
     scalars = {}
     for key, value in values.items():
-        present = np.asarray(value, np.float64)
-        present = present[np.isfinite(present)]
-        if present.size:
-            scalars[key] = float(present.mean())
-            if key.endswith("episodic_return"):
-                scalars[key + "_min"] = float(present.min())
-                scalars[key + "_max"] = float(present.max())
-                scalars[key + "_iqm"] = report.iqm(present)
+        parts = {key: np.asarray(value, np.float64)}
+        if np.ndim(value) and len(groups) > 1:
+            parts = {f"{label}/{key}": parts[key][rows] for label, rows in groups.items()}
+        for name, part in parts.items():
+            present = part[np.isfinite(part)]
+            if present.size:
+                scalars[name] = float(present.mean())
+                if name.endswith("episodic_return"):
+                    scalars[name + "_min"] = float(present.min())
+                    scalars[name + "_max"] = float(present.max())
+                    scalars[name + "_iqm"] = report.iqm(present)
     return scalars
 
 

@@ -305,7 +305,8 @@ def plot_curves(
     look, name = looks(entries), names(entries)
     title = title or ("" if len(tasks) > 1 else next(iter(tasks)))
     columns = len(xs) if len(xs) > 1 else int(width / 1.6)
-    legend = "IQM and 95 % interval over seeds"
+    alive = [int(np.isfinite(run.final[rows]).all(-1).sum()) for _, run, rows in entries]
+    legend = f"line: IQM over seeds; band: {interval_name(*alive)}"
     with figure(path, len(panels), columns, width, title, legend) as axes:
         columns = axes[0].get_gridspec().ncols
         for i, (axis, (task, x)) in enumerate(zip(axes, panels, strict=True)):
@@ -461,8 +462,9 @@ def summary(label: str, run: rundir.Run, index: np.ndarray) -> dict[str, Any]:
 
 def summary_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Head and cells of the table of the summaries."""
-    head = ["algorithm", "environment", "n", "final greedy return, IQM [95 %]", "worst seed"]
-    head += ["episodes", "steps", "train, s", "compile, s", "device"]
+    interval = interval_name(*(row["alive"] for row in rows))
+    head = ["algorithm", "environment", "n", f"final greedy return, IQM [{interval}]"]
+    head += ["worst seed", "episodes", "steps", "train, s", "compile, s", "device"]
     cells = [
         [
             row["label"] + ("" if row["finished"] else ", unfinished"),
@@ -507,7 +509,7 @@ def differences(entries: list[Entry]) -> list[dict[str, Any]]:
 
 def difference_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Head and cells of the table of the differences."""
-    head = ["algorithm", "minus", "environment", "difference of the IQMs [95 %]"]
+    head = ["algorithm", "minus", "environment", "difference of the IQMs [95 % interval]"]
     cells = [
         [row["label"], row["minus"], row["env"], estimate(row["iqm"], row["interval"], digits=1)]
         for row in rows
@@ -538,7 +540,7 @@ def score_markdown(rows: list[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    return table(["algorithm", "tasks", "n", "normalised score, IQM [95 %]"], cells)
+    return table(["algorithm", "tasks", "n", "normalised score, IQM [95 % interval]"], cells)
 
 
 def worst(per_seed: list[float | None]) -> float | None:
@@ -546,10 +548,13 @@ def worst(per_seed: list[float | None]) -> float | None:
     return min((x for x in per_seed if x is not None), default=None)
 
 
-def interval_name(num_seeds: int) -> str:
-    """What the bootstrap interval of so many seeds is."""
+def interval_name(*num_seeds: int) -> str:
+    """What the bootstrap intervals of so many seeds are."""
     # Over 2.5 % of the draws from 4 seeds or fewer give the lowest seed, and as many the highest.
-    return "95 % interval" if num_seeds > 4 else "lowest and highest seed"
+    few = [n <= 4 for n in num_seeds]
+    if all(few):
+        return "lowest and highest seed"
+    return "95 % interval; of 4 seeds or fewer their range" if any(few) else "95 % interval"
 
 
 def number(x: float | None, digits: int = 1) -> str:
