@@ -315,7 +315,7 @@ class Batch(NamedTuple):
     obs: jax.Array  # normalised, after relabelling
     action: jax.Array
     policy: common.Gaussian  # the behaviour policy
-    reward: jax.Array  # [B, m]
+    reward: jax.Array  # [B, m]; only for metrics
     log_prob: jax.Array  # [B, A], denominator of the ratio
     target: jax.Array  # [B, m]
 

@@ -89,7 +89,7 @@ class Config:
     # importance weights
     clip_rho: NonNegativeFloat = 1.5  # largest ratio that weights a TD error
     clip_c: NonNegativeFloat = 1.5  # largest ratio that weights the trace of the next step
-    # clip_c bounds the product of the ratios after the first, and clip_rho the first ratio alone
+    # let clip_c bound the product of the ratios after the first, instead of each ratio
     clip_traj: bool = False
 
     # replay buffer and fitted Q evaluation of Q and Q^
@@ -442,7 +442,10 @@ def mu_loss_continuous(log_mu, log_target):
 
 def make_env(config: Config) -> envs.Env:
     """The environments that a run learns in."""
-    return envs.make(config.env, config.num_envs)
+    env = envs.make(config.env, config.num_envs)
+    if len(env.obs_shape) == 3 and min(env.obs_shape[:2]) >= 36:
+        raise ValueError(f"{env.name} has large images: run it with algos/p3o.py")
+    return env
 
 
 def build(config: Config, env: envs.Env) -> common.Algo:

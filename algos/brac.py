@@ -144,6 +144,11 @@ class Config:
             raise ValueError(
                 "dataset='': give --dataset PATH or --dataset minari:NAME (docs/datasets.md)"
             )
+        if self.cloned and not self.behavior:
+            raise ValueError(
+                "behavior='': give --behavior RUN_DIR of bc.py, or take --preset dual, which needs "
+                "no clone"
+            )
         if self.behavior and not self.cloned:
             raise ValueError(
                 f"behavior={self.behavior}: leave it out, {self.divergence} uses no clone"

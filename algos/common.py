@@ -157,7 +157,7 @@ class Stats(NamedTuple):
 
     @classmethod
     def empty(cls, shape: tuple[int, ...]) -> "Stats":
-        """No rows yet: mean 0 and variance 1, so that `normalize` changes nothing at first."""
+        """No rows yet: mean 0 and variance 1, so that `normalize` only clips at first."""
         return cls(jnp.zeros(shape), jnp.ones(shape), jnp.zeros(()))
 
     def add(self, rows: jax.Array) -> "Stats":

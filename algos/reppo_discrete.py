@@ -307,6 +307,8 @@ def make_env(config: Config) -> envs.Env:
     env = envs.make(config.env, config.num_envs)
     if not env.discrete:
         raise ValueError(f"{env.name} has continuous actions: run it with algos/reppo.py")
+    if len(env.obs_shape) == 3 and min(env.obs_shape[:2]) >= 36:
+        raise ValueError(f"{env.name} has large images: run it with algos/p3o.py")
     return env
 
 

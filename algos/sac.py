@@ -31,7 +31,7 @@ Differences from ppo.py:
 6. The losses leave out transitions whose physics was not finite.
 
     python algos/sac.py --env pendulum --num-seeds 8
-    python algos/sac.py --env hopper --num-seeds 4 --stop-at-return 1000
+    python algos/sac.py --env hopper --num-seeds 4 --partial-at-return 1000
 
 Documentation: docs/sac.md
 """

@@ -30,7 +30,7 @@ from experiments.page import LARGE, SMALL, chart, charts, node, page_of, section
 NO_METRIC = ("global_step", "time/", "eval/")
 # Launch flags that are listed with the settings of a run.
 FLAGS = ("preset", "seed", "num_seeds", "sweep")
-FLAGS += ("num_evals", "eval_episodes", "final_episodes", "stop_at_return")
+FLAGS += ("num_evals", "eval_episodes", "final_episodes", "partial_at_return")
 # SVG's dashes for matplotlib's line styles.
 DASHES = {"-": "", "--": "7 3", ":": "2 2", "-.": "7 2 2 2"}
 

@@ -375,7 +375,6 @@ def test_rows_of_a_program_have_clones_and_share_a_dataset(clones):
 @pytest.mark.parametrize(
     ("changes", "seeds", "message"),
     [
-        ({"behavior": ""}, [3], "behavior='': give --behavior RUN_DIR"),
         ({"behavior": "nowhere"}, [3], "nowhere is not a run directory"),
         ({}, [3, 5], r"has no seed 5 but \[3, 4\]: clone the same seeds"),
         ({"hidden": (16,)}, [3], r"has hidden=\(8,\), the policy \(16,\): make them equal"),
@@ -429,6 +428,10 @@ def test_a_clone_that_was_not_finished_is_named(clones):
     ("changes", "message"),
     [
         ({"dataset": ""}, r"dataset='': give --dataset PATH"),
+        (
+            {"divergence": "kl"},
+            r"behavior='': give --behavior RUN_DIR of bc.py, or take --preset dual",
+        ),
         ({"gradient_steps": 0}, "gradient_steps=0: it should be greater than 0"),
         ({"num_critics": 0}, "num_critics=0: it should be greater than 0"),
         ({"divergence_steps": 0}, "divergence_steps=0: it should be greater than 0"),

@@ -176,16 +176,18 @@ def test_counts_may_be_written_as_people_write_them():
             r"--anneal-lr takes no value: write --anneal-lr or --no-anneal-lr",
         ),
         (["--anneal-lr=True"], r"--anneal-lr takes no value"),
-        (["--num-seeds", "2", "false"], r"unknown argument 'false': it is the value of no flag"),
-        (["true"], r"unknown argument 'true': it is the value of no flag"),
-        (["--num-envs", "8", "16"], r"unknown argument '16': it is the value of no flag"),
+        (["--num-seeds", "2", "false"], r"unknown argument 'false': --num-seeds takes no further"),
+        (["true"], r"unknown argument 'true': --verbose takes no further value"),
+        (["--num-envs", "8", "16"], r"unknown argument '16': --num-envs takes no further value"),
+        (["--wandb-seeds"], r"wandb_seeds=True: it needs --track"),
+        (["--env", "probe/value", "--render"], r"probe/value has no drawing: leave --render out"),
         (["--learning-rate", "1e-50"], r"learning_rate=1e-50: float32 has no such number"),
         (["--max-grad-norm", "1e40"], r"max_grad_norm=1e\+40: float32 has no such number"),
         (
             ["--num-envs", "400000000", "--num-steps", "8"],
             r"an update would have 3,200,000,000 steps, .*: lower num_envs or num_steps",
         ),
-        (["--stop-at-return", "nan"], r"stop_at_return=nan: it should be a finite number"),
+        (["--partial-at-return", "nan"], r"partial_at_return=nan: it should be a finite number"),
         (
             ["--total-timesteps", "1e13"],
             r"total_timesteps=10000000000000 makes .* fewer than 2\*\*31",
@@ -238,7 +240,10 @@ def test_whoever_changes_an_algorithm_can_see_where_it_fails(tmp_path):
         ("--num-envs many", "--num-envs: could not convert string to float: 'many'"),
         ("--verbose 7", "invalid choice '7' for argument '--verbose'. Expected one of "),
         ("--gamma", "Missing value for argument '--gamma'. Expected 1 values."),
-        ("--stop-at-return x", "--stop-at-return: no type matching {None}|FLOAT could be inst"),
+        (
+            "--partial-at-return x",
+            "--partial-at-return: no type matching {None}|FLOAT could be inst",
+        ),
     ],
 )
 def test_a_value_of_the_wrong_type_is_one_line(flags, message, encoding, monkeypatch, capfd):

@@ -9,7 +9,7 @@ import pytest
 from test_experiments import write_run
 
 import envs
-from algos import launch, p3o
+from algos import bpo, launch, p3o, ppo, reppo_discrete
 
 gymnasium = pytest.importorskip("gymnasium")
 ale = pytest.importorskip("ale_py.vector_env")
@@ -157,24 +157,31 @@ def test_missing_ale_names_the_extra(monkeypatch):
 
 @pytest.mark.parametrize(
     ("seeds", "resume", "message"),
-    [((0, 1), False, "one seed here, not 2"), ((0,), True, "in no checkpoint")],
+    [((0, 1), False, "serve one row, not 2"), ((0,), True, "in no checkpoint")],
 )
 def test_what_a_launch_cannot_do_is_one_line(seeds, resume, message, tmp_path, capsys):
     """Neither several seeds nor a resumed run; nothing is written."""
     run_dir = tmp_path / "run"
     flags = ["--env", "atari/Pong", "--num-seeds", str(len(seeds)), "--run-dir", str(run_dir)]
     if resume:
-        write_run(run_dir, env="atari/Pong", seeds=seeds, done=False)
+        write_run(run_dir, env="atari/Pong", seeds=seeds, done=False, algo="p3o")
         flags = ["--resume", str(run_dir)]
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
     with pytest.raises(SystemExit) as exit_info:
-        launch.main("ppo", [*flags, "--verbose", "0"])
+        launch.main("p3o", [*flags, "--verbose", "0"])
     assert exit_info.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith("error: atari/Pong")
     assert message in said
     assert said.count("\n") == 1
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+
+
+@pytest.mark.parametrize("algorithm", [ppo, bpo, reppo_discrete])
+def test_networks_for_small_images_refuse_games(algorithm):
+    with pytest.raises(ValueError, match="atari/Pong has large images: run it with algos/p3o.py"):
+        algorithm.make_env(algorithm.config_for("atari/Pong"))
+    algorithm.make_env(algorithm.config_for("breakout"))  # MinAtar
 
 
 def test_an_update_of_p3o_on_a_game():

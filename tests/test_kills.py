@@ -27,7 +27,7 @@ UPDATES = 80
 FLAGS = ["--env", "gym/InvertedPendulum-v5", "--num-seeds", "2", "--num-envs", "4"]
 FLAGS += ["--num-steps", "8", "--num-epochs", "1", "--num-minibatches", "2", "--hidden", "8"]
 FLAGS += ["--total-timesteps", str(UPDATES * 32), "--num-evals", "40", "--checkpoint-every", "3"]
-FLAGS += ["--eval-episodes", "2", "--final-episodes", "6", "--stop-at-return", "20"]
+FLAGS += ["--eval-episodes", "2", "--final-episodes", "6", "--partial-at-return", "20"]
 FLAGS += ["--tensorboard"]
 
 

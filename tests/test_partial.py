@@ -1,4 +1,4 @@
-"""Partial policies: what --stop-at-return exports, and when."""
+"""Partial policies: what --partial-at-return exports, and when."""
 
 import json
 
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.usefixtures("signals"), pytest.mark.xdist_group("ppo")
 def test_partial_policies(tmp_path):
     """Exported where two evaluations in a row first reach the return; the run goes on as it was."""
     run_dir = tmp_path / "run"
-    status, said = run(*FLAGS, "--stop-at-return", "5", "--run-dir", str(run_dir))
+    status, said = run(*FLAGS, "--partial-at-return", "5", "--run-dir", str(run_dir))
     assert status == 0
     assert sorted(p.name for p in run_dir.glob("partial_*")) == [
         f"partial_s00{i}.npz" for i in (0, 1)
@@ -38,7 +38,7 @@ def test_partial_policies(tmp_path):
 
 
 def test_a_partial_policy_needs_two_evaluations_in_a_row():
-    session = session_of(stop_at_return=10.0)
+    session = session_of(partial_at_return=10.0)
     # per evaluation, the mean return of five rows: at once, never twice, late, dead, too late
     means = np.array(
         [

@@ -44,9 +44,8 @@ class Launch:
     """episodes of each evaluation, from start states of its own for every seed and evaluation"""
     final_episodes: PositiveInt = 128
     """at least this many episodes in the last evaluation, which tables quote"""
-    stop_at_return: float | None = None
-    """export a seed as partial_sNNN.npz once two evaluations in a row reach this; its training
-    continues"""
+    partial_at_return: float | None = None
+    """export the policy of a seed as partial_sNNN.npz once two evaluations in a row reach this"""
     run_dir: str = ""
     """directory to write; empty: runs/ENV/ALGO/TIME_sSEEDxSEEDS_HASH"""
     resume: str = ""
@@ -71,9 +70,11 @@ class Launch:
     """draw the best, median and worst seed afterwards"""
 
     def validate(self) -> None:
-        """Raise ValueError if a seed has no key of its own: keys are made of 32 bits."""
+        """Raise ValueError if a seed has no key of its own, or --wandb-seeds no run beside it."""
+        if self.wandb_seeds and not self.track:
+            raise ValueError("wandb_seeds=True: it needs --track")
         last = self.seed + self.num_seeds - 1
-        if last >= 2**32:
+        if last >= 2**32:  # keys are made of 32 bits
             raise ValueError(
                 f"seed={self.seed}: the last seed is {last}, at most 2**32 - 1 is possible"
             )
@@ -198,7 +199,9 @@ def about_unknown(word: str, argv: list[str], fields: list[str]) -> str:
         flag = before.removeprefix("--")
         return f"--{flag} takes no value: write --{flag} or --no-{flag}"
     if not word.startswith("-"):
-        return f"unknown argument {word!r}: it is the value of no flag"
+        flags = [x for x in words[: words.index(word)] if x.startswith("--")]
+        reason = f"{flags[-1]} takes no further value" if flags else "it is the value of no flag"
+        return f"unknown argument {word!r}: {reason}"
     flags = ["--" + field.replace("_", "-") for field in fields]
     return f"unknown argument {word!r}: {nearest(word, flags)}"
 

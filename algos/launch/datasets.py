@@ -130,7 +130,10 @@ def check(dataset: Dataset, source: str, env: envs.Env) -> None:
 
 
 def single(x: np.ndarray) -> np.ndarray:
-    """Numbers of any precision and byte order as float32, infinite where it cannot hold them."""
+    """Floats of any precision and byte order as float32, infinite where it cannot hold them.
+
+    Other types are returned unchanged.
+    """
     with np.errstate(over="ignore"):
         return x.astype(np.float32, copy=False) if x.dtype.kind == "f" else x
 
@@ -281,8 +284,6 @@ def load_clones(run_dir: str, env: envs.Env, hidden: tuple[int, ...], seeds: Ite
     Raises ValueError if there is no such run, or it is of another environment or has other hidden
     layers, or no policy of one of the seeds.
     """
-    if not run_dir:
-        raise ValueError("behavior='': give --behavior RUN_DIR of bc.py, or a dual divergence")
     folder = rundir.expanded(run_dir)
     saved = rundir.read_description(folder)
     task, layers = saved["config"]["env"], tuple(saved["config"].get("hidden", ()))

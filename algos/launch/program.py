@@ -5,7 +5,8 @@
     plays = begin(keys)
     plays = play(state, plays, number of steps)                   # until all episodes have ended
 
-Nothing here knows an algorithm or calls the host from inside the program; some environments do.
+Nothing here depends on the algorithm. Nothing here calls the host from inside the program, but some
+environments do: those of MuJoCo's C engine and of Atari.
 """
 
 import concurrent.futures
@@ -73,8 +74,8 @@ def setup_jax(num_rows: int) -> None:
     if jax.config.jax_logging_level == "NOTSET":  # type: ignore[attr-defined]
         # XLA prints three warnings for every compilation that it finds in the cache.
         jax.config.update("jax_logging_level", "CRITICAL")
-    # Several devices on a CPU: rows run faster side by side than with shared threads. Not more than
-    # share the rows equally, because physics divides the cores by all of them.
+    # Several devices on a CPU: rows run faster side by side than with shared threads. Their number
+    # divides that of the rows: physics shares the cores among all devices, and none is to be idle.
     if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # the backend is already up, as in tests
             count = largest_divisor(num_rows // num_hosts, envs.cores())
@@ -125,9 +126,14 @@ def make_program(algorithm: ModuleType, config: Any, launch: Launch, rows: Rows)
     env = algorithm.make_env(config)
     eval_env = envs.make(config.env, launch.eval_episodes, stagger=False, reset_mode="cached")
     if env.stateful and len(rows.seeds) > 1:
-        raise ValueError(f"{env.name}: a program has one seed here, not {len(rows.seeds)}")
+        raise ValueError(
+            f"{env.name}: its emulators serve one row, not {len(rows.seeds)}: start each seed with "
+            "--seed N --num-seeds 1, without a sweep"
+        )
     if env.stateful and launch.resume:
         raise ValueError(f"{env.name}: its emulators are in no checkpoint: start a new run")
+    if launch.render and (env.frame is None or env.render is None):
+        raise ValueError(f"{env.name} has no drawing: leave --render out")
     algo = algorithm.build(config, env)
     state = jax.eval_shape(algo.init, jax.random.key(0))
     # All fields of the state have a leading row axis except the counter, which the rows share.

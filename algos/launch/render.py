@@ -36,7 +36,7 @@ def render_run(run_dir: Path | str) -> list[Path]:
 
 def draw(run: rundir.Run) -> list[Path]:
     """Play the chosen seeds and draw their episodes."""
-    if run.done is None:  # what policies there are may be of a shorter run
+    if run.done is None:  # its policies may be of a shorter run
         raise ValueError(f"{run.path} has not ended: --resume it first")
     rows = ranked(run.final.mean(-1))
     env = envs.make(run.config["env"], len(rows), stagger=False, reset_mode="cached")

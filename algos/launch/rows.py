@@ -47,6 +47,7 @@ def make_rows(launch: Launch, config: Any, traceable: tuple[str, ...]) -> Rows:
             raise ValueError(f"--sweep {item!r} has a value that is not finite")
         grid[field] = numbers
         for value in numbers:
+            # as it is written, and as the program gets it
             common.check(dataclasses.replace(config, **{field: value}))
             common.check(dataclasses.replace(config, **{field: float(np.float32(value))}))
     points = list(itertools.product(*grid.values()))

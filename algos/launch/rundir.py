@@ -51,7 +51,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except Exception as error:  # damage may show in numpy, zipfile, zlib or tokenize
-        # What is no array is a pickle to numpy, which says how to load that all the same.
+        # numpy takes anything else for a pickle, and its message says how to load one: do not.
         reason = "it is no .npz of plain arrays" if "pickle" in str(error) else error
         raise ValueError(f"{path} is damaged or not ours ({reason})") from None
 
@@ -274,7 +274,7 @@ def read_run(run_dir: Path | str) -> Run:
     final = {"returns": evals["returns"][:, -1]} | {
         returns_of(name): x[:, -1] for name, x in further.items()
     }
-    if (path / "final.npz").exists():  # otherwise it is unfinished, or older than this file
+    if (path / "final.npz").exists():  # else unfinished, or made before this file existed
         final = read_final(path / "final.npz", num_rows)
     return Run(
         path=path,

@@ -86,7 +86,10 @@ def main(name: str, argv: list[str] | None = None) -> None:
             if not re.search("RESOURCE_EXHAUSTED|Out of memory", str(error)):
                 raise
             reason = str(error).partition("\n")[0]
-            advice = "start a smaller run: fewer seeds, environments, episodes or units"
+            advice = (
+                "start a smaller run: fewer seeds, environments or evaluation episodes, narrower "
+                "networks, or a smaller replay buffer"
+            )
             end(launch, 1, f"error: {reason}: {advice}")
         except KeyboardInterrupt:
             said = f"stopped at once; {session.advice}"
@@ -114,7 +117,8 @@ def prepare(algorithm: ModuleType, config: Any, launch: Launch) -> Rows:
     """The rows of a launch that is checked, and jax set up for them; ValueError in one line."""
     rows = make_rows(launch, config, algorithm.TRACEABLE)
     common.check(config)
-    # envs turns this off. A launch waits for its programs, and ctrl-C is to reach it meanwhile.
+    # envs turns this off, so that Python cannot exit while a program calls MuJoCo. A launch waits
+    # for every call itself, and turns it on so that ctrl-C is handled during a call.
     jax.config.update("jax_cpu_enable_async_dispatch", True)
     setup_jax(len(rows.seeds))
     return rows
@@ -159,7 +163,7 @@ class Session:
             draw = f": draw it with python experiments/render.py {run_dir}"
             return "the run is complete" + draw * self.launch.render
         if self.program.stateful:
-            return f"{self.config.env} cannot be resumed"
+            return f"{self.config.env} cannot be resumed, its policies are in {run_dir}"
         return f"go on with --resume {run_dir}"
 
     # the run directory
@@ -224,7 +228,15 @@ class Session:
             self.evals = rundir.rewind(self.run_dir, -1, write=self.lead)
             return
         template = jax.eval_shape(self.program.init, *inputs(self.rows))
-        self.restored, meta = rundir.load_tree(saved[-1], template)
+        planned = rundir.read_description(self.run_dir)["config"]["total_timesteps"]
+        try:
+            self.restored, meta = rundir.load_tree(saved[-1], template)
+        except ValueError as error:
+            if planned == self.config.total_timesteps:
+                raise
+            raise ValueError(
+                f"{error}; a size in it depends on --total-timesteps: resume with {planned}"
+            ) from None
         if meta["update"] and not (self.run_dir / "eval.npz").exists():
             raise ValueError(f"{self.run_dir} has no eval.npz: its curve so far is lost")
         self.update, self.seconds = meta["update"], meta["seconds"]
@@ -242,7 +254,6 @@ class Session:
                 f"{self.config.num_updates} of --total-timesteps {self.config.total_timesteps}: "
                 "raise it"
             )
-        planned = rundir.read_description(self.run_dir)["config"]["total_timesteps"]
         annealed = [x for x in vars(self.config) if x.startswith("anneal") and vars(self.config)[x]]
         if annealed and planned != self.config.total_timesteps:
             self.log.say(
@@ -449,7 +460,14 @@ class Session:
         return self.seconds | {"wall": time.time() - self.started}
 
     def save(self, state: Any) -> None:
-        """Write a checkpoint: the whole state, keys included, of all rows of all hosts."""
+        """Write a checkpoint: the whole state, keys included, of all rows of all hosts.
+
+        If the state lacks the environments, no run can go on from it: only the policies are kept.
+        """
+        if self.program.stateful:
+            unknown = np.full((len(self.rows.seeds), 1), np.nan)
+            self.export(state, range(len(self.rows.seeds)), "policy", unknown)
+            return
         arrays = {k: np.asarray(v) for k, v in rundir.flatten(state).items()}
         arrays = {k: v if k == ".update" else gather(v) for k, v in arrays.items()}
         meta = {"update": self.update, "seconds": self.times(), "dead": self.dead.tolist()}
@@ -457,8 +475,8 @@ class Session:
             rundir.save_checkpoint(self.run_dir, arrays, meta)
 
     def partial_rows(self) -> Any:
-        """Rows whose last two evaluations are the first two in a row to reach --stop-at-return."""
-        target = self.launch.stop_at_return
+        """Rows whose last two evaluations are the first two in a row to reach the return."""
+        target = self.launch.partial_at_return
         if target is None or len(self.evals["returns"]) < 2:
             return []
         reached = np.stack(self.evals["returns"]).mean(-1) >= target  # [E, R], never if dead

@@ -34,12 +34,13 @@ V5_SAC = "--batch-size 128 --updates-per-step 0.5"
 # is -1309 to -120 and 16 to 2826, and on Gymnasium's tasks 18 to 2310, -280 to 9635 and 2 to 3591
 # (CleanRL's SAC). Pendulum goes that way in a few hundred steps.
 POLICIES = {
-    "pendulum": "--stop-at-return -830 --total-timesteps 40000 --num-evals 160",
-    "hopper": "--stop-at-return 1140 --total-timesteps 600000 --num-evals 30 --batch-size 128 "
+    "pendulum": "--partial-at-return -830 --total-timesteps 40000 --num-evals 160",
+    "hopper": "--partial-at-return 1140 --total-timesteps 600000 --num-evals 30 --batch-size 128 "
     "--buffer-size 600000",
-    "gym/Hopper-v5": f"--stop-at-return 935 --total-timesteps 200000 --num-evals 20 {V5_SAC}",
-    "gym/HalfCheetah-v5": f"--stop-at-return 3686 --total-timesteps 200000 --num-evals 20 {V5_SAC}",
-    "gym/Walker2d-v5": f"--stop-at-return 1437 --total-timesteps 600000 --num-evals 30 {V5_SAC}",
+    "gym/Hopper-v5": f"--partial-at-return 935 --total-timesteps 200000 --num-evals 20 {V5_SAC}",
+    "gym/HalfCheetah-v5": "--partial-at-return 3686 --total-timesteps 200000 --num-evals 20 "
+    f"{V5_SAC}",
+    "gym/Walker2d-v5": f"--partial-at-return 1437 --total-timesteps 600000 --num-evals 30 {V5_SAC}",
 }
 POLICY_RESULTS = runner.ROOT / "results" / "brac" / "policy"
 ROWS = {"pendulum": 100_000, "hopper": 200_000, **dict.fromkeys(V5, 200_000)}
