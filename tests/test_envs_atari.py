@@ -1,5 +1,6 @@
 """Atari games: what ale-py's emulators become in the compiled program."""
 
+import dataclasses
 import sys
 
 import jax
@@ -10,6 +11,7 @@ from test_experiments import write_run
 
 import envs
 from algos import bpo, launch, p3o, ppo, reppo_discrete
+from algos.launch import rundir
 
 gymnasium = pytest.importorskip("gymnasium")
 ale = pytest.importorskip("ale_py.vector_env")
@@ -164,7 +166,10 @@ def test_what_a_launch_cannot_do_is_one_line(seeds, resume, message, tmp_path, c
     run_dir = tmp_path / "run"
     flags = ["--env", "atari/Pong", "--num-seeds", str(len(seeds)), "--run-dir", str(run_dir)]
     if resume:
-        write_run(run_dir, env="atari/Pong", seeds=seeds, done=False, algo="p3o")
+        write_run(run_dir, seeds=seeds, done=False, algo="p3o")
+        saved = rundir.read_json(run_dir / "config.json")
+        config = dataclasses.asdict(p3o.config_for("atari/Pong"))
+        rundir.write_json(run_dir / "config.json", saved | {"config": config})
         flags = ["--resume", str(run_dir)]
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
     with pytest.raises(SystemExit) as exit_info:
@@ -179,7 +184,7 @@ def test_what_a_launch_cannot_do_is_one_line(seeds, resume, message, tmp_path, c
 
 @pytest.mark.parametrize("algorithm", [ppo, bpo, reppo_discrete])
 def test_networks_for_small_images_refuse_games(algorithm):
-    with pytest.raises(ValueError, match="atari/Pong has large images: run it with algos/p3o.py"):
+    with pytest.raises(ValueError, match=r"atari/Pong has large images: run it with algos/p3o.py"):
         algorithm.make_env(algorithm.config_for("atari/Pong"))
     algorithm.make_env(algorithm.config_for("breakout"))  # MinAtar
 
