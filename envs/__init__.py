@@ -227,7 +227,7 @@ def make(
     raw = raw._replace(
         reset_mode=reset_mode or raw.reset_mode, max_steps=max_steps or raw.max_steps
     )
-    return wrap(raw, num_envs, stagger, privileged)
+    return wrap(raw, name, num_envs, stagger, privileged)
 
 
 def cores() -> int:
@@ -270,7 +270,7 @@ def _load(name: str, factory: Callable | None = None) -> RawEnv:
         with _without_warp() if options.get("engine") != "warp" else contextlib.nullcontext():
             adapter = importlib.import_module(MODULES[source])
             raw = adapter.make(task, **options)
-    return raw._replace(name=name, reset=precise(raw.reset), step=precise(raw.step))
+    return raw._replace(reset=precise(raw.reset), step=precise(raw.step))
 
 
 @contextlib.contextmanager
@@ -334,7 +334,7 @@ def _call(name: str, factory: Callable) -> RawEnv:
         raise ValueError(f"{name}: {error}") from error
     if not isinstance(raw, RawEnv):
         raise ValueError(f"{name!r} returned {type(raw).__name__}; it must return envs.RawEnv")
-    check(raw)
+    check(raw, name)
     return raw
 
 

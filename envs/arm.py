@@ -117,7 +117,6 @@ def make(task: str, engine: str | None = None) -> RawEnv:
         return {"qpos": state.qpos, "mocap_pos": target, "mocap_quat": quaternion}
 
     return RawEnv(
-        name=f"arm/{task}",
         reset=reset,
         step=step,
         obs_size=33,

@@ -105,7 +105,6 @@ def make(task: str, num_envs: int, purpose: str) -> Env:
         action_size=pool.num_actions,
         discrete=True,
         max_steps=FRAMES // SKIP,
-        reset_mode="fresh",
         stateful=True,
     )
 

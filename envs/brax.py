@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import mujoco
 
-from envs import engines, mjx, viewer
+from envs import engines, viewer
 from envs.wrappers import RawEnv
 
 with warnings.catch_warnings():
@@ -117,12 +117,11 @@ def make(
         if backend == "mjx":
             unstable = pipeline.unstable
         else:
-            unstable = ~mjx.all_finite((pipeline.q, pipeline.qd))
+            unstable = ~engines.all_finite((pipeline.q, pipeline.qd))
         state = BraxState(pipeline, after.info)
         return after.obs, state, after.reward, after.done > 0.5, {"env_nan": unstable}
 
     return RawEnv(
-        name=f"brax/{task}",
         reset=reset,
         step=step,
         obs_size=sizes.obs.shape[0],

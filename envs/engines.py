@@ -33,7 +33,7 @@ import mujoco
 import numpy as np
 from mujoco.batch import Batch
 
-from envs import cores, mjx, viewer
+from envs import cores, viewer
 
 # Otherwise every unstable simulation writes a line to ./MUJOCO_LOG.TXT and to the terminal.
 mujoco.set_mju_user_warning(lambda message: None)
@@ -82,7 +82,7 @@ UNSTABLE = [
     int(getattr(mujoco.mjtWarning, f"mjWARN_BAD{part}"))
     for part in ("QPOS", "QVEL", "QACC", "CTRL")
 ]
-COUNT = 1  # index of the count in a row of Batch.warning
+WARNING_COUNT = 1  # index of the count in a row of Batch.warning
 
 
 def _c(physics: Physics) -> Engine:
@@ -165,9 +165,9 @@ class _Simulations:
         rows = state.view(np.float64)
         self.batch.state[:] = rows[:, : self.batch.nstate]
         self._write(inputs)
-        self.batch.warning[:, UNSTABLE, COUNT] = 0
+        self.batch.warning[:, UNSTABLE, WARNING_COUNT] = 0
         self.batch.step(nstep=self.physics.frame_skip)
-        unstable = self.batch.warning[:, UNSTABLE, COUNT].any(-1)
+        unstable = self.batch.warning[:, UNSTABLE, WARNING_COUNT].any(-1)
         if self.forces:
             self.data.cfrc_ext[:] = 0.0
             for i in np.flatnonzero(self.num_contacts):
@@ -193,18 +193,51 @@ def _single(array):
 
 # --- mjx ---
 
+# MuJoCo's integration state (mjSTATE_INTEGRATION): a step is a function of these fields, all others
+# of mjx.Data are derived. Carrying these alone keeps tens of kilobytes per environment out of the
+# train state and its checkpoints.
+INTEGRATION_STATE = (
+    "time",
+    "qpos",
+    "qvel",
+    "act",
+    "qacc_warmstart",
+    "ctrl",
+    "qfrc_applied",
+    "xfrc_applied",
+    "eq_active",
+    "mocap_pos",
+    "mocap_quat",
+)
+
+
+def pack(data) -> dict:
+    """The integration state of an mjx.Data."""
+    return {field: getattr(data, field) for field in INTEGRATION_STATE}
+
+
+def unpack(packed: dict, template):
+    """An mjx.Data with these fields and zeros elsewhere; template: its shapes and dtypes."""
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), template)
+    return zeros.replace(**packed)
+
+
+def all_finite(tree) -> jax.Array:
+    """Whether every entry of every leaf is finite, as one bool."""
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
 
 def _mjx(physics: Physics, implementation: str) -> Engine:
     """State: MuJoCo's integration state by field, and the memory, in float32."""
     with contextlib.redirect_stdout(io.StringIO()):  # it prints that warp is missing
-        from mujoco import mjx as library
+        from mujoco import mjx
 
     model = copy.copy(physics.model)
     if model.opt.solver == mujoco.mjtSolver.mjSOL_PGS:  # which MJX does not have
         model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON
     try:
-        compiled = library.put_model(model, impl=implementation)
-        default = library.make_data(model, impl=implementation)
+        compiled = mjx.put_model(model, impl=implementation)
+        default = mjx.make_data(model, impl=implementation)
     except NotImplementedError as error:
         raise ValueError(
             f"{physics.name}: MJX cannot run this model ({error}): use engine=c, on a CPU"
@@ -216,22 +249,22 @@ def _mjx(physics: Physics, implementation: str) -> Engine:
         source = lambda field: data if field in data.__dataclass_fields__ else data._impl
         view = SimpleNamespace(**{field: getattr(source(field), field) for field in fields})
         memory, outputs = physics.rule(jnp, view, memory)
-        return (mjx.pack(data), memory), outputs
+        return (pack(data), memory), outputs
 
     def reset(qpos, qvel, *inputs):
         start = default.replace(**named(inputs) | {"qpos": qpos, "qvel": qvel})
-        data = library.forward(compiled, start)
+        data = mjx.forward(compiled, start)
         return apply_rule(data, jnp.zeros(physics.memory_size))
 
     def step(state, *inputs):
         packed, memory = state
-        data = mjx.unpack(packed | named(inputs), default)
+        data = unpack(packed | named(inputs), default)
         data = jax.lax.fori_loop(
-            0, physics.frame_skip, lambda _, data: library.step(compiled, data), data
+            0, physics.frame_skip, lambda _, data: mjx.step(compiled, data), data
         )
         if "cfrc_ext" in physics.reads:
-            data = library.rne_postconstraint(compiled, data)
-        return *apply_rule(data, memory), ~mjx.all_finite((data.qpos, data.qvel))
+            data = mjx.rne_postconstraint(compiled, data)
+        return *apply_rule(data, memory), ~all_finite((data.qpos, data.qvel))
 
     return Engine(
         reset=reset,

@@ -80,7 +80,6 @@ def make(task: str, engine: str | None = None, **changes: Any) -> RawEnv:
 
     obs_size = jax.eval_shape(reset, jax.random.key(0))[0].shape[0]
     return RawEnv(
-        name=f"gym/{task}",
         reset=reset,
         step=step,
         obs_size=obs_size,

@@ -59,7 +59,6 @@ def make(task: str) -> RawEnv:
         return viewer.write_gif([draw(obs) for obs in frames], path.with_suffix(".gif"), 0.04)
 
     return RawEnv(
-        name=f"gymnax/{task}",
         reset=reset,
         step=step,
         obs_size=math.prod(obs_shape),

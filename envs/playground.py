@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 
-from envs import engines, mjx, viewer
+from envs import engines, viewer
 from envs.wrappers import RawEnv
 
 try:
@@ -112,7 +112,6 @@ def adapt(task: str, env, model, max_steps: int, engine: str | None = None) -> R
         return simulation.frame(state.data.simulation), mocap
 
     return RawEnv(
-        name=f"playground/{task}",
         reset=reset,
         step=step,
         obs_size=obs_size,
@@ -173,7 +172,7 @@ def replace_physics(task: str, env, model, engine: str | None):
         return jax.lax.fori_loop(0, more, lambda _, x: advance(x, ctrl), data) if more else data
 
     substitute(env, make_data, forward, step)
-    return simulation, [field for field in read if field in mjx.INTEGRATION_STATE]
+    return simulation, [field for field in read if field in engines.INTEGRATION_STATE]
 
 
 def trace_fields(env) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -228,7 +227,7 @@ def only_state(fields: dict) -> dict:
     return {
         field: jnp.asarray(value, jnp.float32)
         for field, value in fields.items()
-        if field in mjx.INTEGRATION_STATE
+        if field in engines.INTEGRATION_STATE
     }
 
 

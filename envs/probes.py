@@ -141,7 +141,6 @@ def _probe(name, discrete, transition, obs_size=1, start=lambda key: jnp.ones(1)
         return obs, state, jnp.asarray(reward, jnp.float32), jnp.asarray(terminated), {}
 
     return RawEnv(
-        name=f"probe/{name}",
         reset=reset,
         step=step,
         obs_size=obs_size,

@@ -35,7 +35,6 @@ class Goals(NamedTuple):
 class RawEnv(NamedTuple):
     """One environment without reset, time limit or vmap: what an adapter returns."""
 
-    name: str
     reset: Callable  # key -> obs [obs_size], state
     step: Callable  # key, state, action -> obs, state, reward, terminated, info
     obs_size: int
@@ -71,13 +70,12 @@ class Env(NamedTuple):
     action_size: int
     discrete: bool
     max_steps: int
-    reset_mode: str
     privileged_size: int = 0
     frame: Callable | None = None  # raw state of one environment -> small pytree
     render: Callable | None = None
     goals: Goals | None = None
     action_range: Any = None
-    stateful: bool = False  # part of its state is outside the program: one row, no exact resume
+    stateful: bool = False  # part of its state is outside the program: one row, no resume
 
 
 @struct.dataclass
@@ -105,8 +103,8 @@ class EpisodeState:
     episode_length: jax.Array  # int32
 
 
-def wrap(raw: RawEnv, num_envs: int, stagger: bool, privileged: bool = False) -> Env:
-    """Put the whole stack around one raw environment."""
+def wrap(raw: RawEnv, name: str, num_envs: int, stagger: bool, privileged: bool = False) -> Env:
+    """Put the whole stack around one raw environment, which gets this name."""
     reset, step = raw.reset, raw.step
     if raw.privileged_size and not privileged:
         size = raw.obs_size - raw.privileged_size
@@ -133,7 +131,7 @@ def wrap(raw: RawEnv, num_envs: int, stagger: bool, privileged: bool = False) ->
         return jax.vmap(refresh)(jax.random.split(key, num_envs), state)
 
     return Env(
-        name=raw.name,
+        name=name,
         num_envs=num_envs,
         reset=reset_all,
         step=step_all,
@@ -143,7 +141,6 @@ def wrap(raw: RawEnv, num_envs: int, stagger: bool, privileged: bool = False) ->
         action_size=raw.action_size,
         discrete=raw.discrete,
         max_steps=raw.max_steps,
-        reset_mode=raw.reset_mode,
         privileged_size=raw.privileged_size,
         frame=raw.frame,
         render=raw.render,
@@ -152,7 +149,7 @@ def wrap(raw: RawEnv, num_envs: int, stagger: bool, privileged: bool = False) ->
     )
 
 
-def check(raw: RawEnv) -> None:
+def check(raw: RawEnv, name: str) -> None:
     """Check once what a user's factory promises, from shapes and dtypes alone.
 
     Raises ValueError in one line that names the field, what it is and what is wanted.
@@ -160,7 +157,7 @@ def check(raw: RawEnv) -> None:
 
     def require(fine: bool, field: str, found: Any, wanted: str) -> None:
         if not fine:
-            raise ValueError(f"{raw.name}: {field} is {describe(found)}, and {wanted} is wanted")
+            raise ValueError(f"{name}: {field} is {describe(found)}, and {wanted} is wanted")
 
     def like(x: Any, shape: tuple, *kinds: Any) -> bool:
         fits = getattr(x, "shape", None) == shape
@@ -216,12 +213,12 @@ def check(raw: RawEnv) -> None:
     for (path, new), old in zip(
         jax.tree_util.tree_flatten_with_path(new_state)[0], jax.tree.leaves(state), strict=True
     ):
-        name = f"state{jax.tree_util.keystr(path)} of step"
-        require(like(new, old.shape, old.dtype), name, new, f"{describe(old)} as after reset")
-        require(storable(old), name, new, "a type of numpy, bfloat16 or a threefry2x32 key")
+        leaf = f"state{jax.tree_util.keystr(path)} of step"
+        require(like(new, old.shape, old.dtype), leaf, new, f"{describe(old)} as after reset")
+        require(storable(old), leaf, new, "a type of numpy, bfloat16 or a threefry2x32 key")
     require(like(reward, (), *real), "the reward", reward, "a number without axes")
     require(like(terminated, (), jnp.bool_), "terminated", terminated, "a bool without axes")
-    fine = isinstance(info, dict) and all(isinstance(name, str) for name in info)
+    fine = isinstance(info, dict) and all(isinstance(x, str) for x in info)
     require(fine, "info", info, "a dict with names")
     nan = info.get("env_nan", terminated)
     require(like(nan, (), jnp.bool_), "info['env_nan']", nan, "a bool without axes")

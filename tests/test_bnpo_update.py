@@ -70,7 +70,7 @@ def still():
         return obs, state, jnp.abs(obs[1] - obs[3]), terminated, info
 
     goals = raw.goals._replace(moving=False, compute_reward=distance)
-    return raw._replace(name="still", step=step, goals=goals)
+    return raw._replace(step=step, goals=goals)
 
 
 def breaking():
@@ -82,7 +82,7 @@ def breaking():
         obs = jnp.where(action[0] > 0.5, jnp.nan, obs)
         return obs, state, reward, jnp.zeros((), bool), info
 
-    return raw._replace(name="breaking", step=step)
+    return raw._replace(step=step)
 
 
 def test_a_step_of_broken_physics_has_reward_0():

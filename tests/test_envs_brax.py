@@ -18,7 +18,7 @@ from PIL import Image
 import envs
 from algos import bpo, ppo
 from algos.launch import cli
-from envs import brax, mjx, viewer, wrappers
+from envs import brax, engines, viewer, wrappers
 from envs.wrappers import raw_state
 
 pytestmark = pytest.mark.xdist_group("brax")  # one worker, which compiles each model once
@@ -68,7 +68,9 @@ class Parity(NamedTuple):
 def run_source(task, backend):
     source = brax.brax_envs.get_environment(task, backend=backend)
     fields = lambda pipeline: (pipeline.q, pipeline.qd, pipeline.x, pipeline.xd)
-    pack = lambda pipeline: (mjx.pack(pipeline), fields(pipeline)) if backend == "mjx" else pipeline
+    pack = lambda pipeline: (
+        (engines.pack(pipeline), fields(pipeline)) if backend == "mjx" else pipeline
+    )
 
     def play(key, actions):
         def step(state, action):
@@ -295,7 +297,7 @@ class Clipped:
 
 def test_nan_that_the_observation_hides_is_reported(monkeypatch):
     monkeypatch.setattr(brax.brax_envs, "get_environment", lambda *args, **kwargs: Clipped())
-    env = wrappers.wrap(brax.make("hopper", "spring"), 2, stagger=False)
+    env = wrappers.wrap(brax.make("hopper", "spring"), "brax/hopper", 2, stagger=False)
     _, state = env.reset(jax.random.key(0))
     action = jnp.array([[1.0], [0.5]])
     *_, reward, terminated, truncated, info = env.step(jax.random.key(1), state, action)

@@ -185,7 +185,7 @@ def test_an_unstable_simulation_is_reported_and_no_other(tmp_path, monkeypatch, 
     """MuJoCo itself puts it back to its default pose, which looks healthy, and writes a file."""
     monkeypatch.chdir(tmp_path)
     raw = envs._load("gym/HalfCheetah-v5")
-    env = wrappers.wrap(raw, 3, stagger=False)
+    env = wrappers.wrap(raw, "gym/HalfCheetah-v5", 3, stagger=False)
     _, state = jax.jit(env.reset)(jax.random.key(0))
     action = jnp.zeros((3, 6)).at[1].set(jnp.nan)
     obs, _, reward, terminated, truncated, info = jax.jit(env.step)(

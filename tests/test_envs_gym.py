@@ -15,7 +15,7 @@ from scipy import stats
 import envs
 from algos import launch
 from algos.launch.policies import load_policy
-from envs import gym, mjx, wrappers
+from envs import engines, gym, wrappers
 
 pytestmark = pytest.mark.xdist_group("gym")
 
@@ -306,7 +306,7 @@ def test_mjx_agrees_with_c(task):
     flat = actions.reshape(-1, c.action_size)
     for i, row in enumerate(before.view(np.float64).reshape(num_steps * num_envs, -1)):
         mujoco.mj_setState(theirs.model, data, row[:size], STATE)
-        fields = {field: np.array(getattr(data, field)) for field in mjx.INTEGRATION_STATE}
+        fields = {field: np.array(getattr(data, field)) for field in engines.INTEGRATION_STATE}
         states.append((fields, row[size:]))
         data.ctrl[:] = theirs.action_space.high * flat[i]
         other_contacts[i] = contacts.differ(theirs.model, data, theirs.frame_skip)

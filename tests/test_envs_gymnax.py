@@ -97,7 +97,6 @@ def test_declared_sizes(task):
     assert env.action_size == source.num_actions
     assert env.discrete == (task not in ("Pendulum-v1", "MountainCarContinuous-v0"))
     assert env.max_steps == params.max_steps_in_episode
-    assert env.reset_mode == "fresh"
 
 
 @pytest.mark.parametrize("task", envs.TASKS["gymnax"])

@@ -22,7 +22,7 @@ from mujoco_playground import State, registry
 from mujoco_playground._src import mjx_env
 
 from envs import playground
-from envs.mjx import INTEGRATION_STATE, pack
+from envs.engines import INTEGRATION_STATE, pack
 
 pytestmark = pytest.mark.xdist_group("playground")  # one worker, which compiles each task once
 
@@ -178,14 +178,14 @@ def joystick(request):
 
 
 def test_only_the_policys_observation_by_default(joystick):
-    env = wrappers.wrap(joystick, 1, stagger=False)
+    env = wrappers.wrap(joystick, "fake", 1, stagger=False)
     assert (env.obs_size, env.privileged_size) == (2, 0)
     assert jax.eval_shape(env.reset, jax.random.key(0))[0].shape == (1, 2)
 
 
 def test_privileged_part_is_at_the_end_and_no_key_is_kept(joystick):
     assert (joystick.obs_size, joystick.privileged_size) == (6, 4)
-    env = wrappers.wrap(joystick, 3, stagger=False, privileged=True)
+    env = wrappers.wrap(joystick, "fake", 3, stagger=False, privileged=True)
     obs, state = jax.jit(env.reset)(jax.random.key(0))
     assert obs.shape == (3, 6)
     for leaf in jax.tree.leaves(state):

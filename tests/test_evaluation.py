@@ -77,7 +77,7 @@ def generous():
         obs, state, reward, *rest = raw.step(*args)
         return obs, state, 3.0 * reward, *rest
 
-    return raw._replace(name="generous", step=step)
+    return raw._replace(step=step)
 
 
 def test_evaluations_are_returns_of_whole_episodes():

@@ -119,7 +119,7 @@ def learn(name, kind):
     names = PROBES_OF[kind]
     # BNPO's environments are all reset at once.
     env_of = lambda number: wrappers.wrap(
-        menu(names, number), config.num_envs, stagger=name != "bnpo", privileged=False
+        menu(names, number), config.env, config.num_envs, stagger=name != "bnpo", privileged=False
     )
 
     def train(number):
@@ -297,7 +297,7 @@ def point(moving=True):
         kinds=("env", "proxy"),
         moving=moving,
     )
-    return RawEnv("point", reset, step, 6, (6,), 2, False, 200, "fresh", goals=goals)
+    return RawEnv(reset, step, 6, (6,), 2, False, 200, "fresh", goals=goals)
 
 
 @pytest.mark.slow

@@ -126,7 +126,7 @@ def test_observations_have_the_type_that_the_task_gives():
 
 def test_continuous_actions_are_clipped():
     algo = SimpleNamespace(act=lambda policy, obs, key, greedy: policy * obs)
-    act = policies.act_of(wrappers.wrap(tiny.counter(), 1, stagger=False), algo, 3.0)
+    act = policies.act_of(wrappers.wrap(tiny.counter(), "counter", 1, stagger=False), algo, 3.0)
     np.testing.assert_array_equal(act(jnp.array([0.25, -1.0])), [0.75, -1.0])
 
 
@@ -176,7 +176,7 @@ def test_a_file_has_the_range_of_gymnasiums_actions(task):
 def test_a_stand_in_has_the_shapes_of_the_task():
     pictures, plain = envs.make("breakout", 4), tiny.counter()
     hidden, plain = (
-        wrappers.wrap(raw, 4, stagger=False, privileged=True)
+        wrappers.wrap(raw, "counter", 4, stagger=False, privileged=True)
         for raw in (plain._replace(privileged_size=1), plain)
     )
     for env in (pictures, hidden, plain):

@@ -110,7 +110,7 @@ def recorder():
         t, history = state
         return jnp.ones(1), (t + 1, history.at[t].set(action)), 0.0, False, {}
 
-    return RawEnv("recorder", reset, step, 1, (1,), 2, False, 10_000, "cached")
+    return RawEnv(reset, step, 1, (1,), 2, False, 10_000, "cached")
 
 
 def run_update(config, change=lambda state: state):

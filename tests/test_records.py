@@ -64,7 +64,7 @@ def breaking():
         obs, t, reward, terminated, info = raw.step(*args)
         return obs, t, reward, terminated, info | {"env_nan": t == 2}
 
-    return raw._replace(name="breaking", step=step)
+    return raw._replace(step=step)
 
 
 def test_broken_steps_are_counted_and_said_once(tmp_path):

@@ -249,7 +249,7 @@ def broken():
         obs, state, _, terminated, info = raw.step(key, state, action)
         return obs, state, jnp.nan, terminated, info
 
-    return raw._replace(name="broken", step=step)
+    return raw._replace(step=step)
 
 
 def test_broken_physics_teaches_nothing():

@@ -109,7 +109,7 @@ def recorder():
         obs = 0.9 * obs + jax.random.normal(key, (2,))
         return obs, (t + 1, obs, seen.at[t].set(obs), done.at[t].set(action)), 0.0, False, {}
 
-    return RawEnv("recorder", reset, step, 2, (2,), 2, False, 10_000, "cached")
+    return RawEnv(reset, step, 2, (2,), 2, False, 10_000, "cached")
 
 
 @pytest.mark.slow
@@ -347,7 +347,7 @@ def broken():
         obs, state, _, terminated, info = raw.step(key, state, action)
         return obs, state, jnp.nan, terminated, info
 
-    return raw._replace(name="broken", step=step)
+    return raw._replace(step=step)
 
 
 def test_broken_physics_teaches_nothing():
@@ -449,7 +449,7 @@ def point_mass():
         obs = state + 0.5 * jnp.clip(action, -1.0, 1.0)
         return obs, obs, -(obs[0] ** 2), False, {}
 
-    return RawEnv("point_mass", reset, step, 1, (1,), 1, False, 32, "fresh")
+    return RawEnv(reset, step, 1, (1,), 1, False, 32, "fresh")
 
 
 @pytest.mark.slow

@@ -140,7 +140,7 @@ def balance():
     """Cartpole for a continuous action: its sign is the side to push to."""
     raw = gymnax.make("CartPole-v1")
     step = lambda key, state, action: raw.step(key, state, jnp.int32(action[0] > 0))
-    return raw._replace(name="balance", step=step, action_size=1, discrete=False)
+    return raw._replace(step=step, action_size=1, discrete=False)
 
 
 def seek():
@@ -167,7 +167,7 @@ def seek():
         kinds=("env", "proxy"),
         moving=True,
     )
-    return raw._replace(name="seek", step=step, action_size=2, goals=goals)
+    return raw._replace(step=step, action_size=2, goals=goals)
 
 
 def counter(discrete=False):
@@ -175,7 +175,7 @@ def counter(discrete=False):
     observe = lambda t: jnp.stack([t, 4.0 - t])
     step = lambda key, t, action: (observe(t + 1.0), t + 1.0, 1.0, False, {})
     reset = lambda key: (observe(jnp.zeros(())), jnp.zeros(()))
-    return RawEnv("counter", reset, step, 2, (2,), 2, discrete, 4, "cached")
+    return RawEnv(reset, step, 2, (2,), 2, discrete, 4, "cached")
 
 
 counter_discrete = partial(counter, discrete=True)

@@ -58,7 +58,6 @@ def stand_in(config: Any, interface: dict[str, Any]) -> envs.Env:
     size = obs["size"] + privileged_size
     still = jnp.zeros(size, obs["dtype"]), ()
     raw = envs.RawEnv(
-        name=config.env,
         reset=lambda key: still,
         step=lambda key, state, action: (*still, jnp.float32(0.0), jnp.bool_(False), {}),
         obs_size=size,
@@ -70,7 +69,8 @@ def stand_in(config: Any, interface: dict[str, Any]) -> envs.Env:
         privileged_size=privileged_size,
     )
     # Offline algorithms have no num_envs.
-    return wrappers.wrap(raw, getattr(config, "num_envs", 1), stagger=False, privileged=True)
+    num_envs = getattr(config, "num_envs", 1)
+    return wrappers.wrap(raw, config.env, num_envs, stagger=False, privileged=True)
 
 
 def describe_policy(path: Path) -> dict[str, Any]:
