@@ -257,8 +257,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--budget and --limit must be above 0")
     if (args.peer is None) != (args.peer_python is None):
         parser.error("--peer and --peer-python go together")
-    if args.peer and args.envs:
-        parser.error("--peer has tasks of its own: leave out --envs")
+    for name in ("envs", "algos", "presets", "budget"):
+        if args.peer and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--peer has tasks, settings and times of its own: leave out --{name}")
     for algo in args.algos:
         if algo not in cli.ALGOS:
             parser.error(f"--algos {algo}: {cli.nearest(algo, cli.ALGOS)}")

@@ -4,19 +4,20 @@
     python experiments/collect_data.py --mixture mixture.json --out data/hopper.npz
     python experiments/collect_data.py RUN_DIR/policy_s000.npz --format minari --out hopper/pure-v0
 
-POLICY is any policy that an algorithm here exported. The types of Wu et al. 2019 are
+POLICY is any policy that an algorithm here exported. The types of data are those of Wu et al. 2019;
+shares are of steps, and parts are collected one after the other:
 
     pure                 the policy's own, sampled actions
     eps1, eps3           20 % uniform actions, 40 % pure, 40 % pure in which an action is replaced
                          by a uniform one with probability 0.1 or 0.3
     gaussian1, gaussian3 the same, the last part with Gaussian noise of std 0.1 or 0.3 added
 
-counted in steps, one part after the other. A mixture of your own is a list of parts in JSON:
+A mixture of your own is a list of parts in JSON:
 
     [{"share": 2}, {"share": 4, "policy": "A/policy_s000.npz"},
      {"share": 4, "policy": "B/policy_s003.npz", "eps": 0.1, "std": 0.0}]
 
-where a part without a policy acts uniformly. Finished parts are kept in OUT.parts until the dataset
+A part without a policy acts uniformly. Finished parts are kept in OUT.parts until the dataset
 is complete: the same command goes on where it stopped.
 """
 

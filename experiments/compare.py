@@ -26,7 +26,7 @@ if __name__ == "__main__":  # import from this checkout
 
 import envs
 from algos.launch import cli, report, rundir
-from experiments.reproduce import runner
+from experiments import runner
 
 
 def read_runs(run_dirs: list[Path]) -> list[rundir.Run]:

@@ -25,8 +25,8 @@ if __name__ == "__main__":  # import from this checkout
 
 import envs
 from algos.launch import cli, logs, program, report, rundir, session
-from experiments.reproduce import runner
-from experiments.reproduce.runner import Job
+from experiments import runner
+from experiments.runner import Job
 
 OWN = {"--env": "--envs", "--run-dir": "--out", "--resume": "the same --out"}
 

@@ -359,6 +359,8 @@ def main(argv: list[str] | None = None):
     )
     parser.add_argument("--force", action="store_true", help="replace files that exist")
     args = parser.parse_args(argv)
+    if args.repeats < 2 or args.starts < 2 or args.num_steps < 1:
+        parser.error("--starts and --repeats must be at least 2, and --num-steps at least 1")
     try:
         program.setup_jax(1)
         table, numbers = rundir.measurement_files(args.out, args.force)

@@ -263,6 +263,7 @@ def test_what_cannot_be_evaluated_is_one_line(tmp_path, capsys, monkeypatch):
         (["--out", __file__], "test_experiments.py exists: choose another name, or --force"),
         (["--peer", "sbx"], "--peer and --peer-python go together"),
         (["--peer", "sbx", "--peer-python", "python", "--envs", "ant"], "leave out --envs"),
+        (["--peer", "sbx", "--peer-python", "python", "--budget", "5"], "leave out --budget"),
     ],
 )
 def test_benchmark_refuses(flags, message, capsys):

@@ -15,8 +15,7 @@ import pytest
 from test_experiments import write_run
 
 from algos.launch import cli, report, rundir
-from experiments import grid
-from experiments.reproduce import runner
+from experiments import grid, runner
 
 PPO, BPO = "ppo/gymnax/CartPole-v1", "bpo/gymnax/CartPole-v1"
 
@@ -194,7 +193,7 @@ time.sleep(60)
 """
     program = f"""
 import sys
-from experiments.reproduce import runner
+from experiments import runner
 runner.run([sys.executable, "-c", {launch!r}, {str(tmp_path)!r}])
 print("ran on")
 """

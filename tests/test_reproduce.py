@@ -19,8 +19,9 @@ import envs
 from algos import brac as brac_file
 from algos import common
 from algos.launch import cli, datasets, report, rundir
-from experiments.reproduce import bnpo, bpo, brac, p3o, reppo, runner, v5
-from experiments.reproduce.runner import Job, command
+from experiments import runner
+from experiments.reproduce import bnpo, bpo, brac, p3o, reppo, v5
+from experiments.runner import Job, command
 
 MODULES = {
     "reppo": reppo,

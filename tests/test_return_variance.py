@@ -45,6 +45,10 @@ def test_a_run_is_measured(env, tmp_path, monkeypatch, signals, capsys):
     with pytest.raises(SystemExit):
         return_variance.main(["--run-dir", str(run_dir), "--row", "1", "--out", str(out)])
     assert "--row 1: the run has rows 0 to 0" in capsys.readouterr().err
+    for flag in ("--repeats", "--starts"):  # no variance
+        with pytest.raises(SystemExit):
+            return_variance.main(["--run-dir", str(run_dir), flag, "1", "--out", str(out)])
+        assert "--starts and --repeats must be at least 2" in capsys.readouterr().err
     means = lambda *spreads: [float(np.mean(x)) for x in (*spreads, 0.0)]
     monkeypatch.setattr(return_variance, "relative", means)
     return_variance.main(["--run-dir", str(run_dir), *size, "--out", str(out)])

@@ -1,1 +1,1 @@
-"""The tables of the papers: one module a paper, with one shared runner."""
+"""The tables of the papers: one module for each."""

@@ -4,14 +4,14 @@
     python experiments/reproduce/bnpo.py ablations hindsight --num-seeds 4
 
 groups:
-  tasks      the author's settings a1 to a9, PPO and SAC for the 384,000 steps after which a1 is
-             said to have solved the task, with the short episodes that each needs to returns of
-             10, 20 and 30, beside the author's single runs
+  tasks      the author's settings a1 to a9, PPO and SAC, 384,000 steps: after so many, the author
+             says, a1 has solved the task. A second table has the short episodes that each setting
+             needs to returns of 10, 20 and 30, beside the author's single runs
   ablations  a1 with one part changed, for half as many episodes
   ppo        `algos/ppo.py` with smaller batches, a smaller learning rate, and noise that is held
              for four steps, beside the setting that `tasks` takes
-  hindsight  b2 of the ablations, shifted goals for both brains, with the other denominator;
-             where the target stays, achieved goals with both of them, beside no hindsight
+  hindsight  on the moving target, b2 (shifted goals for both brains) with the ratio's other
+             denominator; on the static target, achieved goals with either denominator, and none
 
 Under each table are the differences of the returns to those of a1, a4 and a6, or b3_none.
 """
@@ -26,8 +26,8 @@ if __name__ == "__main__":  # import from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from algos.launch import report, rundir
-from experiments.reproduce import runner
-from experiments.reproduce.runner import Job, Report
+from experiments import runner
+from experiments.runner import Job, Report
 
 TASK, STATIC = "arm/reacher-moving", "arm/reacher-static"
 LONG, HALF = "--total-timesteps 384000 --num-evals 16", "--total-timesteps 192000 --num-evals 8"

@@ -6,11 +6,11 @@
 groups:
   cartpole  100,000 steps, PPO and every preset of BPO
   v5        2M steps of Gymnasium's MuJoCo tasks, beside the authors' numbers: PPO and BPO with
-            ppo_bpo_zero, and with other clips on Hopper. BPO trains on each step 140 times, which
-            takes about 1 ms on 2 CPU cores
+            ppo_bpo_zero, and with other clips on Hopper. BPO trains on each step 140 times: about
+            1,000 steps/s on 2 CPU cores
   normalized
-            PPO and BPO on Hopper with normalised observations and rewards, as the RL Zoo has them
-            where it uses the other settings of this PPO
+            PPO and BPO on Hopper with normalised observations and rewards. The RL Zoo has the
+            authors' settings of PPO for another task, and normalises there
 """
 
 import sys
@@ -20,9 +20,9 @@ if __name__ == "__main__":  # import from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from algos.launch import report
-from experiments.reproduce import runner
-from experiments.reproduce.runner import Job, Report
+from experiments import runner
 from experiments.reproduce.v5 import v5
+from experiments.runner import Job, Report
 
 # Means and stds of the authors after 2M steps, 10 runs, of BPO with the best of their clips on each
 # task. From a secondary source, in which the columns of Hopper and Walker2d look swapped.

@@ -24,9 +24,9 @@ if __name__ == "__main__":  # import from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from algos.launch import datasets, report, rundir
+from experiments import runner
 from experiments.collect_data import TYPES
-from experiments.reproduce import runner
-from experiments.reproduce.runner import Job, Report
+from experiments.runner import Job, Report
 
 V5 = ("gym/Hopper-v5", "gym/HalfCheetah-v5", "gym/Walker2d-v5")
 V5_SAC = "--batch-size 128 --updates-per-step 0.5"

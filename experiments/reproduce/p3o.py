@@ -17,8 +17,8 @@ if __name__ == "__main__":  # import from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from algos.launch import report, rundir
-from experiments.reproduce import runner
-from experiments.reproduce.runner import Job, Report
+from experiments import runner
+from experiments.runner import Job, Report
 
 BUDGETS = {"cartpole": 500_000, "breakout": 300_000, "asterix": 200_000}
 BUDGETS |= {"space_invaders": 200_000, "hopper": 300_000}

@@ -5,9 +5,9 @@
 
 groups:
   tasks      the presets sized for a CPU, on five tasks with PPO at equal environment steps
-  ablations  REPPO with the published critic, a histogram, on one task; with one part changed,
-             those that the authors changed
-  details    the same for what they did not change
+  ablations  REPPO with the published critic, a histogram, on CartpoleSwingup, and with one part
+             changed: those that the authors changed too
+  details    the same with parts that the authors did not change
   published  dmc_small for 10M steps beside the authors' numbers: for an accelerator
 """
 
@@ -20,8 +20,8 @@ if __name__ == "__main__":  # import from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from algos.launch import report
-from experiments.reproduce import runner
-from experiments.reproduce.runner import Job, Report
+from experiments import runner
+from experiments.runner import Job, Report
 
 HISTOGRAM = "--critic-loss hl_gauss"  # the preset of the task has a scalar critic
 ABLATIONS = {

@@ -18,8 +18,8 @@ if __name__ == "__main__":  # import from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from algos.launch import report
-from experiments.reproduce import runner
-from experiments.reproduce.runner import Job, Report
+from experiments import runner
+from experiments.runner import Job, Report
 
 # Tasks.
 BPO = ["Hopper", "HalfCheetah", "Walker2d", "Ant"]

@@ -26,7 +26,7 @@ import numpy as np
 
 from algos.launch import cli, logs, report, rundir
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 # Flags of a launch that all launches of a run have in common.
