@@ -145,10 +145,7 @@ class Config:
                 "dataset='': give --dataset PATH or --dataset minari:NAME (docs/datasets.md)"
             )
         if self.cloned and not self.behavior:
-            raise ValueError(
-                "behavior='': give --behavior RUN_DIR of bc.py, or take --preset dual, which needs "
-                "no clone"
-            )
+            raise ValueError("behavior='': give --behavior RUN_DIR of bc.py, or --preset dual")
         if self.behavior and not self.cloned:
             raise ValueError(
                 f"behavior={self.behavior}: leave it out, {self.divergence} uses no clone"

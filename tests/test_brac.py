@@ -430,7 +430,7 @@ def test_a_clone_that_was_not_finished_is_named(clones):
         ({"dataset": ""}, r"dataset='': give --dataset PATH"),
         (
             {"divergence": "kl"},
-            r"behavior='': give --behavior RUN_DIR of bc.py, or take --preset dual",
+            r"behavior='': give --behavior RUN_DIR of bc.py, or --preset dual",
         ),
         ({"gradient_steps": 0}, "gradient_steps=0: it should be greater than 0"),
         ({"num_critics": 0}, "num_critics=0: it should be greater than 0"),
