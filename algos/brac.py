@@ -147,9 +147,7 @@ class Config:
         if self.cloned and not self.behavior:
             raise ValueError("behavior='': give --behavior RUN_DIR of bc.py, or --preset dual")
         if self.behavior and not self.cloned:
-            raise ValueError(
-                f"behavior={self.behavior}: leave it out, {self.divergence} uses no clone"
-            )
+            raise ValueError(f"behavior={self.behavior}: {self.divergence} uses no clone")
         if self.train_alpha and self.divergence == "none":
             raise ValueError("divergence=none: leave --train-alpha out, there is nothing to weigh")
         if self.train_alpha and not self.target_divergence > 0:
