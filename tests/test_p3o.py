@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from tiny import assert_allclose
 
-from algos import common, p3o
+from algos import common, launch, p3o
 from algos.common import Categorical, Gaussian
 
 # In one worker, so that updates are compiled once.
@@ -182,6 +182,18 @@ def test_replaying_the_present_policy_is_the_on_policy_step(kl_coef):
         rows(loss, logits, value, segments, config) for loss in (p3o.fresh_loss, p3o.replay_loss)
     )
     tiny.assert_close(fresh, replayed, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_whose_buffer_would_change_its_size_cannot_be_longer(tmp_path, capsys):
+    """50 rollouts of 8 steps keep 25 of them; 100 would keep 50."""
+    run_dir, sizes = str(tmp_path / "run"), "--num-envs 2 --num-steps 4 --hidden 4 --num-evals 1"
+    sizes += " --eval-episodes 1 --final-episodes 1 --replay-fraction 0.5 --total-timesteps 400"
+    launch.main("p3o", ["--env", "probe/value", *sizes.split(), "--run-dir", run_dir])
+    with pytest.raises(SystemExit):
+        launch.main("p3o", ["--resume", run_dir, "--total-timesteps", "800", "--verbose", "0"])
+    said = capsys.readouterr().err
+    assert "does not fit this configuration" in said
+    assert said.endswith("a size in it depends on --total-timesteps: resume with 400\n")
 
 
 def test_entropy_is_the_difference_to_the_on_policy_loss():
