@@ -149,6 +149,16 @@ def test_the_legend_counts_the_seeds_that_are_alive(tmp_path):
     assert report.names(entries_of(*runs)) == {"ppo": "ppo (n=4)", "bpo": "bpo (n=2 of 2-3)"}
 
 
+@pytest.mark.parametrize(
+    ("num_seeds", "band"), [(4, "lowest and highest seed"), (5, "95 % interval")]
+)
+def test_the_legend_says_what_the_band_is(tmp_path, drawn, num_seeds, band):
+    run = write_run(tmp_path / "run", seeds=(*range(num_seeds), None))
+    compare.main([str(run), "--out", str(tmp_path / "x.png")])
+    (legend,) = drawn[0][0].figure.legends
+    assert legend.get_title().get_text() == f"line: IQM over seeds; band: {band}"
+
+
 def test_labels_are_those_of_the_legend_in_order(tmp_path):
     runs = [
         write_run(tmp_path / algo / env, env=env, algo=algo)
