@@ -40,7 +40,7 @@ ABLATIONS = {  # name: algorithm, flags, tasks
     "kl": ("bpo", "--mu-loss kl", BPO[:2]),
     "centred": ("bpo", "--mu-loss centred", BPO[:1]),
     "ppo_clip_0.4": ("ppo", "--clip-eps 0.4", BPO[:2]),
-    "bpo_clip_0.3": ("bpo", "--clip-eps 0.3", ["Walker2d"]),
+    "bpo_clip_0.3": ("bpo", "--clip-eps 0.3", BPO),
 }
 MU_EPOCHS = {"Hopper": (2, 10, 40), "HalfCheetah": (10,)}
 EVALS = "--num-evals 10"
