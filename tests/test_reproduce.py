@@ -85,7 +85,7 @@ def test_ablations_on_v5_change_one_field_of_the_preset():
         ("centred", "gym/Hopper-v5"): ["mu_loss"],
         ("ppo_clip_0.4", "gym/Hopper-v5"): ["clip_eps"],
         ("ppo_clip_0.4", "gym/HalfCheetah-v5"): ["clip_eps"],
-        ("bpo_clip_0.3", "gym/Walker2d-v5"): ["clip_eps"],
+        **{("bpo_clip_0.3", f"gym/{task}-v5"): ["clip_eps"] for task in v5.BPO},
     }
 
 
