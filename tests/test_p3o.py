@@ -193,7 +193,7 @@ def test_a_run_whose_buffer_would_change_its_size_cannot_be_longer(tmp_path, cap
         launch.main("p3o", ["--resume", run_dir, "--total-timesteps", "800", "--verbose", "0"])
     said = capsys.readouterr().err
     assert "does not fit this configuration" in said
-    assert said.endswith("a size in it depends on --total-timesteps: resume with 400\n")
+    assert said.endswith("if a size in it depends on --total-timesteps, resume with 400\n")
 
 
 def test_entropy_is_the_difference_to_the_on_policy_loss():

@@ -163,7 +163,8 @@ class Session:
             draw = f": draw it with python experiments/render.py {run_dir}"
             return "the run is complete" + draw * self.launch.render
         if self.program.stateful:
-            return f"{self.config.env} cannot be resumed, its policies are in {run_dir}"
+            kept = f", its policies are in {run_dir}" * any(self.run_dir.glob("policy_s*.npz"))
+            return f"{self.config.env} cannot be resumed{kept}"
         return f"go on with --resume {run_dir}"
 
     # the run directory
@@ -235,7 +236,7 @@ class Session:
             if planned == self.config.total_timesteps:
                 raise
             raise ValueError(
-                f"{error}; a size in it depends on --total-timesteps: resume with {planned}"
+                f"{error}; if a size in it depends on --total-timesteps, resume with {planned}"
             ) from None
         if meta["update"] and not (self.run_dir / "eval.npz").exists():
             raise ValueError(f"{self.run_dir} has no eval.npz: its curve so far is lost")
