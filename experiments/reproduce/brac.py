@@ -65,6 +65,8 @@ LEARNERS = {
     "brac_kl_pr": ("brac", f"{CLONED} --alpha 0.1 1 10 100 --preset policy_regularisation"),
     "brac_mmd_vp": ("brac", f"{CLONED} --alpha 1 10 100 500 --preset mmd"),
     "brac_dual_kl_pr": ("brac", f"{ACTOR_CRITIC} --alpha 0.1 1 10 100 --preset dual"),
+    "brac_adaptive_kl": ("brac", f"{CLONED} --preset adaptive"),
+    "brac_bear_like": ("brac", f"{CLONED} --preset bear_like"),
     "brac_wasserstein_vp": ("brac", f"{ACTOR_CRITIC} --alpha 0.1 1 10 100 --preset wasserstein"),
     "offline_sac": ("brac", f"{CRITIC} --preset sac"),
 }
