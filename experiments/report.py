@@ -183,7 +183,7 @@ def settings(run: rundir.Run) -> dict[str, str]:
     return {name_of(path): json.dumps(x) for path, x in leaves}
 
 
-def differences(sources: list[Source]) -> list[list[str]]:
+def differing_settings(sources: list[Source]) -> list[list[str]]:
     """Settings that differ between the runs that have them: name and value of each run."""
     found = [settings(source.run) for source in sources]
     names = dict.fromkeys(itertools.chain(*found))
@@ -233,7 +233,7 @@ def sections(
     num_runs = "One run" if len(sources) == 1 else f"{len(sources)} runs"
     names = [source.name for source in sources]
     compared = report.differences(entries)
-    small, different = metrics(entries, of_run), differences(sources)
+    small, different = metrics(entries, of_run), differing_settings(sources)
     columns = [facts(source) for source in sources]
     rows = [[key, *(values[key] for values in columns)] for key in columns[0]]
     return [
