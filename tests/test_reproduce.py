@@ -510,7 +510,7 @@ def test_only_runs_of_a_million_steps_are_beside_published_numbers(tmp_path):
         write_run(tmp_path / task / job.name, task, offset=100.0 * i, algo="sac")
     text = v5.beside_published(runner.summarise(jobs, tmp_path))
     (row,) = [x for x in text.splitlines() if x.startswith(f"| {task} |")]
-    assert row.endswith("| 17 ± 11 | 9635 ± 1424 |")
+    assert row.endswith("| 17 ± 11 | 9635 ± 1424 | 12139 ± 1049 | 9535 |")
 
 
 def test_curves_of_the_replay(tmp_path, monkeypatch):

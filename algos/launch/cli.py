@@ -39,7 +39,7 @@ class Launch:
     """fields and values to train side by side too: learning_rate=1e-4,3e-4 gamma=0.9,0.99; several
     values after a field's own flag do the same: --gamma 0.9 0.99"""
     num_evals: PositiveInt = 20
-    """greedy evaluations spread over the run, besides the one at step 0"""
+    """greedy evaluations spread over the run, at most one an update, besides the one at step 0"""
     eval_episodes: PositiveInt = 16
     """episodes of each evaluation, from start states of its own for every seed and evaluation"""
     final_episodes: PositiveInt = 128

@@ -93,9 +93,13 @@ GROUPS: dict[str, list[Job]] = {
 }
 
 # Published means and stds over seeds, by algorithm and task, after 1M steps; versions of the
-# tasks and evaluations differ. PPO: CleanRL on v4 (3 seeds), Tianshou on v3 (10 seeds), single runs
-# of the RL Zoo on v3. SAC: CleanRL on v4.
-SOURCES = {"ppo": ["CleanRL", "Tianshou", "RL Zoo"], "sac": ["CleanRL"]}
+# tasks and evaluations differ: CleanRL on v4 (3 seeds), Tianshou on v2 and v3 (10 seeds), single
+# runs of the RL Zoo on v3.
+SOURCES = {
+    "ppo": ["CleanRL", "Tianshou", "RL Zoo"],
+    "a2c": ["Tianshou"],
+    "sac": ["CleanRL", "Tianshou", "RL Zoo"],
+}
 PUBLISHED = {
     "ppo": {
         "Hopper": ["2383 ± 272", "2609 ± 701", "2410"],
@@ -103,8 +107,20 @@ PUBLISHED = {
         "Walker2d": ["2288 ± 572", "3589 ± 757", "3479"],
         "Ant": ["", "3258 ± 1079", "1327"],
         "Humanoid": ["716 ± 49", "787 ± 194", ""],
+        "Swimmer": ["", "66.7 ± 99.1", "282"],
+        "InvertedDoublePendulum": ["", "9231 ± 270", ""],
+        "Reacher": ["", "-4.1 ± 0.3", ""],
     },
-    "sac": {"Hopper": ["2310 ± 343"], "HalfCheetah": ["9635 ± 1424"], "Walker2d": ["3591 ± 911"]},
+    "a2c": {
+        "Hopper": ["1253 ± 458"],
+        "HalfCheetah": ["1830 ± 1068"],
+        "Walker2d": ["1092 ± 709"],
+    },
+    "sac": {
+        "Hopper": ["2310 ± 343", "3542 ± 52", "2326"],
+        "HalfCheetah": ["9635 ± 1424", "12139 ± 1049", "9535"],
+        "Walker2d": ["3591 ± 911", "5007 ± 252", "3863"],
+    },
 }
 
 
@@ -114,7 +130,7 @@ def short(job: Job) -> str:
 
 
 def beside_published(done: Report) -> str:
-    """Tables of the runs of PPO and SAC beside published numbers."""
+    """Tables of the runs of PPO, A2C and SAC beside published numbers."""
     text = ""
     for algo, sources in SOURCES.items():
         rows = [
