@@ -23,7 +23,7 @@ Differences from ppo.py:
    is squashed into [-5, 0], gradients are not clipped, and observations are not normalised.
 
     python algos/bc.py --env hopper --dataset data/hopper-pure.npz --num-seeds 5
-    python algos/bc.py --env hopper --dataset minari:mujoco/hopper/medium-v0 --num-seeds 5
+    python algos/bc.py --env Hopper-v5 --dataset minari:mujoco/hopper/medium-v0 --num-seeds 5
 
 Documentation: docs/bc.md
 """

@@ -238,12 +238,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--envs", nargs="+", default=[], help="tasks")
     parser.add_argument("--algos", nargs="+", default=("ppo", "bpo"), help="online algorithms")
     parser.add_argument("--presets", nargs="+", default=[], help="on top of the task's own")
-    parser.add_argument("--seeds", nargs="+", type=int, default=(1, 16), help="numbers of seeds")
+    parser.add_argument(
+        "--seeds", nargs="+", type=cli.integer, default=(1, 16), help="numbers of seeds"
+    )
     parser.add_argument("--budget", type=float, default=60.0, help="seconds to time a case")
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds to wait for a case")
     parser.add_argument("--peer", choices=peers.PEERS, help="library to compare with")
     parser.add_argument("--peer-python", help="Python that has it")
-    parser.add_argument("--rounds", type=int, default=11, help="calls of each side of a comparison")
+    parser.add_argument(
+        "--rounds", type=cli.integer, default=11, help="calls of each side of a comparison"
+    )
     parser.add_argument("--out", type=cli.path, help="JSON to write")
     parser.add_argument("--force", action="store_true", help="replace a file that exists")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)

@@ -17,8 +17,8 @@ A mixture of your own is a list of parts in JSON:
     [{"share": 2}, {"share": 4, "policy": "A/policy_s000.npz"},
      {"share": 4, "policy": "B/policy_s003.npz", "eps": 0.1, "std": 0.0}]
 
-A part without a policy acts uniformly. Finished parts are kept in OUT.parts until the dataset
-is complete: the same command goes on where it stopped.
+A part without a policy acts uniformly. Finished parts are kept in OUT.parts until the dataset is
+complete; after an interruption, run the same command again.
 """
 
 import argparse
@@ -30,6 +30,7 @@ import json
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -261,32 +262,35 @@ def finished(path: Path, description: dict[str, Any]) -> tuple[Dataset, dict] | 
     return dataset, meta["returns"]
 
 
-def write_minari(name: str, dataset: Dataset, meta: dict[str, Any]) -> None:
-    """Write a Minari dataset to this machine's folder of them."""
+def write_minari(name: str, dataset: Dataset, meta: dict[str, Any], env: envs.Env) -> None:
+    """Write a Minari dataset, with actions of the task's own range, to this machine's folder."""
     import gymnasium
     from minari import create_dataset_from_buffers
     from minari.data_collector import EpisodeBuffer
 
-    box = lambda x, bound: gymnasium.spaces.Box(-bound, bound, x.shape[1:], np.float32)
+    middle, half = datasets.middle_and_half(env)
+    unbounded = np.full(env.obs_size, np.inf, np.float32)
     buffers = []
     for obs, action, reward, terminated in datasets.to_episodes(dataset):
         last = np.arange(len(action)) == len(action) - 1
         buffers.append(
             EpisodeBuffer(
                 observations=list(obs),
-                actions=list(action),
+                actions=list(middle + half * action),
                 rewards=list(reward),
                 terminations=list(last & terminated),
                 truncations=list(last & (not terminated)),
             )
         )
-    create_dataset_from_buffers(
-        name,
-        buffers,
-        observation_space=box(dataset.obs, np.inf),
-        action_space=box(dataset.action, 1.0),
-        description=json.dumps(meta),
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it asks for an author, an algorithm and the like
+        create_dataset_from_buffers(
+            name,
+            buffers,
+            observation_space=gymnasium.spaces.Box(-unbounded, unbounded),
+            action_space=gymnasium.spaces.Box(middle - half, middle + half),
+            description=json.dumps(meta),
+        )
 
 
 @logs.steady()
@@ -296,12 +300,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "policy", nargs="?", default="", metavar="POLICY", help="policy_sNNN.npz of a run"
     )
-    parser.add_argument("--type", choices=TYPES, help="of data; default: pure")
+    parser.add_argument("--type", choices=TYPES, help="mixture to collect; default: pure")
     parser.add_argument(
         "--mixture", type=cli.path, help="file of parts, in place of POLICY and --type"
     )
     parser.add_argument("--env", default="", help="task, if no policy says it")
-    parser.add_argument("--steps", type=int, default=1_000_000, help="rows to collect")
+    parser.add_argument("--steps", type=cli.integer, default=1_000_000, help="rows to collect")
     parser.add_argument("--seed", type=cli.seed, default=0, help="of start states and noise")
     parser.add_argument("--out", required=True, help="file to write, or name of a Minari dataset")
     parser.add_argument("--format", choices=("npz", "minari"), default="npz", help="of the file")
@@ -312,8 +316,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        print("stopped: the same command goes on after the last complete part", file=sys.stderr)
-        raise SystemExit(130) from None
+        parser.exit(130, "stopped: the same command goes on after the last complete part\n")
 
 
 def run(args: argparse.Namespace, held: contextlib.ExitStack) -> None:
@@ -376,7 +379,7 @@ def run(args: argparse.Namespace, held: contextlib.ExitStack) -> None:
         about |= {"returns": returns, "broken": about["count"] - len(part.obs)}
     meta = description | {"commit": logs.commit(), "versions": logs.versions()}
     if minari_dataset:
-        write_minari(args.out, dataset, meta)
+        write_minari(args.out, dataset, meta, env)
     else:
         datasets.write(out, dataset, meta)
     shutil.rmtree(folder)

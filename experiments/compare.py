@@ -122,7 +122,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=cli.path, help="figure to write: png, pdf or svg")
     parser.add_argument("--labels", nargs="+", help="names of the curves, in the legend's order")
-    parser.add_argument("--title", default="", help="above the figure; default: a single task")
+    parser.add_argument(
+        "--title", default="", help="above the figure; default: a task that is alone"
+    )
     parser.add_argument("--width", type=float, default=report.TEXT_WIDTH, help="inches")
     parser.add_argument(
         "--x", nargs="+", choices=report.X_LABELS, default=["steps"], help="a panel for each"
@@ -137,6 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not 2 <= args.width <= 30:
         parser.error(f"--width {args.width:g}: 2 to 30 inches are possible")
+    parser.needs(args, "out", "title", "width", "x")
     try:
         outputs = outputs_of(args)
         entries = report.entries(map(joined, grouped(read_runs(args.run_dirs))))

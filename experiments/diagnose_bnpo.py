@@ -242,8 +242,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--run-dir", type=cli.path, required=True, help="finished run of algos/bnpo.py"
     )
-    parser.add_argument("--num-envs", type=int, default=200, help="episodes of each actor")
-    parser.add_argument("--num-rows", type=int, default=4096, help="rows of the replay")
+    parser.add_argument("--num-envs", type=cli.integer, default=200, help="episodes of each actor")
+    parser.add_argument("--num-rows", type=cli.integer, default=4096, help="rows of the replay")
     parser.add_argument(
         "--out", type=cli.path, required=True, help="files to write, without suffix"
     )

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None):
     """Evaluate from the command line."""
     parser = cli.Parser(__doc__)
     parser.add_argument("run_dir", type=cli.path, metavar="RUN_DIR", help="a finished run")
-    parser.add_argument("--episodes", type=int, default=256, help="of each policy")
+    parser.add_argument("--episodes", type=cli.integer, default=256, help="of each policy")
     parser.add_argument("--seed", type=cli.seed, default=1, help="of the start states")
     parser.add_argument(
         "--json", type=cli.path, help="JSON to write, with the means of every policy"

@@ -97,8 +97,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("--algos", nargs="+", required=True, help=f"of {', '.join(cli.ALGOS)}")
     parser.add_argument("--envs", nargs="+", required=True, help="tasks: docs/environments.md")
-    parser.add_argument("--num-seeds", type=int, default=8, help="of each run")
-    parser.add_argument("--seed", type=int, default=0, help="first seed; not 0: adds seeds to runs")
+    parser.add_argument("--num-seeds", type=cli.integer, default=8, help="of each run")
+    parser.add_argument(
+        "--seed", type=cli.integer, default=0, help="first seed; not 0: adds seeds to runs"
+    )
     parser.add_argument(
         "--out", type=cli.path, required=True, metavar="DIR", help="of runs, table and curves"
     )

@@ -350,15 +350,16 @@ def main(argv: list[str] | None = None):
     parser.add_argument(
         "--run-dir", type=cli.path, help="finished run of algos/bpo.py; without it: MDP-X, exactly"
     )
-    parser.add_argument("--row", type=int, default=0, help="which seed of the run")
-    parser.add_argument("--starts", type=int, default=32, help="start states")
-    parser.add_argument("--repeats", type=int, default=256, help="rollouts from each")
-    parser.add_argument("--num-steps", type=int, default=128, help="length of a rollout")
+    parser.add_argument("--row", type=cli.integer, default=0, help="which seed of the run")
+    parser.add_argument("--starts", type=cli.integer, default=32, help="start states")
+    parser.add_argument("--repeats", type=cli.integer, default=256, help="rollouts from each")
+    parser.add_argument("--num-steps", type=cli.integer, default=128, help="length of a rollout")
     parser.add_argument(
         "--out", type=cli.path, required=True, help="files to write, without suffix"
     )
     parser.add_argument("--force", action="store_true", help="replace files that exist")
     args = parser.parse_args(argv)
+    parser.needs(args, "run_dir", "row", "starts", "repeats", "num_steps")
     if args.repeats < 2 or args.starts < 2 or args.num_steps < 1:
         parser.error("--starts and --repeats must be at least 2, and --num-steps at least 1")
     try:

@@ -2,8 +2,8 @@
 
 Each run is one launch with its own run directory. What is complete is left alone and what was
 interrupted is resumed, so the same command goes on where it stopped. With --seed, seeds are added
-to a run: <run directory>_s<seed> is a further launch of it. In tables and figures the launches of a
-run are one, with the sum of their seconds and the first one's device.
+to a run: <run directory>_s<seed> is a further launch of it. Tables and figures show the
+launches of a run as one: seconds are summed, the device is the first one's.
 
 A reproduction has groups of runs, OUT/<group>/<task>/<name>; those of the docs are in results/. At
 the end of each group OUT/<group>/table.md and table.json hold its numbers, OUT/<group>/<task>.png
@@ -53,7 +53,7 @@ def launches(run_dir: Path, file: str) -> list[Path]:
 
 def adds_seeds(path: Path, run_dir: Path) -> bool:
     """Whether this is the directory of a launch that adds seeds to a run."""
-    name = re.fullmatch(r"(.*)_s\d+", path.name)
+    name = re.fullmatch(r"(.+)_s\d+", path.name)
     return bool(name) and path.with_name(name[1]) == run_dir
 
 
@@ -290,8 +290,10 @@ def main(
     parser.add_argument("groups", nargs="+", choices=groups, metavar="GROUP", help="tables to make")
     parser.add_argument("--tasks", nargs="+", help="only these tasks of the groups")
     parser.add_argument("--jobs", nargs="+", help="only jobs of these names")
-    parser.add_argument("--num-seeds", type=int, default=8, help="seeds of each new launch")
-    parser.add_argument("--seed", type=int, default=0, help="first seed; not 0: adds seeds to runs")
+    parser.add_argument("--num-seeds", type=cli.integer, default=8, help="seeds of each new launch")
+    parser.add_argument(
+        "--seed", type=cli.integer, default=0, help="first seed; not 0: adds seeds to runs"
+    )
     parser.add_argument("--out", type=cli.path, default=Path(out), help="of runs and tables")
     args = parser.parse_args(argv)
     for flag, field in (("tasks", "task"), ("jobs", "name")):

@@ -115,6 +115,16 @@ def test_counts_may_be_written_as_people_write_them():
     config, chosen = parse("--total-timesteps", "1e6", "--num-envs=1_6", "--num-seeds", "1e1")
     assert (config.total_timesteps, config.num_envs, chosen.num_seeds) == (1_000_000, 16, 10)
     assert parse("--hidden", "1e2", "64")[0].hidden == (100, 64)
+    assert cli.integer("2e5") == 200_000
+    with pytest.raises(ValueError, match=r"1\.5 is not a whole number"):
+        cli.integer("1.5")
+
+
+def test_all_presets_after_one_flag_apply_however_it_is_written():
+    for flag in (["--preset", "gym"], ["--preset=gym"]):
+        config, chosen = parse(*flag, "brax")
+        assert chosen.preset == ("gym", "brax")
+        assert config.num_envs == ppo.PRESETS["brax"]["num_envs"] != ppo.PRESETS["gym"]["num_envs"]
 
 
 # --- bad input ---
@@ -137,6 +147,8 @@ def test_counts_may_be_written_as_people_write_them():
         (["--num-seed", "3"], r"unknown argument '--num-seed'.*--num-seeds"),
         (["--frobnicate"], r"unknown argument '--frobnicate'"),
         (["--lr", "1e-3"], r"unknown argument '--lr': did you mean --learning-rate, "),
+        (["--lr=1e-3"], r"unknown argument '--lr=1e-3': did you mean --learning-rate, "),
+        (["gamma=0.9"], r"unknown argument 'gamma=0.9': --verbose takes no further value"),
         (["--hidden"], r"--hidden has no value"),
         (["--hidden", "--num-envs", "8"], r"--hidden has no value"),
         (["--preset"], r"--preset has no value"),
@@ -176,10 +188,12 @@ def test_counts_may_be_written_as_people_write_them():
             r"--anneal-lr takes no value: write --anneal-lr or --no-anneal-lr",
         ),
         (["--anneal-lr=True"], r"--anneal-lr takes no value"),
+        (["--no-anneal-lr=False"], r"--anneal-lr takes no value: write --anneal-lr or --no-ann"),
         (["--num-seeds", "2", "false"], r"unknown argument 'false': --num-seeds takes no further"),
         (["true"], r"unknown argument 'true': --verbose takes no further value"),
         (["--num-envs", "8", "16"], r"unknown argument '16': --num-envs takes no further value"),
         (["--wandb-seeds"], r"wandb_seeds=True: it needs --track"),
+        (["--wandb-tags", "mine"], r"wandb_tags=\('mine',\): it needs --track"),
         (["--env", "probe/value", "--render"], r"probe/value has no drawing: leave --render out"),
         (["--learning-rate", "1e-50"], r"learning_rate=1e-50: float32 has no such number"),
         (["--max-grad-norm", "1e40"], r"max_grad_norm=1e\+40: float32 has no such number"),

@@ -408,6 +408,21 @@ def test_minari_datasets_that_we_write_are_read(tmp_path, monkeypatch):
         run(*argv, "--format", "minari", "--out", "tiny/balance-v0")
 
 
+def test_a_minari_dataset_has_actions_of_the_tasks_range(tmp_path, monkeypatch):
+    minari = pytest.importorskip("minari")
+    pytest.importorskip("h5py")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    (tmp_path / "mixture.json").write_text("[{}]")
+    argv = ["--mixture", tmp_path / "mixture.json", "--env", "pendulum", "--steps", 300]
+    run(*argv, "--format", "minari", "--out", "tiny/pendulum-v0")
+    found = minari.load_dataset("tiny/pendulum-v0")
+    assert (found.action_space.low, found.action_space.high) == ([-2.0], [2.0])
+    actions = np.concatenate([episode.actions for episode in found])
+    assert 1.5 < np.abs(actions).max() <= 2.0
+    env = envs.make("pendulum", 1)
+    assert np.abs(datasets.load("minari:tiny/pendulum-v0", env).action).max() <= 1.0
+
+
 def test_minari_is_named_if_it_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     monkeypatch.setitem(sys.modules, "minari", None)

@@ -336,6 +336,8 @@ def test_scores_that_cannot_be_compared_are_refused(tmp_path):
         (["--json=~nosuchuser/x"], "argument --json: ~nosuchuser/x: Could not determine home"),
         (["--width", "0"], "--width 0: 2 to 30 inches"),
         (["--x", "gradient_steps"], "invalid choice: 'gradient_steps'"),
+        (["--x", "seconds"], "--x has no effect without --out"),
+        (["--title", "mine"], "--title has no effect without --out"),
         (["--labels", "a", "b"], "2 labels for 1 curves: ppo"),
         (["--normalise", "{none}"], "none.json does not exist"),
         (["--normalise", "{ranges}"], "cartpole is to have [low, high], two numbers, not [5, 5]"),

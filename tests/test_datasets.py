@@ -329,6 +329,25 @@ def test_minari_files(tmp_path, monkeypatch):
         datasets.load(other, envs.make("pendulum", 1))
 
 
+def test_actions_of_others_are_scaled_from_the_tasks_range(tmp_path):
+    """[-0.4, 0.4] as in Humanoid-v5; a range of its own for each dimension; no range; [-1, 1]."""
+    source = flat_file(tmp_path / "flat.hdf5")
+    plain = datasets.load(source, ENV)
+    for low, high in ((-0.4, 0.4), (-2.0, 4.0)):
+        h5py = pytest.importorskip("h5py")
+        with h5py.File(source, "r+") as file:
+            kept = file["actions"][()]
+            file["actions"][...] = low + (high - low) * (kept + 1) / 2
+        scaled = datasets.load(source, ENV._replace(action_range=[[low], [high]]))
+        for name in ("action", "next_action"):
+            mine, wanted = getattr(scaled, name), getattr(plain, name)
+            np.testing.assert_allclose(mine, wanted, atol=1e-6)
+            assert mine.dtype == np.float32
+        with h5py.File(source, "r+") as file:
+            file["actions"][...] = kept
+    tiny.assert_same(datasets.load(source, ENV._replace(action_range=[[-1.0], [1.0]])), plain)
+
+
 def test_hdf5_is_known_by_its_suffix_and_by_its_first_bytes(tmp_path):
     for name in ("flat.H5", "flat.HDF5", "flat.data", "flat"):
         assert_rows(datasets.load(flat_file(tmp_path / name), ENV), final=2)

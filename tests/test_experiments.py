@@ -99,10 +99,12 @@ def write_policies(path, seeds, env="cartpole"):
 def test_render_cartpole(tmp_path, capsys):
     run = write_run(tmp_path / "run")
     write_policies(run, (0, 2, 3))  # of 4 seeds the upper of the middle ones is drawn
-    paths = render.render_run(run)
+    said: list[str] = []
+    paths = render.render_run(run, said.append)
     videos = run / "videos"
     assert paths == [videos / f"{x}.gif" for x in ("best_s003", "median_s002", "worst_s000")]
-    assert "best: seed 3, final return 32.0" in capsys.readouterr().err
+    assert said[0] == f"best: seed 3, final return 32.0, {paths[0]}"
+    assert capsys.readouterr() == ("", "")
     for path in paths:
         with Image.open(path) as image:
             assert 5 < image.n_frames < 500

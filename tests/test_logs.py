@@ -338,6 +338,17 @@ main()
     assert (tmp_path / "done").exists()
 
 
+def test_a_tool_ends_in_one_line_at_ctrl_c(capsys):
+    @logs.steady()
+    def tool():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        tool()
+    assert ended.value.code == 130
+    assert capsys.readouterr() == ("", "stopped\n")
+
+
 def test_a_changed_checkout_has_a_plus(monkeypatch):
     def git(command, **_):
         changed = " M algos/ppo.py\n"
@@ -345,6 +356,13 @@ def test_a_changed_checkout_has_a_plus(monkeypatch):
 
     monkeypatch.setattr(logs.subprocess, "run", git)
     assert logs.commit() == "abc+"
+
+
+def test_the_commit_is_never_that_of_a_repository_above(tmp_path, monkeypatch):
+    subprocess.run(["git", "clone", "-q", "--depth", "1", f"file://{ROOT}", tmp_path], check=True)
+    installed = tmp_path / "lib" / "algos" / "launch" / "logs.py"
+    monkeypatch.setattr(logs, "__file__", str(installed))
+    assert logs.commit() == ""
 
 
 def test_wandb_knows_the_swept_value_of_each_row(tmp_path, monkeypatch):

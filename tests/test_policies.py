@@ -110,6 +110,11 @@ def test_a_policy_says_what_is_wrong_with_an_observation(whole, obs, message):
 @pytest.mark.filterwarnings("error")
 def test_a_number_is_no_key(whole):
     act = policies.load_policy(whole[0] / "policy_s000.npz")
+    for wrong in (jnp.int32(0), jnp.zeros(2), jax.random.split(jax.random.key(0))):
+        with pytest.raises(ValueError, match=r"jax\.random\.key\(SEED\) is wanted"):
+            act(np.zeros(4), wrong)
+    key = jax.random.key(1)
+    assert act(np.zeros(4), key) == act(np.zeros(4), jax.random.key_data(key))
     with pytest.raises(ValueError, match=r"key is 7: jax\.random\.key\(SEED\) is wanted"):
         act(np.zeros(4), 7)
 

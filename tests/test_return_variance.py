@@ -43,6 +43,9 @@ def test_a_run_is_measured(env, tmp_path, monkeypatch, signals, capsys):
     launch.main("bpo", [*flags, "--run-dir", str(run_dir)])
     size = ["--starts", "3", "--repeats", "4", "--num-steps", "5"]
     with pytest.raises(SystemExit):
+        return_variance.main(["--num-steps", "64", "--out", str(out)])
+    assert "--num-steps has no effect without --run-dir" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         return_variance.main(["--run-dir", str(run_dir), "--row", "1", "--out", str(out)])
     assert "--row 1: the run has rows 0 to 0" in capsys.readouterr().err
     for flag in ("--repeats", "--starts"):  # no variance

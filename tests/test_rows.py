@@ -88,6 +88,11 @@ def test_a_launch_ends_when_every_seed_is_dead(tmp_path):
     assert [x["global_step"] for x in lines_of(run_dir)] == [0, 96, 96]
     assert strict_json(run_dir / "done.json")["alive"] == 0
     assert rundir.read_run(run_dir).final.shape[1] == 6  # as many episodes as other launches have
+    before = (run_dir / "eval.npz").read_bytes()
+    status, said = run("--resume", str(run_dir))
+    assert status == 2
+    assert said.endswith(f"error: {run_dir} is complete: every seed died\n")
+    assert (run_dir / "eval.npz").read_bytes() == before
 
 
 def test_rows_are_shared_by_hosts_in_order(monkeypatch):

@@ -71,6 +71,9 @@ def test_the_last_two_checkpoints_are_kept(tmp_path):
     for update in (1, 20, 300):
         rundir.save_checkpoint(tmp_path, {"a": np.ones(1)}, {"update": update})
     assert [p.name for p in rundir.checkpoints(tmp_path)] == ["000000020.npz", "000000300.npz"]
+    for update in (10**9 - 1, 10**9):  # the second name is longer, and sorts before
+        rundir.save_checkpoint(tmp_path, {"a": np.ones(1)}, {"update": update})
+    assert [p.stem for p in rundir.checkpoints(tmp_path)] == ["999999999", "1000000000"]
 
 
 # --- statistics ---
@@ -80,16 +83,16 @@ def test_a_run_is_rewound_with_its_further_policies(tmp_path):
     run_dir = write_run(tmp_path / "run")
     run = rundir.read_run(run_dir)
     assert run.further == {}
-    evals = rundir.rewind(run_dir, 200, write=False)
+    evals = rundir.rewind(run_dir, 4, 200, write=False)
     evals["max_q_returns"] = [x + 7.0 for x in evals["returns"]]
     rundir.write_evals(run_dir, evals)
     others = rundir.read_run(run_dir).further
     np.testing.assert_array_equal(others["max_q"], run.returns + 7.0)
-    evals = rundir.rewind(run_dir, 100, write=False)
+    evals = rundir.rewind(run_dir, 4, 100, write=False)
     assert evals["steps"] == [0, 100]
     assert evals.keys() == {"steps", "seconds", "returns", "lengths", "max_q_returns"}
     np.testing.assert_array_equal(np.stack(evals["max_q_returns"], 1), run.returns[:, :2] + 7.0)
-    assert rundir.rewind(run_dir, -1, write=False) == {}
+    assert rundir.rewind(run_dir, 4, -1, write=False) == {}
 
 
 # --- small files that were cut short ---
@@ -98,14 +101,14 @@ def test_a_run_is_rewound_with_its_further_policies(tmp_path):
 def test_a_last_line_that_was_cut_short_is_dropped(tmp_path):
     for torn in ('{"global_step": 96, "x"', '{"global_step": 96, "x": 1}', "\0\0\0\0", "{}\n"):
         (tmp_path / "metrics.jsonl").write_text('{"global_step": 32}\n' + torn)
-        rundir.rewind(tmp_path, 96, write=True)
+        rundir.rewind(tmp_path, 1, 96, write=True)
         assert (tmp_path / "metrics.jsonl").read_text() == '{"global_step": 32}\n'
 
 
 def test_a_damaged_line_in_the_middle_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"global_step": 32}\ntorn\n{"global_step": 96}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl is damaged in line 2 \("):
-        rundir.rewind(tmp_path, 96, write=True)
+        rundir.rewind(tmp_path, 1, 96, write=True)
 
 
 def test_only_a_checkpoint_with_one_before_it_may_be_deleted(tmp_path):
@@ -186,7 +189,7 @@ def test_a_step_that_is_no_number_is_damage(tmp_path, step):
     text = f'{{"global_step": {step}}}\n'
     (tmp_path / "metrics.jsonl").write_text(text + '{"global_step": 96}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl is damaged in line 1 \("):
-        rundir.rewind(tmp_path, 96, write=True)
+        rundir.rewind(tmp_path, 1, 96, write=True)
 
 
 def test_files_of_a_measurement(tmp_path):

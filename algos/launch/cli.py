@@ -70,9 +70,11 @@ class Launch:
     """draw the best, median and worst seed afterwards"""
 
     def validate(self) -> None:
-        """Raise ValueError if a seed has no key of its own, or --wandb-seeds no run beside it."""
-        if self.wandb_seeds and not self.track:
-            raise ValueError("wandb_seeds=True: it needs --track")
+        """Raise ValueError if the last seed exceeds 32 bits, or for W&B's flags without --track."""
+        for field in ("wandb_project", "wandb_entity", "wandb_tags", "wandb_seeds"):
+            value = getattr(self, field)
+            if not self.track and value != getattr(Launch, field):
+                raise ValueError(f"{field}={value!r}: it needs --track")
         last = self.seed + self.num_seeds - 1
         if last >= 2**32:  # keys are made of 32 bits
             raise ValueError(
@@ -193,17 +195,17 @@ def check_values(argv: list[str], config_type: type) -> None:
 
 def about_unknown(word: str, argv: list[str], fields: list[str]) -> str:
     """What is wrong with a word of `argv` that is no flag and no value of one."""
-    words = [part for arg in argv for part in arg.split("=", 1)]
+    words = [part for x in argv for part in (x.split("=", 1) if x.startswith("--") else [x])]
     before = words[words.index(word) - 1] if word in words[1:] else ""
     if word.lower() in ("true", "false", "yes", "no") and before.startswith("--"):
-        flag = before.removeprefix("--")
+        flag = before.removeprefix("--").removeprefix("no-")
         return f"--{flag} takes no value: write --{flag} or --no-{flag}"
     if not word.startswith("-"):
         flags = [x for x in words[: words.index(word)] if x.startswith("--")]
         reason = f"{flags[-1]} takes no further value" if flags else "it is the value of no flag"
         return f"unknown argument {word!r}: {reason}"
     flags = ["--" + field.replace("_", "-") for field in fields]
-    return f"unknown argument {word!r}: {nearest(word, flags)}"
+    return f"unknown argument {word!r}: {nearest(word.partition('=')[0], flags)}"
 
 
 def unboxed(text: str) -> str:
@@ -233,25 +235,27 @@ HELP = ("-h", "--help")
 NUMBERS = tyro.constructors.ConstructorRegistry()
 
 
+def integer(text: str) -> int:
+    """An int that may be written as 1e6 or 1_000_000; ValueError if it is none."""
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+    if not number.is_integer():
+        raise ValueError(f"{text} is not a whole number")
+    return int(number)
+
+
 @NUMBERS.primitive_rule
 def whole_number(info: Any) -> Any:
-    """Read an int, which may also be written as 1e6 or 1_000_000."""
+    """Read every int by `integer`."""
     if info.type is not int:
         return None
-
-    def read(words: list[str]) -> int:
-        try:
-            return int(words[0])
-        except ValueError:
-            number = float(words[0])
-        if not number.is_integer():
-            raise ValueError(f"{words[0]} is not a whole number")
-        return int(number)
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="INT",
-        instance_from_str=read,
+        instance_from_str=lambda words: integer(words[0]),
         is_instance=lambda x: isinstance(x, int),
         str_from_instance=lambda x: [str(x)],
     )
@@ -265,7 +269,7 @@ def with_sweeps(argv: list[str], config_type: type) -> list[str]:
     for arg in argv:
         if not arg.startswith("--"):
             groups[-1].append(arg)
-        elif field_of(arg) in {"sweep", *numbers}:
+        elif field_of(arg) in {"preset", "sweep", *numbers}:  # --preset=A B means A and B
             groups.append(arg.split("=", 1))
         else:
             groups.append([arg])
@@ -349,6 +353,13 @@ class Parser(argparse.ArgumentParser):
             settings["help"] += f", default: {' '.join(map(str, values))}"
         return super().add_argument(*names, **settings)
 
+    def needs(self, args: argparse.Namespace, needed: str, *names: str) -> None:
+        """End in an error if one of these flags was given, but not the one that it belongs to."""
+        for name in names:
+            if not getattr(args, needed) and getattr(args, name) != self.get_default(name):
+                flag, other = ("--" + x.replace("_", "-") for x in (name, needed))
+                self.error(f"{flag} has no effect without {other}")
+
     def error(self, message: str) -> NoReturn:
         """End with one line and exit status 2."""
         self.exit(2, f"error: {message}\n")
@@ -364,7 +375,7 @@ def path(text: str) -> Path:
 
 def seed(text: str) -> int:
     """Type of a tool's --seed for argparse: a number with a key of its own."""
-    number = int(text)
+    number = integer(text)
     if not 0 <= number < 2**32:
         raise argparse.ArgumentTypeError(f"{number}: 0 to 2**32 - 1 are possible")
     return number

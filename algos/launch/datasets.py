@@ -54,6 +54,10 @@ def load(source: str, env: envs.Env) -> Dataset:
         raise ValueError(f"dataset {source!r} does not exist{where}, or is not a file")
     if is_hdf5(path):
         dataset = read_hdf5(path)
+        if dataset.action.shape[1:] == (env.action_size,):  # else `check` says what is wrong
+            middle, half = middle_and_half(env)
+            scaled = [(x - middle) / half for x in (dataset.action, dataset.next_action)]
+            dataset = dataset._replace(action=scaled[0], next_action=scaled[1])
     else:
         dataset, meta = read(path)
         if meta["env"] != env.name:
@@ -61,7 +65,7 @@ def load(source: str, env: envs.Env) -> Dataset:
     dataset = Dataset(*map(single, dataset))
     check(dataset, source, env)
     ends = np.flatnonzero(dataset.terminated | dataset.truncated)
-    longest = int(np.diff([-1, *ends, len(dataset.obs) - 1]).max())
+    longest = int(np.diff(ends, prepend=-1, append=len(dataset.obs) - 1).max())
     if longest > env.max_steps:
         warnings.warn(
             f"{source} has an episode of {longest} steps, and {env.name} stops at {env.max_steps}: "
@@ -125,8 +129,18 @@ def check(dataset: Dataset, source: str, env: envs.Env) -> None:
             worst = np.abs(getattr(dataset, name)).max()
             raise ValueError(
                 f"{source}: {name} is outside [-1, 1] in {len(rows)} rows, first {rows[0]}, by up "
-                f"to {worst:g}: rescale it"
+                f"to {worst:g}: [-1, 1] is to stand for the task's range of actions"
             )
+
+
+def middle_and_half(env: envs.Env) -> tuple[np.ndarray, np.ndarray]:
+    """Middle and half-width [action_size] of the task's own range of actions; float32.
+
+    Files of others have actions of this range, and ours the [-1, 1] that `env` scales to it.
+    """
+    scaled = [[-1.0], [1.0]] if env.action_range is None else env.action_range
+    low, high = np.broadcast_to(np.float32(scaled), (2, env.action_size))
+    return (low + high) / 2, (high - low) / 2
 
 
 def single(x: np.ndarray) -> np.ndarray:
@@ -307,7 +321,7 @@ def load_clones(run_dir: str, env: envs.Env, hidden: tuple[int, ...], seeds: Ite
             f"behavior={run_dir} has no seed {absent[0]} but {sorted(row_of)}: clone the same seeds"
         )
     trees = {}
-    for seed in sorted({int(seed) for seed in seeds}):  # rows of a sweep share their seed's
+    for seed in sorted({int(seed) for seed in seeds}):  # swept rows of a seed share its clone
         path = folder / f"policy_s{row_of[seed]:03d}.npz"
         trees[seed] = policies.read_policy(path)[-1]["actor"]
     return jax.tree.map(lambda *x: np.stack(x), *(trees[int(seed)] for seed in seeds))

@@ -29,7 +29,7 @@ WIDTH = 78  # columns of a line on the console
 
 
 class Console:
-    """A standard stream, or nothing from the moment it goes away: a run does not end with it."""
+    """A standard stream. If it breaks, later writes are dropped and the run goes on."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream  # None if it was closed from the start
@@ -73,11 +73,14 @@ class Console:
 
 @contextlib.contextmanager
 def steady():
-    """Let a program go on if the terminal or the pipe that it prints to goes away."""
+    """Let a program go on if what it prints to goes away, and end in one line at ctrl-C."""
     out, error = Console(sys.stdout), Console(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):  # type: ignore[type-var]
         try:
             yield
+        except KeyboardInterrupt:
+            print("stopped", file=error)
+            raise SystemExit(130) from None
         finally:
             out.flush()  # what it has not printed yet may be the first that fails
             error.flush()
@@ -386,7 +389,7 @@ def surroundings() -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "cores": envs.cores(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        # Of networks; None is jax's own.
+        # of networks; None: jax's default
         "matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]
     }
 
@@ -406,7 +409,10 @@ def versions() -> dict[str, str]:
 
 def commit() -> str:
     """Git commit, with + if algos/ or envs/ differ from it; empty outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).parents[2])]
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():  # another repository may lie above
+        return ""
+    git = ["git", "-C", str(root)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
         dirty = subprocess.run(

@@ -152,11 +152,18 @@ def load_policy(path: Path | str) -> Callable:
     wanted = interface_of(env)["obs"]
 
     def act(obs, key=None):
-        if key is not None and not isinstance(key, jax.Array):
+        if key is not None and not is_one_key(key):
             raise ValueError(f"key is {reprlib.repr(key)}: jax.random.key(SEED) is wanted")
         return np.array(play(check_obs(obs, wanted), key))
 
     return act
+
+
+def is_one_key(x: Any) -> bool:
+    """True for a single key, typed or as the two numbers of `jax.random.PRNGKey`."""
+    if not isinstance(x, jax.Array):
+        return False
+    return not x.ndim if rundir.is_key(x) else (x.dtype, x.shape) == (jnp.uint32, (2,))
 
 
 def check_obs(obs: Any, wanted: dict[str, Any]) -> np.ndarray:

@@ -19,22 +19,22 @@ from envs import wrappers
 RANKS = ("best", "median", "worst")
 
 
-def render_run(run_dir: Path | str) -> list[Path]:
-    """Draw a finished run to RUN_DIR/videos; returns the files written.
+def render_run(run_dir: Path | str, say: Callable = print) -> list[Path]:
+    """Draw a finished run to RUN_DIR/videos, and `say` what is drawn; returns the files written.
 
     If it cannot be drawn, that is one line on stderr and no error, since training is done. Raises
     ValueError if `run_dir` is not a run directory.
     """
     run = rundir.read_run(run_dir)
     try:
-        return draw(run)
+        return draw(run, say)
     except Exception as error:
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        print(f"not rendered: {reason}", file=sys.stderr)
+        print(f"not rendered: {' '.join(reason.splitlines())}", file=sys.stderr)
         return []
 
 
-def draw(run: rundir.Run) -> list[Path]:
+def draw(run: rundir.Run, say: Callable) -> list[Path]:
     """Play the chosen seeds and draw their episodes."""
     if run.done is None:  # its policies may be of a shorter run
         raise ValueError(f"{run.path} has not ended: --resume it first")
@@ -42,8 +42,8 @@ def draw(run: rundir.Run) -> list[Path]:
     env = envs.make(run.config["env"], len(rows), stagger=False, reset_mode="cached")
     if env.frame is None or env.render is None:
         raise ValueError(f"{env.name} has no drawing")
-    paths = [run.path / f"policy_s{row:03d}.npz" for row in rows.values()]
-    acts = [policies.act_of(*policies.read_policy(path)) for path in paths]
+    files = [run.path / f"policy_s{row:03d}.npz" for row in rows.values()]
+    acts = [policies.act_of(*policies.read_policy(file)) for file in files]
     frames, lengths = jax.device_get(play(env, acts, jax.random.key(0)))
     paths = []
     for i, (rank, row) in enumerate(rows.items()):
@@ -51,7 +51,7 @@ def draw(run: rundir.Run) -> list[Path]:
         stem = stem_of(run, rank, row)
         stem.parent.mkdir(exist_ok=True)
         path = env.render(episode, stem)
-        print(f"{caption(run, rank, row)}, {path}", file=sys.stderr)
+        say(f"{caption(run, rank, row)}, {path}")
         paths.append(path)
     return paths
 

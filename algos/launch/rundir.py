@@ -143,7 +143,7 @@ def measurement_files(out: Path, force: bool) -> tuple[Path, Path]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically."""
-    write_atomic(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def jsonable(value: Any) -> Any:
@@ -218,7 +218,8 @@ def save_checkpoint(run_dir: Path, arrays: dict[str, Any], meta: dict[str, Any])
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted((run_dir / "checkpoints").glob("[0-9]*.npz"))
+    found = (run_dir / "checkpoints").glob("[0-9]*.npz")
+    return sorted(found, key=lambda path: int(path.stem))  # from 10**9 on the names are longer
 
 
 # --- reading a run ---
@@ -402,32 +403,26 @@ def write_final(run_dir: Path, final: dict[str, np.ndarray]) -> None:
     write_atomic(run_dir / "final.npz", lambda file: np.savez(file, **final))  # type: ignore[arg-type]
 
 
-def rewind(run_dir: Path, step: int, write: bool) -> dict[str, list]:
+def rewind(run_dir: Path, num_rows: int, step: int, write: bool) -> dict[str, list]:
     """The evaluations up to `step`; if `write`, drop what metrics.jsonl has after it."""
     path = run_dir / "metrics.jsonl"
     lines = lines_of(path)
     kept = "".join(x for i, x in enumerate(lines) if step_of(x, path, i, len(lines)) <= step)
-    evals = evals_until(run_dir, step)
+    evals = evals_until(run_dir / "eval.npz", num_rows, step)
     if write:
-        write_atomic(path, lambda file: file.write(kept.encode()))
+        write_text(path, kept)
     return evals
 
 
-def evals_until(run_dir: Path, step: int) -> dict[str, list]:
+def evals_until(path: Path, num_rows: int, step: int) -> dict[str, list]:
     """The evaluations up to `step`, as `write_evals` takes them."""
-    if not (run_dir / "eval.npz").exists():  # stopped before the first one
+    if not path.exists():  # stopped before the first one
         return {}
-    run = read_run(run_dir)
-    keep = np.flatnonzero(run.steps <= step)
+    evals = read_evals(path, num_rows)
+    keep = np.flatnonzero(evals["steps"] <= step)
     if not len(keep):
         return {}
-    per_row = {"returns": run.returns, "lengths": run.lengths}
-    per_row |= {returns_of(name): x for name, x in run.further.items()}
-    return {
-        "steps": [int(run.steps[i]) for i in keep],
-        "seconds": [float(run.seconds[i]) for i in keep],
-        **{name: [x[:, i] for i in keep] for name, x in per_row.items()},
-    }
+    return {name: [x[i] if x.ndim == 1 else x[:, i] for i in keep] for name, x in evals.items()}
 
 
 def lines_of(path: Path) -> list[str]:

@@ -63,6 +63,9 @@ def main(name: str, argv: list[str] | None = None) -> None:
         try:
             if argv is None:
                 check_script(name)
+                # envs turns this off, so that Python cannot exit while a program calls MuJoCo. This
+                # process waits for every call, and turns it on to heed ctrl-C during a call.
+                jax.config.update("jax_cpu_enable_async_dispatch", True)
             algorithm = importlib.import_module(f"algos.{name}")
             config, launch = cli.parse(name, algorithm.Config, algorithm.PRESETS, argv)
             rows = prepare(algorithm, config, launch)
@@ -85,7 +88,7 @@ def main(name: str, argv: list[str] | None = None) -> None:
         except (jax.errors.JaxRuntimeError, MemoryError) as error:
             if not re.search("RESOURCE_EXHAUSTED|Out of memory", str(error)):
                 raise
-            reason = str(error).partition("\n")[0]
+            reason = str(error).partition("\n")[0].rstrip(".")
             advice = (
                 "start a smaller run: fewer seeds, environments or evaluation episodes, narrower "
                 "networks, or a smaller replay buffer"
@@ -117,9 +120,6 @@ def prepare(algorithm: ModuleType, config: Any, launch: Launch) -> Rows:
     """The rows of a launch that is checked, and jax set up for them; ValueError in one line."""
     rows = make_rows(launch, config, algorithm.TRACEABLE)
     common.check(config)
-    # envs turns this off, so that Python cannot exit while a program calls MuJoCo. A launch waits
-    # for every call itself, and turns it on so that ctrl-C is handled during a call.
-    jax.config.update("jax_cpu_enable_async_dispatch", True)
     setup_jax(len(rows.seeds))
     return rows
 
@@ -143,6 +143,8 @@ class Session:
         self.update = 0
         self.seconds = {"compile": 0.0, "train": 0.0, "eval": 0.0}
         self.evals: dict[str, list] = {}  # as `rundir.write_evals` takes them
+        # Metrics since the last evaluation: sums over updates, and where they begin.
+        self.interval: dict[str, Any] = {"update": 0, "train": 0.0, "totals": {}}
         self.speed = 0.0  # steps per second of all rows, in the last interval
         self.dead = np.zeros(len(rows.seeds), bool)
         self.restored: Any = None
@@ -197,7 +199,7 @@ class Session:
             self.restore()
         if self.lead:
             self.write_description(digests)
-            # Without a checkpoint, what an earlier start logged does not count, not even at step 0.
+            # Without a checkpoint, drop everything logged before, step 0 included.
             step = -1 if self.restored is None else self.step
             self.log.open(self.run_dir, self.name, self.config, self.launch, self.rows, step)
 
@@ -226,7 +228,7 @@ class Session:
             if done.exists():
                 raise ValueError(f"{self.run_dir} has no checkpoint to resume from")
             self.log.say(f"{self.run_dir} has no checkpoint: it starts again")
-            self.evals = rundir.rewind(self.run_dir, -1, write=self.lead)
+            self.evals = rundir.rewind(self.run_dir, len(self.rows.seeds), -1, write=self.lead)
             return
         template = jax.eval_shape(self.program.init, *inputs(self.rows))
         planned = rundir.read_description(self.run_dir)["config"]["total_timesteps"]
@@ -243,6 +245,12 @@ class Session:
         self.update, self.seconds = meta["update"], meta["seconds"]
         self.started -= self.seconds.pop("wall")
         self.dead = np.array(meta["dead"])
+        # Checkpoints of before lack it.
+        interval = meta.get("interval", {"update": self.update, "train": self.seconds["train"]})
+        totals = {k: np.array(v) for k, v in interval.get("totals", {}).items()}
+        self.interval = interval | {"totals": totals}
+        if self.dead.all() and done.exists():
+            raise ValueError(f"{self.run_dir} is complete: every seed died")
         # Without done.json the run stopped after its last update: `finish` is still to do.
         if self.update >= self.config.num_updates and done.exists():
             raise ValueError(
@@ -262,7 +270,7 @@ class Session:
                 f"run of\n  {self.config.total_timesteps:,} steps gives"
             )
         self.log.say(f"continues after {self.step:,} steps of each row")
-        self.evals = rundir.rewind(self.run_dir, self.step, write=self.lead)
+        self.evals = rundir.rewind(self.run_dir, len(self.rows.seeds), self.step, write=self.lead)
         if self.lead:  # these describe a shorter run
             done.unlink(missing_ok=True)
             (self.run_dir / "final.npz").unlink(missing_ok=True)
@@ -360,7 +368,7 @@ class Session:
     def train_until(self, point: int, state: Any) -> Any:
         """Train in slices of about SLICE_SECONDS until `point` updates are done, then log."""
         hparams = inputs(local(self.rows))[1]
-        totals, first, start = None, self.update, self.seconds["train"]
+        totals = self.interval["totals"]
         length = 1
         # Hosts must stay in step, so several of them stop only where they meet: at evaluations.
         while self.update < point and not (self.stop and jax.process_count() == 1):
@@ -370,18 +378,22 @@ class Session:
             sums = jax.block_until_ready(sums)  # heeds ctrl-C, which np.asarray does not
             sums = {k: np.asarray(v, np.float64) for k, v in sums.items()}
             clock = time.time() - clock
-            totals = {k: reduction(k)(totals[k], sums[k]) for k in sums} if totals else sums
+            for k, x in sums.items():
+                totals[k] = reduction(k)(totals[k], x) if k in totals else x
             self.update += length
             self.seconds["train"] += clock
             self.log.advance(length * self.config.steps_per_update * len(self.rows.seeds))
             length = max(1, int(length * SLICE_SECONDS / max(clock, 1e-6)))
-        if totals:
-            self.log_training(totals, self.update - first, self.seconds["train"] - start)
+        if totals and self.update == point:  # a run that was stopped goes on with its sums
+            self.log_training()
         return state
 
-    def log_training(self, totals: dict, num_updates: int, seconds: float) -> None:
-        """Turn sums over updates into means, and name the seeds that died."""
-        totals = {k: gather(v) for k, v in totals.items()}
+    def log_training(self) -> None:
+        """Turn the sums of the interval into means, and name the seeds that died."""
+        totals = {k: gather(v) for k, v in self.interval["totals"].items()}
+        num_updates = self.update - self.interval["update"]
+        seconds = self.seconds["train"] - self.interval["train"]
+        self.interval = {"update": self.update, "train": self.seconds["train"], "totals": {}}
         died = (totals["health/finite"] < num_updates) & ~self.dead
         for i in np.flatnonzero(died):
             self.log.say(
@@ -471,7 +483,11 @@ class Session:
             return
         arrays = {k: np.asarray(v) for k, v in rundir.flatten(state).items()}
         arrays = {k: v if k == ".update" else gather(v) for k, v in arrays.items()}
+        # Several hosts stop only at evaluations, where `interval` has no sums that others lack.
+        totals = {k: x.tolist() for k, x in self.interval["totals"].items()}
+        interval = self.interval | {"totals": totals}
         meta = {"update": self.update, "seconds": self.times(), "dead": self.dead.tolist()}
+        meta["interval"] = interval
         if self.lead:
             rundir.save_checkpoint(self.run_dir, arrays, meta)
 
@@ -548,7 +564,7 @@ class Session:
         times = ", ".join(f"{k} {v:.1f}" for k, v in seconds.items())
         self.log.say(f"seconds: {times}\ncurve: {curve}")
         if self.launch.render:
-            render.render_run(self.run_dir)
+            render.render_run(self.run_dir, self.log.say)
         self.log.attach(self.run_dir)
         return True
 
