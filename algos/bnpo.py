@@ -140,7 +140,7 @@ class Config:
 
     # optimiser: Adam, after clipping by global norm; each brain has its own for the actor
     critic_lr: NonNegativeFloat = 3e-4  # learning rate of the critic
-    max_grad_norm: NonNegativeFloat = 1.0  # largest global norm of one network's gradient
+    max_grad_norm: PositiveFloat = 1.0  # largest global norm of one network's gradient
 
     # objective
     gamma: UnitFloat = 0.99  # discount

@@ -50,7 +50,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 import envs
 from algos import common, launch
@@ -75,8 +75,8 @@ class Config:
     # optimiser: Adam, after clipping by global norm
     learning_rate: NonNegativeFloat = 3e-4  # learning rate of every network
     anneal_lr: bool = False  # decrease the learning rate linearly to 0 over the run
-    max_grad_norm: NonNegativeFloat = 0.5  # largest global norm of one network's gradient
-    adam_eps: NonNegativeFloat = 1e-5  # epsilon of Adam
+    max_grad_norm: PositiveFloat = 0.5  # largest global norm of one network's gradient
+    adam_eps: PositiveFloat = 1e-5  # epsilon of Adam
 
     # objective
     gamma: UnitFloat = 0.99  # discount
@@ -284,6 +284,7 @@ class Transition(NamedTuple):
     reward: jax.Array
     terminated: jax.Array
     done: jax.Array  # terminated or truncated
+    valid: jax.Array  # the physics was finite
     next_obs: jax.Array  # true successor, never a reset observation
 
 
@@ -443,7 +444,7 @@ def mu_loss_continuous(log_mu, log_target):
 def make_env(config: Config) -> envs.Env:
     """The environments that a run learns in."""
     env = envs.make(config.env, config.num_envs)
-    if len(env.obs_shape) == 3 and min(env.obs_shape[:2]) >= 36:  # the networks suit MinAtar's
+    if len(env.obs_shape) == 3 and min(env.obs_shape[:2]) >= 36:  # made for MinAtar's
         raise ValueError(f"{env.name} has large images: run it with algos/p3o.py")
     return env
 
@@ -466,21 +467,19 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     def init(key) -> TrainState:
         key_actor, key_critic, key_q, key_qhat, key_env, key = jax.random.split(key, 6)
         obs, env_state = env.reset(key_env)
-        action = jnp.zeros((N,), jnp.int32) if env.discrete else jnp.zeros((N, env.action_size))
+        action = jnp.zeros((1,), jnp.int32) if env.discrete else jnp.zeros((1, env.action_size))
         params = {
             "actor": actor.init(key_actor, obs[:1]),
             "critic": critic.init(key_critic, obs[:1]),
             "mu": actor.init(key_actor, obs[:1]),  # equal to pi: the first rollout is on-policy
-            "q": nets["q"].init(key_q, obs[:1], action[:1]),
-            "qhat": nets["qhat"].init(key_qhat, obs[:1], action[:1]),
+            "q": nets["q"].init(key_q, obs[:1], action),
+            "qhat": nets["qhat"].init(key_qhat, obs[:1], action),
         }
-        scalar, flag = jnp.zeros(N), jnp.zeros(N, bool)
-        row = Transition(obs, action, scalar, scalar, flag, flag, obs)  # for shapes and types
-        return TrainState(
+        state = TrainState(
             params=params,
             opt_state={name: optimizer.init(params[name]) for name in params},
             target_params={name: params[name] for name in nets},
-            replay=jax.tree.map(lambda x: jnp.zeros((K * T, *x.shape), x.dtype), row),
+            replay=None,
             reward_range=jnp.zeros(2),
             r_hat_max=jnp.float32(1e-8),
             obs_stats=common.Stats.empty((env.obs_size,)),
@@ -490,6 +489,9 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             key=key,
             update=jnp.int32(0),
         )
+        traj = jax.eval_shape(lambda: rollout(state, key)[1])  # shapes only
+        empty = lambda x: jnp.zeros((K * T, *x.shape[1:]), x.dtype)
+        return state._replace(replay=jax.tree.map(empty, traj))
 
     def normalize(obs_stats, obs):
         return obs_stats.normalize(obs.astype(jnp.float32)) if config.normalize_obs else obs
@@ -520,6 +522,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
                 reward=reward,
                 terminated=terminated,
                 done=terminated | truncated,
+                valid=~info["env_nan"],
                 next_obs=info.pop("final_observation"),
             )
             return (next_obs, env_state), (transition, info)
@@ -538,6 +541,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         log_pi = actor.apply(state.params["actor"], obs).log_prob(traj.action)
         log_ratio = jnp.clip(log_pi - traj.log_prob, -20.0, 20.0)
         reward = reward_scale(state) * traj.reward
+        reward = jnp.where(traj.valid, reward, value)  # broken physics: an advantage of 0
         steps = reward, value, next_value, traj.terminated, traj.done, log_ratio
         estimator = trajectory_estimator if config.clip_traj else step_estimator
         advantage, target = estimator(
@@ -588,7 +592,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         return jnp.clip(value, *bounds(state)[name])
 
     def sampled(policy, key):
-        """One action for each state. Discrete actions: None, which stands for all of them."""
+        """One action for each state. Discrete: None, for which a critic gives the values of all."""
         return None if env.discrete else policy.sample(noise_of(key, policy.mean.shape[:-1]))
 
     def fqe_loss_fn(params, state, batch, key):
@@ -611,7 +615,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             log_pi = actor.apply(state.params["actor"], batch.obs).log_prob(batch.action)
             weight = td_weight(log_pi - batch.log_prob)
         output, anchor = (apply(x, batch.obs, batch.action) for x in (online, target_net))
-        loss = fqe_loss(output, label, anchor, weight, reg_coef)
+        loss = fqe_loss(output, label, anchor, weight * batch.valid, reg_coef)
         return loss, {
             f"losses/{name}_loss": loss,
             f"health/{name}_target_clip_fraction": (clipped != target).mean(),
@@ -623,8 +627,10 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         With continuous actions the gradient also passes through the sampled action of mu.
         """
         pi, mu = (actor.apply(x, batch.obs) for x in (state.params["actor"], params["mu"]))
-        action, moment = sampled(mu, key), 1.0
-        if config.mu_loss != "kl":
+        action = sampled(mu, key)
+        if config.mu_loss == "kl":
+            moment = 1.0
+        else:
             moment = jnp.maximum(q_value("qhat", state, batch.obs, action), 1e-6)
         if config.mu_loss == "centred":
             value = critic.apply(state.params["critic"], batch.obs)
@@ -664,7 +670,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
 
     def store(state, traj):
         """Replace the oldest rollout in the replay buffer, and widen the range of rewards."""
-        start = state.update % K * T
+        start = (state.update % K) * T
         write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=0)
         rewards = jnp.append(traj.reward, state.reward_range)
         return state._replace(
@@ -672,12 +678,17 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             reward_range=jnp.stack([rewards.min(), rewards.max()]),
         )
 
-    def fit(state, name, loss, data, key, num_epochs, num_minibatches):
+    fqe = fqe_loss_fn, config.num_vf_epochs, config.num_vf_minibatches
+    mu_fit = mu_loss_fn, config.num_mu_epochs, config.num_mu_minibatches
+    fits = {"q": fqe, "qhat": fqe, "mu": mu_fit}
+
+    def fit(state, name, data, key):
         """Epochs of gradient steps on one network over the replay buffer; returns mean metrics too.
 
         Until the buffer is full, an epoch has fewer gradient steps. Their number depends on
         `state.update` alone, so that it is the same for all seeds under vmap.
         """
+        loss, num_epochs, num_minibatches = fits[name]
         rollouts = jnp.minimum(state.update + 1, K)
         filled, steps = rollouts * (len(data.obs) // K), rollouts * (num_minibatches // K)
 
@@ -695,7 +706,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
                 grads, aux = jax.grad(loss, has_aux=True)(params, state, batch, key)
                 state = descend(state, grads)
                 if name in nets:  # mu has no target network
-                    # 0: copy after each epoch
+                    # polyak_tau 0 copies the network after the last step of an epoch
                     tau = config.polyak_tau or jnp.where(i == steps - 1, 1.0, 0.0)
                     online, target_net = state.params[name], state.target_params[name]
                     target_net = optax.incremental_update(online, target_net, tau)
@@ -720,20 +731,16 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         if config.shuffle == "transitions":
             data = jax.tree.map(lambda x: x.reshape((K * T * N, *x.shape[2:])), data)
 
-        sizes = config.num_vf_epochs, config.num_vf_minibatches
-        state, metrics = fit(state, "q", fqe_loss_fn, data, key_q, *sizes)
+        state, metrics = fit(state, "q", data, key_q)
 
         r_hat = second_moment_reward(data.reward, q_value("q", state, data.obs, data.action))
         filled = jnp.arange(K)[:, None] <= state.update  # [K, 1] rollouts
         r_hat_max = jnp.max(r_hat.reshape(K, -1), where=filled, initial=0.0) / scale**2
         state = state._replace(r_hat_max=jnp.maximum(state.r_hat_max, r_hat_max))
         data = data._replace(reward=r_hat)
-        state, aux = fit(state, "qhat", fqe_loss_fn, data, key_qhat, *sizes)
-        metrics |= aux
-
-        sizes = config.num_mu_epochs, config.num_mu_minibatches
-        state, aux = fit(state, "mu", mu_loss_fn, data, key_mu, *sizes)
-        return state, metrics | aux
+        state, aux_qhat = fit(state, "qhat", data, key_qhat)
+        state, aux_mu = fit(state, "mu", data, key_mu)
+        return state, metrics | aux_qhat | aux_mu
 
     def diagnostics(state, batch):
         """How far mu was from pi in the rollout, and how Q^ compares with the square of Q."""
@@ -833,8 +840,8 @@ PAPER = {  # every field that a task's preset may have changed, back to the publ
     "normalize_obs": False, "normalize_reward": False, "noise_interval": 1, "hidden": (64, 64),
     "policy_gain": 1.0, "log_std_init": 0.0,
 }
-SYMLOG = {"symlog_targets": True, "polyak_tau": 0.02}
-ZERO = {**SYMLOG, "zero_norm_final": True}
+PLAIN = {"symlog_targets": True, "polyak_tau": 0.02, "zero_norm_final": False}
+ZERO = {**PLAIN, "zero_norm_final": True}
 PRESETS: dict[str, dict[str, Any]] = {
     # sources of tasks, for those that have no preset of their own
     "gym": {  # the clip range is around mu, which lags behind pi: a narrow one slows pi down
@@ -888,7 +895,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "log_std_init": -1.0,
     },
     # the authors' additions to a base configuration; numbers: <clip_c>_<clip_rho>, or one for both
-    "ppo_bpo": {"clip_rho": 1.5, "clip_c": 1.5, "clip_traj": False, **SYMLOG},
+    "ppo_bpo": {"clip_rho": 1.5, "clip_c": 1.5, "clip_traj": False, **PLAIN},
     "ppo_bpo_zero": {"clip_rho": 1.5, "clip_c": 1.5, "clip_traj": False, **ZERO},
     "ppo_bpo_zero1.0": {"clip_rho": 1.0, "clip_c": 1.0, "clip_traj": False, **ZERO},
     "ppo_bpo_zero1.0_1.5": {"clip_rho": 1.5, "clip_c": 1.0, "clip_traj": False, **ZERO},

@@ -53,7 +53,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 import envs
 from algos import common, launch
@@ -74,9 +74,9 @@ class Config:
     # optimiser: RMSprop, after clipping by global norm
     learning_rate: NonNegativeFloat = 7e-4  # learning rate of all parameters
     anneal_lr: bool = True  # decrease the learning rate linearly to almost 0 over the run
-    max_grad_norm: NonNegativeFloat = 0.5  # largest global norm of the gradient
+    max_grad_norm: PositiveFloat = 0.5  # largest global norm of the gradient
     rms_decay: UnitFloat = 0.99  # decay of the running mean of squared gradients
-    rms_eps: NonNegativeFloat = 1e-5  # epsilon of RMSprop, added to the square root
+    rms_eps: PositiveFloat = 1e-5  # epsilon of RMSprop, added to the square root
 
     # objective
     gamma: UnitFloat = 0.99  # discount
@@ -210,9 +210,11 @@ class Transition(NamedTuple):
     obs: jax.Array  # as the environment gave it
     action: jax.Array  # unclipped; the environment clips
     policy: common.Categorical | common.Gaussian  # beta
+    value: jax.Array  # of obs
     reward: jax.Array
     terminated: jax.Array
     done: jax.Array  # terminated or truncated
+    valid: jax.Array  # the physics was finite
     next_obs: jax.Array  # true successor, never a reset observation
 
 
@@ -424,7 +426,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         def step(carry, x):
             obs, env_state = carry
             noise, key = x
-            policy, _ = network.apply(state.params, normalize(state.obs_stats, obs))
+            policy, value = network.apply(state.params, normalize(state.obs_stats, obs))
             action = policy.sample(noise)
             next_obs, env_state, reward, terminated, truncated, info = env.step(
                 key, env_state, action
@@ -433,9 +435,11 @@ def build(config: Config, env: envs.Env) -> common.Algo:
                 obs=obs,
                 action=action,
                 policy=policy,
+                value=value,
                 reward=reward,
                 terminated=terminated,
                 done=terminated | truncated,
+                valid=~info["env_nan"],
                 next_obs=info.pop("final_observation"),
             )
             return (next_obs, env_state), (transition, info)
@@ -450,6 +454,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         _, next_value = network.apply(state.params, normalize(state.obs_stats, traj.next_obs))
         truncated = traj.done & ~traj.terminated
         reward += jnp.where(truncated, config.gamma * next_value, 0.0)
+        reward = jnp.where(traj.valid, reward, traj.value)  # broken physics: an advantage of 0
         obs = normalize(state.obs_stats, jnp.concatenate([traj.obs, state.obs[None]]))
         segments = Segments(obs, traj.action, traj.policy, reward, traj.done)
         return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), segments)

@@ -42,7 +42,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 import envs
 from algos import common, launch
@@ -67,8 +67,8 @@ class Config:
     # optimiser: Adam, after clipping by global norm
     learning_rate: NonNegativeFloat = 3e-4  # learning rate of every network
     anneal_lr: bool = False  # decrease the learning rate linearly to 0 over the run
-    max_grad_norm: NonNegativeFloat = 0.5  # largest global norm of one network's gradient
-    adam_eps: NonNegativeFloat = 1e-5  # epsilon of Adam
+    max_grad_norm: PositiveFloat = 0.5  # largest global norm of one network's gradient
+    adam_eps: PositiveFloat = 1e-5  # epsilon of Adam
 
     # objective
     gamma: UnitFloat = 0.99  # discount
@@ -204,6 +204,7 @@ class Transition(NamedTuple):
     reward: jax.Array
     terminated: jax.Array
     done: jax.Array  # terminated or truncated
+    valid: jax.Array  # the physics was finite
     next_obs: jax.Array  # true successor, never a reset observation
 
 
@@ -272,7 +273,7 @@ def value_loss(value, target):
 def make_env(config: Config) -> envs.Env:
     """The environments that a run learns in."""
     env = envs.make(config.env, config.num_envs)
-    if len(env.obs_shape) == 3 and min(env.obs_shape[:2]) >= 36:  # the networks suit MinAtar's
+    if len(env.obs_shape) == 3 and min(env.obs_shape[:2]) >= 36:  # made for MinAtar's
         raise ValueError(f"{env.name} has large images: run it with algos/p3o.py")
     return env
 
@@ -334,6 +335,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
                 reward=reward,
                 terminated=terminated,
                 done=terminated | truncated,
+                valid=~info["env_nan"],
                 next_obs=info.pop("final_observation"),
             )
             return (next_obs, env_state), (transition, info)
@@ -347,6 +349,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         obs, next_obs = (normalize(state.obs_stats, x) for x in (traj.obs, traj.next_obs))
         value, next_value = (critic.apply(state.params["critic"], x) for x in (obs, next_obs))
         reward = traj.reward * (state.reward_scale.factor() if config.normalize_reward else 1.0)
+        reward = jnp.where(traj.valid, reward, value)  # broken physics: an advantage of 0
         advantage = gae(
             reward, value, next_value, traj.terminated, traj.done, config.gamma, config.gae_lambda
         )

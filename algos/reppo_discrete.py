@@ -72,7 +72,7 @@ class Config:
     # optimiser: Adam, after clipping by global norm
     learning_rate: NonNegativeFloat = 3e-4  # learning rate of every network
     anneal_lr: bool = False  # decrease the learning rate linearly to 0 over the run
-    max_grad_norm: NonNegativeFloat = 0.5  # largest global norm of one network's gradient
+    max_grad_norm: PositiveFloat = 0.5  # largest global norm of one network's gradient
     dual_lr_mult: NonNegativeFloat = 1.0  # factor on the learning rate of the two multipliers
 
     # objective
@@ -120,6 +120,8 @@ class Config:
             )
         if self.vmin >= self.vmax:
             raise ValueError(f"vmin={self.vmin:g}: it must be below vmax={self.vmax:g}")
+        if self.reward_range[0] > self.reward_range[1]:
+            raise ValueError(f"reward_range={self.reward_range}: the lower end comes first")
         low, high = (self.reward_scale * x / max(1.0 - self.gamma, 1e-8) for x in self.reward_range)
         low, high = min(low, 0.0), max(high, 0.0)  # an episode may end at any step
         if low < self.vmin or high > self.vmax:
@@ -257,7 +259,7 @@ def hl_gauss(value, vmin, vmax, num_bins):
     edges = vmin + width * (jnp.arange(num_bins + 1) - 0.5)
     value = jnp.clip(value, vmin, vmax)[..., None]
     cdf = jax.lax.erf((edges - value) / (0.75 * width * math.sqrt(2)))  # 2 cdf - 1
-    # float32's erf falls by up to 5e-7 in places
+    # float32's erf is not monotone: it drops by up to 5e-7 in places
     return jnp.maximum(jnp.diff(cdf), 0.0) / (cdf[..., -1:] - cdf[..., :1])
 
 
@@ -307,7 +309,7 @@ def make_env(config: Config) -> envs.Env:
     env = envs.make(config.env, config.num_envs)
     if not env.discrete:
         raise ValueError(f"{env.name} has continuous actions: run it with algos/reppo.py")
-    if len(env.obs_shape) == 3 and min(env.obs_shape[:2]) >= 36:
+    if len(env.obs_shape) == 3 and min(env.obs_shape[:2]) >= 36:  # made for MinAtar's
         raise ValueError(f"{env.name} has large images: run it with algos/p3o.py")
     return env
 
@@ -397,10 +399,10 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         next_value, entropy, features = value_of(state, policy, traj.next_obs)
         temperature = jnp.exp(state.params["actor"]["duals"]["temperature"])
         bonus = config.gamma * temperature * entropy
-        reward, terminated, truncated = traj.reward, traj.terminated, traj.truncated
-        target = soft_td_lambda(
-            reward, bonus, next_value, terminated, truncated, config.gamma, config.td_lambda
-        )
+        # A step of broken physics has no target, so the trace ends at the step before it.
+        before_broken = jnp.append(~traj.valid[1:], jnp.zeros((1, N), bool), 0)
+        step = traj.reward, bonus, next_value, traj.terminated, traj.truncated | before_broken
+        target = soft_td_lambda(*step, config.gamma, config.td_lambda)
         batch = Batch(traj, target, features)
         return jax.tree.map(lambda x: x.reshape((T * N, *x.shape[2:])), batch)
 

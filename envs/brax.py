@@ -117,7 +117,7 @@ def make(
         if backend == "mjx":
             unstable = pipeline.unstable
         else:
-            unstable = ~engines.all_finite((pipeline.q, pipeline.qd))
+            unstable = ~engines.bounded((pipeline.q, pipeline.qd))
         state = BraxState(pipeline, after.info)
         return after.obs, state, after.reward, after.done > 0.5, {"env_nan": unstable}
 

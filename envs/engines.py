@@ -222,9 +222,10 @@ def unpack(packed: dict, template):
     return zeros.replace(**packed)
 
 
-def all_finite(tree) -> jax.Array:
-    """Whether every entry of every leaf is finite, as one bool."""
-    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+def bounded(tree) -> jax.Array:
+    """Whether no entry of any leaf is NaN or above MuJoCo's own bound of 1e10, as one bool."""
+    fine = [jnp.all(jnp.abs(leaf) <= mujoco.mjMAXVAL) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.array(fine))
 
 
 def _mjx(physics: Physics, implementation: str) -> Engine:
@@ -264,7 +265,7 @@ def _mjx(physics: Physics, implementation: str) -> Engine:
         )
         if "cfrc_ext" in physics.reads:
             data = mjx.rne_postconstraint(compiled, data)
-        return *apply_rule(data, memory), ~all_finite((data.qpos, data.qvel))
+        return *apply_rule(data, memory), ~bounded((data.qpos, data.qvel))
 
     return Engine(
         reset=reset,

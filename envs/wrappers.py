@@ -33,7 +33,7 @@ class Goals(NamedTuple):
 
 
 class RawEnv(NamedTuple):
-    """One environment without reset, time limit or vmap: what an adapter returns."""
+    """One environment without auto-reset, time limit or vmap: what an adapter returns."""
 
     reset: Callable  # key -> obs [obs_size], state
     step: Callable  # key, state, action -> obs, state, reward, terminated, info
@@ -57,7 +57,7 @@ class Env(NamedTuple):
     step's info has, on every step: "final_observation" [N, obs_size], the true successor, before
     any reset; "returned" [N] bool, an episode ended (in Atari a game); "episode_return" and
     "episode_length" [N] of the running episode with this step, to be read where returned;
-    "env_nan" [N] bool, the physics went non-finite on this step.
+    "env_nan" [N] bool, the physics broke on this step: nothing may be learned from it.
     """
 
     name: str
@@ -287,7 +287,7 @@ def _clip_actions(step):
 
 
 def _nan_guard(reset, step):
-    """A non-finite step terminates: reward 0, finite final observation, `env_nan`."""
+    """A non-finite step terminates: reward and final observation are 0, `env_nan` is true."""
 
     def guarded_reset(key):
         return strong(reset(key))
@@ -295,10 +295,9 @@ def _nan_guard(reset, step):
     def guarded_step(key, state, action):
         obs, state, reward, terminated, info = strong(step(key, state, action))
         reward = reward.astype(jnp.float32)
-        finite = jnp.isfinite(obs)
         # an adapter may know of trouble that its observation hides, such as a clipped velocity
-        nan = ~jnp.all(finite) | ~jnp.isfinite(reward) | info.get("env_nan", False)
-        obs = jnp.where(finite, obs, jnp.zeros_like(obs))
+        nan = ~jnp.isfinite(obs).all() | ~jnp.isfinite(reward) | info.get("env_nan", False)
+        obs = jnp.where(nan, jnp.zeros_like(obs), obs)
         info = {**info, "env_nan": nan}
         return obs, state, jnp.where(nan, 0.0, reward), terminated | nan, info
 

@@ -210,6 +210,17 @@ def test_a_velocity_out_of_all_bounds_is_unstable(raw, start):
         assert info["env_nan"].tolist() == [False, False, True, True, False]
 
 
+@pytest.mark.parametrize("bad", [1e11, -1e11, np.inf, np.nan])
+def test_what_mujoco_would_call_unstable_is_unstable_on_mjx(bad):
+    assert engines.bounded((jnp.zeros(2), jnp.array([1e9, -1e9])))
+    assert not engines.bounded((jnp.zeros(2), jnp.array([0.0, bad])))
+    raw = envs._load("gym/InvertedPendulum-v5?engine=mjx")
+    _, (packed, memory) = raw.reset(jax.random.key(0))
+    step = jax.jit(lambda state: raw.step(None, state, jnp.zeros(1))[-1]["env_nan"])
+    assert not step((packed, memory))
+    assert step((packed | {"qpos": jnp.array([bad, 0.0])}, memory))
+
+
 @pytest.mark.parametrize(
     "task", ["brax/hopper", "playground/CartpoleBalance", "arm/reacher-static"]
 )

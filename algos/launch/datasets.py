@@ -139,7 +139,7 @@ def middle_and_half(env: envs.Env) -> tuple[np.ndarray, np.ndarray]:
     Files of others have actions of this range, and ours the [-1, 1] that `env` scales to it.
     """
     scaled = [[-1.0], [1.0]] if env.action_range is None else env.action_range
-    low, high = np.broadcast_to(np.float32(scaled), (2, env.action_size))
+    low, high = np.broadcast_to(np.asarray(scaled, np.float32), (2, env.action_size))
     return (low + high) / 2, (high - low) / 2
 
 

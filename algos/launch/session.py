@@ -411,7 +411,7 @@ class Session:
             )
         # A group with a count is averaged over what was counted, such as the episodes that ended.
         counts = {k.split("/")[0]: totals.pop(k) for k in [*totals] if k.endswith("/count")}
-        values = {}
+        values: dict[str, Any] = {}
         for k, total in totals.items():
             if k != "health/env_nan" and not k.endswith("/max"):
                 count = counts.get(k.split("/")[0], num_updates)
