@@ -361,9 +361,9 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         target_params = optax.incremental_update(online, state.target_params, config.polyak_tau)
         state, aux = state._replace(target_params=target_params), {}
         keys = jax.random.split(key, len(losses))
-        for name, key in zip(losses, keys, strict=True):
+        for name, key_loss in zip(losses, keys, strict=True):
             grad_fn = jax.grad(losses[name], has_aux=True)
-            grads, loss_aux = grad_fn(state.params[name], state, batch, key)
+            grads, loss_aux = grad_fn(state.params[name], state, batch, key_loss)
             aux |= loss_aux | {f"losses/{name}_grad_norm": optax.global_norm(grads)}
             state = descend(state, {name: grads})
         return state, aux

@@ -88,7 +88,7 @@ class Brain:
     importance_resampling: bool = False  # prefer steps with a large importance ratio
 
     # schedule
-    learning_starts: PositiveInt = 2048  # sampleable steps in the buffer before it learns
+    learning_starts: PositiveInt = 2048  # sampleable steps collected before it learns
     turn_interval: PositiveInt = 60  # steps of each environment between two turns
     turn_minibatches: PositiveFloat = 6.0  # minibatches per turn; 1.5: 1 and 2 alternately
 
@@ -292,7 +292,7 @@ class Transition(NamedTuple):
 class Trajectory(NamedTuple):
     """Consecutive steps: W episodes, the replay buffer [W, N, T, ...], or samples [B, H, ...]."""
 
-    obs: jax.Array  # one more than there are steps: the last true successor
+    obs: jax.Array  # one more than there are steps; a stored episode ends with its true successor
     action: jax.Array
     policy: common.Gaussian  # the behaviour policy
     reward: jax.Array  # [..., m], of reward_kind
@@ -671,8 +671,8 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             next_value = jnp.zeros_like(traj.reward).at[row, j].set(value)
             # The value after step n, for the policy of a target actor.
             last = obs[jnp.arange(len(n)), n]
-            policy = actor.apply(bootstrap_actor(state, key), last, no_noise)
-            gamma, lam, bootstrap = config.gamma, config.gae_lambda, q_of(last, policy)
+            bootstrap = q_of(last, actor.apply(bootstrap_actor(state, key), last, no_noise))
+            gamma, lam = config.gamma, config.gae_lambda
             return nstep_target(traj.reward, next_value, bootstrap, n, traj.terminated, gamma, lam)
 
         def bootstrap_actor(state, key):
@@ -740,7 +740,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             aux |= {f"{name}_grad_norm": optax.global_norm(grads[name]) for name in grads}
             if not brain.natural_gradient:
                 return descend(state, grads), aux
-            loss_at = lambda x: loss_fn(state.params | {"actor": x}, state, batch)[0]
+            loss_at = lambda x: loss_fn(state.params | {"actor": x}, state, batch)[1]["policy_loss"]
             policy_at = lambda x: actor.apply(x, batch.obs, state.noise)
             new = natural_step(loss_at, policy_at, state.params["actor"], grads["actor"])
             state = descend(state, {"critic": grads["critic"]})

@@ -360,7 +360,7 @@ def trajectory_estimator(
     lag = t - t[:, None]  # [t, k] = k - t
     same_episode = (lag >= 0)[..., None] & (episode[:, None] == episode)  # [t, k, N]
     product = jnp.exp(jnp.minimum(jnp.log(clip_c), total - total[:, None]))  # steps t + 1 to k
-    product = jnp.where((lag > 0)[..., None], product, 1.0)  # of no ratio: not clipped
+    product = jnp.where((lag > 0)[..., None], product, 1.0)  # k = t: no ratio, so 1
     decay = (gamma * lam) ** jnp.maximum(lag, 0)[..., None]
     weight = jnp.where(same_episode, decay * product, 0.0)
     advantage = jnp.einsum("tkn,kn->tn", weight, delta)

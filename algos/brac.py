@@ -139,7 +139,7 @@ class Config:
         return self.divergence in ("dual_kl", "wasserstein")
 
     def validate(self) -> None:
-        """Raise ValueError without a dataset or for contradictions; warn if all steps are warm."""
+        """Raise ValueError without a dataset or for contradictions; warn of useless warm starts."""
         if not self.dataset:
             raise ValueError(
                 "dataset='': give --dataset PATH or --dataset minari:NAME (docs/datasets.md)"
@@ -153,8 +153,10 @@ class Config:
         if self.train_alpha and not self.target_divergence > 0:
             raise ValueError(
                 f"target_divergence={self.target_divergence:g}: with --train-alpha it has to be "
-                "positive, or alpha can only grow"
+                "positive, or alpha grows without end"
             )
+        if self.divergence == "none" and self.warm_start >= 0:
+            warnings.warn("divergence=none has no loss in a warm start: --preset sac", stacklevel=2)
         steps = self.num_updates * self.gradient_steps
         if self.warm_start >= steps - 1:  # gradient steps are counted from 0
             warnings.warn(
@@ -313,16 +315,12 @@ def mix(value, min_weight):
     return min_weight * value.min(0) + (1.0 - min_weight) * value.max(0)
 
 
-def penalised_target(
-    reward, terminated, next_value, log_prob, divergence, temperature, penalty, gamma
-):
+def td_target(reward, terminated, next_value, gamma):
     """Targets [B] of the critics; no gradient passes through them.
 
-    `next_value` [B] holds the mixed values of the policy's actions at the true successor, and
-    `log_prob` [B] is that of these actions. A terminated step does not bootstrap.
+    `next_value` [B] is the value of the true successor. A terminated step does not bootstrap.
     """
-    value = next_value - temperature * log_prob - penalty * divergence
-    return jax.lax.stop_gradient(reward + gamma * jnp.where(terminated, 0.0, value))
+    return jax.lax.stop_gradient(reward + gamma * jnp.where(terminated, 0.0, next_value))
 
 
 def critic_loss(value, target):
@@ -459,11 +457,8 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         next_value = critic.apply(state.target_params["critic"], next_batch.obs, jnp.tanh(u))
         next_value = mix(next_value, config.min_weight)
         divergence = divergence_of(state, next_batch, policy, u, key_divergence)
-        penalty = config.value_penalty * alpha
-        reward, terminated = batch.reward, batch.terminated
-        target = penalised_target(
-            reward, terminated, next_value, log_prob, divergence, temperature, penalty, config.gamma
-        )
+        next_value -= temperature * log_prob + config.value_penalty * alpha * divergence
+        target = td_target(batch.reward, batch.terminated, next_value, config.gamma)
         value = critic.apply(params, batch.obs, batch.action)
         loss = critic_loss(value, target)
         return loss, {
@@ -540,11 +535,11 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         keys += [*jax.random.split(key_further, len(batches) - 1)]
         steps = [(name, batches[0]) for name in losses]
         steps += [("divergence", batch) for batch in batches[1:]]
-        for (name, batch), key in zip(steps, keys, strict=True):
+        for (name, batch), key_loss in zip(steps, keys, strict=True):
             if not trained[name]:
                 continue
             grad_fn = jax.grad(losses[name], has_aux=True)
-            grads, loss_aux = grad_fn(state.params[name], state, batch, key)
+            grads, loss_aux = grad_fn(state.params[name], state, batch, key_loss)
             aux |= loss_aux | {f"losses/{name}_grad_norm": optax.global_norm(grads)}
             state = descend(state, {name: grads})
         return state, aux

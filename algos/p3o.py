@@ -27,7 +27,7 @@ Differences from ppo.py:
    hidden layers.
 5. The optimiser is RMSprop as in PyTorch. Of U updates, update u = 1, ..., U has
    1 - u / (U + 1) of the learning rate.
-6. Hidden layers start with gain sqrt(2), and so does the critic's last layer if it shares none.
+6. Hidden layers start with gain sqrt(2). So does the critic's last layer, but for images with 1.
    Large images (Atari) have three convolutions. Bytes are divided by 255.
 7. Advantages are not standardised.
 
@@ -127,7 +127,7 @@ class Config:
 
     @property
     def warmup_slots(self) -> int:
-        """Rollouts in the replay buffer when it is first used: two or more, if it holds as many."""
+        """Rollouts that must be in the replay buffer before it is used; two if it can hold two."""
         return min(self.num_slots, max(2, round(self.warmup_fraction * self.num_slots)))
 
     def validate(self) -> None:

@@ -23,8 +23,8 @@ import jax
 from envs.options import COUNT, Kind, choice, read, spell
 from envs.wrappers import RESET_MODES, Env, Goals, RawEnv, check, countable, wrap
 
-# Let the call of a program on a CPU return only when the program has ended: if Python ended while a
-# program still calls MuJoCo through it, the process would crash or hang.
+# Make calls of compiled programs on a CPU wait for their results: if Python exits while one of them
+# still calls MuJoCo through it, the process crashes or hangs.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 __all__ = ["ALIASES", "Env", "Goals", "RawEnv", "canonical", "cores", "make"]
@@ -221,8 +221,9 @@ def make(
     if name.startswith("atari/"):
         if max_steps is not None:
             raise ValueError(f"{name}: max_steps={max_steps} cannot be changed")
-        purpose = "training" if stagger else "evaluation"
-        return importlib.import_module(MODULES["atari"]).make(name[6:], num_envs, purpose)
+        purpose = "training" if stagger else "evaluation"  # with emulators of their own
+        game = name.removeprefix("atari/")
+        return importlib.import_module(MODULES["atari"]).make(game, num_envs, purpose)
     raw = _load(name, _factory(name)) if ":" in name else _load(name)
     raw = raw._replace(
         reset_mode=reset_mode or raw.reset_mode, max_steps=max_steps or raw.max_steps

@@ -91,7 +91,11 @@ def make(task: str, engine: str | None = None) -> RawEnv:
     def reset(key):
         key_angle, key_speed = jax.random.split(key)
         angle = jax.random.randint(key_angle, (), 0, 360).astype(jnp.float32)
-        speed = jax.random.uniform(key_speed, minval=-1.0, maxval=1.0) if moving else 0.0 * angle
+        speed = (
+            jax.random.uniform(key_speed, minval=-1.0, maxval=1.0)
+            if moving
+            else jnp.zeros_like(angle)
+        )
         rest, (qpos, qvel) = simulation.reset(jnp.zeros(4), jnp.zeros(4))
         state = ArmState(rest, qpos, qvel, angle, speed)
         return observe(state), state
@@ -197,12 +201,14 @@ def observe(state):
 
 def about_x(angle):
     """Quaternion [4] of a turn about x."""
-    return jnp.stack([jnp.cos(angle / 2), jnp.sin(angle / 2), 0.0 * angle, 0.0 * angle])
+    zero = jnp.zeros_like(angle)
+    return jnp.stack([jnp.cos(angle / 2), jnp.sin(angle / 2), zero, zero])
 
 
 def about_z(angle):
     """Quaternion [4] of a turn about z."""
-    return jnp.stack([jnp.cos(angle / 2), 0.0 * angle, 0.0 * angle, jnp.sin(angle / 2)])
+    zero = jnp.zeros_like(angle)
+    return jnp.stack([jnp.cos(angle / 2), zero, zero, jnp.sin(angle / 2)])
 
 
 def product(p, q):

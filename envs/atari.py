@@ -63,8 +63,8 @@ def make(task: str, num_envs: int, purpose: str) -> Env:
     def reset(key):
         seeds = jax.random.randint(key, (num_envs,), 0, 2**31 - 1)
         handle, obs, frame = pool.reset(seeds)
-        none = jnp.zeros(num_envs, bool)
-        state = AtariState(handle, flat(obs), frame, none, 0.0 * none, 0 * none)
+        zeros = lambda kind: jnp.zeros(num_envs, kind)
+        state = AtariState(handle, flat(obs), frame, zeros(bool), zeros(float), zeros(int))
         return state.obs, strong(state)
 
     def step(key, state, action):
@@ -130,7 +130,7 @@ def _pool(task: str, num_envs: int, purpose: str) -> Pool:
         life_loss_info=True,
         reward_clipping=False,
     )
-    # Its functions for XLA insist on this mode but work in both: the emulators know their own.
+    # `xla` refuses other modes, but its functions work in both: the emulators keep SAME_STEP.
     emulators.autoreset_mode = AutoresetMode.NEXT_STEP
     handle, xla_reset, xla_step = emulators.xla()
     handle = np.asarray(handle)

@@ -81,8 +81,8 @@ def _both(name, discrete):
 def _truncation(name, discrete):
     """Reward 1 for ever, stopped by a time limit of 8 that the constant observation does not show.
 
-    V = 1 / (1 - gamma), 10 for gamma 0.9. What takes truncation for termination learns less than
-    half of it.
+    V = 1 / (1 - gamma), 10 for gamma 0.9. An algorithm that treats truncation as
+    termination learns less than half of it.
     """
     return _probe(name, discrete, lambda state, action: (1.0, False, state.obs), max_steps=8)
 

@@ -1,8 +1,8 @@
 """Drawing of MuJoCo models without a display: a GIF where a GL library is there, else one
 self-contained HTML page.
 
-The page holds shapes, poses and about a hundred lines of script that draw them on a canvas; it
-loads nothing, so it works offline. Drag turns the camera, the wheel zooms, space pauses.
+The page holds shapes, poses and a short script that draws them on a canvas; it loads nothing, so it
+works offline. Drag turns the camera, the wheel zooms, space pauses.
 """
 
 import base64
@@ -28,7 +28,7 @@ def frame(physics: dict) -> dict:
 
 
 def render(model: mujoco.MjModel, frames: dict, path: Path, dt: float, gif: bool) -> Path:
-    """Write frames (leaves [T, ...], dt seconds apart) to path.html, or path.gif if GL is there."""
+    """Write frames (leaves [T, ...], dt seconds apart) to path.html, or .gif if `gif` and GL allow."""
     stride = max(1, round(1 / (FPS * dt)))
     frames = {field: np.asarray(value)[::stride] for field, value in frames.items()}
     picture = path.with_suffix(".gif")

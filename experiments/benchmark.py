@@ -75,7 +75,7 @@ class Case:
         return self.config.steps_per_update * len(self.rows.seeds)
 
     def train(self, num_updates: int) -> None:
-        """Take that many updates of the second half of the run, which calls go through in turn."""
+        """Run `num_updates` updates; the counter cycles through the second half of the run."""
         if self.update + num_updates > self.config.num_updates:
             self.update = self.config.num_updates // 2
         state = self.state._replace(update=0 * self.state.update + self.update)

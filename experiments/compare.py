@@ -8,8 +8,8 @@
 The table has a row for each run, and for each value of a swept run: the interquartile mean over
 seeds of the last greedy evaluation, with its 95 % bootstrap interval. Seconds are of the whole
 launch, all of its rows together. A second table has the difference of each row to the first one of
-its task. The figure of --out has a panel for each task. RUN_DIR_s8, a
-launch that adds seeds to RUN_DIR, is merged with it if both are given.
+its task. The figure of --out has a panel for each task. RUN_DIR_s8, a launch that adds seeds to
+RUN_DIR, is merged with it if both are given.
 
 --normalise names a JSON file with the returns of each task that count as 0 and as 1, such as those
 of a random and of a trained policy: {"gym/Hopper-v5": [18, 3500], "gym/Ant-v5": [-60, 5000]}. With

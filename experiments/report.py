@@ -277,8 +277,8 @@ def sections(
             table("facts", ["", *names], [row for row in rows if any(row[1:])]),
         ),
         *section(
-            "Differences",
-            "Settings in which the runs differ. A dash: the run has no such setting.",
+            "Settings that differ",
+            "Those in which the runs are not the same. A dash: the run has no such setting.",
             *([table("facts", ["", *names], different)] if different else []),
         ),
         *section("Configurations", "All settings of each run.", *map(configuration, sources)),

@@ -237,7 +237,7 @@ def placed(jobs: Iterable[Job], folder: Path) -> dict[Path, Job]:
 
 
 def last_return(entry: report.Entry) -> float:
-    """IQM of the last evaluation of a run's rows; nothing is worse than all of them dead."""
+    """IQM of the last evaluation of a run's rows; -inf if all of them are dead."""
     return np.nan_to_num(report.final(entry.run.final[entry.rows])["iqm"], nan=-np.inf)
 
 

@@ -38,8 +38,8 @@ def groups(run: rundir.Run) -> list[tuple[str, np.ndarray]]:
 def entries(runs: Iterable[rundir.Run]) -> list[Entry]:
     """Every swept value of the runs, named by the algorithm and the value.
 
-    If several have one name on the same task, the part of their paths that differs is added to
-    it, unless that is the algorithm's name.
+    If several have one name on the same task, the differing part of their paths is added to it,
+    unless that is just the algorithm's name.
     """
     found = [
         Entry(f"{run.algo} {label}".strip(), run, rows)
@@ -550,7 +550,8 @@ def worst(per_seed: list[float | None]) -> float | None:
 
 def interval_name(*num_seeds: int) -> str:
     """What the bootstrap intervals of so many seeds are."""
-    # Over 2.5 % of the draws from 4 seeds or fewer give the lowest seed, and as many the highest.
+    # With 4 seeds or fewer, over 2.5 % of the resamples have the lowest seed as their IQM, and over
+    # 2.5 % the highest, so the interval is the range.
     few = [n <= 4 for n in num_seeds]
     if all(few):
         return "lowest and highest seed"

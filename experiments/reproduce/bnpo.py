@@ -4,9 +4,9 @@
     python experiments/reproduce/bnpo.py ablations hindsight --num-seeds 4
 
 groups:
-  tasks      the author's settings a1 to a9, PPO and SAC, 384,000 steps: after so many, the author
-             says, a1 has solved the task. A second table has the short episodes that each setting
-             needs to returns of 10, 20 and 30, beside the author's single runs
+  tasks      the author's settings a1 to a9, PPO and SAC, 384,000 steps, after which a1 has solved
+             the task according to the author. A second table has the short episodes that each
+             setting needs to returns of 10, 20 and 30, beside the author's single runs
   ablations  a1 with one part changed, for half as many episodes
   ppo        `algos/ppo.py` with smaller batches, a smaller learning rate, and noise that is held
              for four steps, beside the setting that `tasks` takes
