@@ -28,7 +28,7 @@ def frame(physics: dict) -> dict:
 
 
 def render(model: mujoco.MjModel, frames: dict, path: Path, dt: float, gif: bool) -> Path:
-    """Write frames (leaves [T, ...], dt s apart) to path.html, or path.gif if `gif` and GL allow."""
+    """Write frames (leaves [T, ...], dt s apart) to path.html, or .gif if `gif` and GL allow."""
     stride = max(1, round(1 / (FPS * dt)))
     frames = {field: np.asarray(value)[::stride] for field, value in frames.items()}
     picture = path.with_suffix(".gif")

@@ -165,16 +165,23 @@ import envs
 
 key = jax.random.key(0)
 env = envs.make("HalfCheetah-v5", 64)
-play = jax.jit(lambda key: jax.lax.fori_loop(0, 200, lambda i, _: env.reset(key)[0].sum(), 0.0))
+play = jax.jit(lambda key: jax.lax.fori_loop(0, 1000, lambda i, _: env.reset(key)[0].sum(), 0.0))
 play.lower(key).compile()(key)
 """
 
 
-def test_a_script_may_end_without_reading_its_results():
+TRAINED = """
+from algos import launch
+sizes = "--num-envs 2 --num-steps 4 --num-minibatches 1 --total-timesteps 8 --num-evals 1"
+launch.main("ppo", ["--env", "probe/value", *sizes.split(), "--verbose", "0", "--run-dir", "{}"])
+"""
+
+
+@pytest.mark.parametrize("first", ["", TRAINED], ids=["alone", "after a launch"])
+def test_a_script_may_end_without_reading_its_results(first, tmp_path):
     """Python cannot end while a program calls MuJoCo through it."""
-    run = subprocess.run(
-        [sys.executable, "-c", PENDING], cwd=Path(__file__).parents[1], timeout=60, check=False
-    )
+    script, root = first.format(tmp_path / "run") + PENDING, Path(__file__).parents[1]
+    run = subprocess.run([sys.executable, "-c", script], cwd=root, timeout=120, check=False)
     assert run.returncode == 0
 
 
