@@ -76,6 +76,8 @@ from algos import common, launch
 from algos.common import UnitFloat
 from algos.launch import datasets
 
+MAX_ALPHA = 500.0  # upper end of alpha's range
+
 
 @dataclass(frozen=True)
 class Config:
@@ -97,7 +99,7 @@ class Config:
     polyak_tau: UnitFloat = 0.005  # Polyak step of the target networks
 
     # divergence from the behaviour policy
-    alpha: Annotated[float, Interval(ge=0, le=500)] = 0.1  # weight of the divergence
+    alpha: Annotated[float, Interval(ge=0, le=MAX_ALPHA)] = 0.1  # weight of the divergence
     # kl and mmd need a clone; dual_kl and wasserstein train a critic; none is for --preset sac
     divergence: Literal["kl", "mmd", "dual_kl", "wasserstein", "none"] = "kl"
     value_penalty: NonNegativeFloat = 1.0  # factor on alpha in the targets; 0: policy loss only
@@ -173,7 +175,6 @@ MAX_ACTION = 0.999  # given actions are clipped to this, because arctanh is infi
 NUM_DRAWS = 4  # draws of each policy for an estimate of kl or mmd
 NUM_CANDIDATES = 10  # draws from which `max_q` takes the best
 MMD_SCALE = 20.0  # scale of the Laplacian kernel
-MAX_ALPHA = 500.0  # upper end of alpha's range
 GRADIENT_PENALTY_WEIGHT = 5.0  # weight of the gradient penalty
 
 

@@ -328,20 +328,8 @@ def run(args: argparse.Namespace, held: contextlib.ExitStack) -> None:
         raise ValueError("give POLICY, with or without --type, or --mixture")
     kind = args.type or "pure"
     parts = read_mixture(args.mixture) if args.mixture else parts_of(kind, args.policy)
-    minari_dataset = args.format == "minari"
-    out = datasets.minari_root() / args.out if minari_dataset else rundir.expanded(args.out)
-    if minari_dataset:
-        if not re.search(r"-v\d+$", args.out):
-            raise ValueError(f"--out {args.out}: Minari's names end with a version: {args.out}-v0")
-        try:
-            import minari  # noqa: F401  # here, not after hours of collection
-        except ImportError:
-            raise ImportError('--format minari: pip install -e ".[minari]"') from None
-    elif out.suffix.lower() in datasets.HDF5:
-        raise ValueError(f"--out {out}: it would be read as HDF5: {out.with_suffix('.npz')}")
-    folder = out.with_name(f"{out.name}.parts")
-    if out.exists():
-        raise ValueError(f"{out} exists already: choose another --out")
+    out = output_of(args.out, args.format)
+    check_absent(out)
     counts = counts_of(args.steps, parts)
     program.setup_jax(1)
     task = task_of(parts, args.env)
@@ -349,48 +337,81 @@ def run(args: argparse.Namespace, held: contextlib.ExitStack) -> None:
     if env.discrete:
         raise ValueError(f"{task} has discrete actions, and datasets have continuous ones")
     act = actor_of(parts, env.action_size)
-    make = functools.partial(envs.make, task, stagger=False, reset_mode="fresh")
-    evaluate = make_evaluate(make(EVAL_EPISODES), act)
-    collect = make_collect(make(max(1, round(max(counts) / STREAM))), act)
-    description = describe(task, parts, counts, args.seed)
+    make_env = functools.partial(envs.make, task, stagger=False, reset_mode="fresh")
+    evaluate = make_evaluate(make_env(EVAL_EPISODES), act)
+    collect = make_collect(make_env(max(1, round(max(counts) / STREAM))), act)
+    plan = describe(task, parts, counts, args.seed)
+    folder = out.with_name(f"{out.name}.parts")
     folder.mkdir(parents=True, exist_ok=True)
     held.callback(rundir.lock(folder).release)
-    if out.exists():  # another process has just written it
-        raise ValueError(f"{out} exists already: choose another --out")
-    done = []
-    with tqdm.tqdm(total=args.steps, unit=" steps", unit_scale=True) as bar:
-        for i, count in enumerate(counts):
-            path = folder / f"{i}.npz"
-            part = finished(path, description)
-            if part is None:
-                key = jax.random.fold_in(jax.random.key(args.seed), i)
-                key_eval, key = jax.random.split(key)
-                returns = evaluate(i, key_eval)
-                numbers = {"mean": float(returns.mean()), "std": float(returns.std())}
-                dataset = collect(i, count, key, bar.update)
-                part = dataset, numbers
-                datasets.write(path, dataset, {"env": task, "of": description, "returns": numbers})
-            else:
-                bar.update(count)
-            done.append(part)
-    dataset = Dataset(*map(np.concatenate, zip(*(part for part, _ in done), strict=True)))
+    check_absent(out)  # again: another process may have just written it
+    collected, returns = zip(*collect_parts(plan, folder, evaluate, collect), strict=True)
+    dataset = Dataset(*map(np.concatenate, zip(*collected, strict=True)))
     datasets.check(dataset, str(out), env)
-    for about, (part, returns) in zip(description["parts"], done, strict=True):
-        about |= {"returns": returns, "broken": about["count"] - len(part.obs)}
-    meta = description | {"commit": logs.commit(), "versions": logs.versions()}
-    if minari_dataset:
+    listed = [
+        part | {"returns": numbers, "broken": part["count"] - len(found.obs)}
+        for part, numbers, found in zip(plan["parts"], returns, collected, strict=True)
+    ]
+    meta = plan | {"parts": listed, "commit": logs.commit(), "versions": logs.versions()}
+    if args.format == "minari":
         write_minari(args.out, dataset, meta, env)
     else:
         datasets.write(out, dataset, meta)
     shutil.rmtree(folder)
     print(f"{len(dataset.obs):,} steps of {task}: {out}")
-    for about in description["parts"]:
-        name, returns = about["policy"] or "uniform actions", about["returns"]
-        print(
-            f"  {about['count']:>9,}  {name} eps={about['eps']:g} std={about['std']:g}: "
-            f"return {returns['mean']:.1f}, std {returns['std']:.1f} of {EVAL_EPISODES} episodes"
-            + (f", without {about['broken']:,} of broken physics" if about["broken"] else "")
-        )
+    print("\n".join(map(summary, listed)))
+
+
+def output_of(name: str, form: str) -> Path:
+    """The file or folder to write; ValueError or ImportError if that cannot be done."""
+    if form == "npz":
+        out = rundir.expanded(name)
+        if out.suffix.lower() in datasets.HDF5:
+            raise ValueError(f"--out {out}: it would be read as HDF5: {out.with_suffix('.npz')}")
+        return out
+    if not re.search(r"-v\d+$", name):
+        raise ValueError(f"--out {name}: Minari's names end with a version: {name}-v0")
+    try:
+        import minari  # noqa: F401  # here, not after hours of collection
+    except ImportError:
+        raise ImportError('--format minari: pip install -e ".[minari]"') from None
+    return datasets.minari_root() / name
+
+
+def check_absent(out: Path) -> None:
+    """ValueError if `out` exists."""
+    if out.exists():
+        raise ValueError(f"{out} exists already: choose another --out")
+
+
+def collect_parts(plan: dict[str, Any], folder: Path, evaluate: Callable, collect: Callable):
+    """Dataset and returns of each part; what `folder` holds already is not collected again."""
+    counts = [part["count"] for part in plan["parts"]]
+    with tqdm.tqdm(total=sum(counts), unit=" steps", unit_scale=True) as bar:
+        for i, count in enumerate(counts):
+            path = folder / f"{i}.npz"
+            part = finished(path, plan)
+            if part:
+                bar.update(count)
+            else:
+                key = jax.random.fold_in(jax.random.key(plan["seed"]), i)
+                key_eval, key = jax.random.split(key)
+                returns = evaluate(i, key_eval)
+                numbers = {"mean": float(returns.mean()), "std": float(returns.std())}
+                part = collect(i, count, key, bar.update), numbers
+                about = {"env": plan["env"], "of": plan, "returns": numbers}
+                datasets.write(path, part[0], about)
+            yield part
+
+
+def summary(part: dict[str, Any]) -> str:
+    """One line about a part that was collected."""
+    name, returns = part["policy"] or "uniform actions", part["returns"]
+    return (
+        f"  {part['count']:>9,}  {name} eps={part['eps']:g} std={part['std']:g}: "
+        f"return {returns['mean']:.1f}, std {returns['std']:.1f} of {EVAL_EPISODES} episodes"
+        + (f", without {part['broken']:,} of broken physics" if part["broken"] else "")
+    )
 
 
 if __name__ == "__main__":

@@ -259,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
         config, state = read_state(args.run_dir)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    axes = type(state)(*[0] * len(state))._replace(update=None)
+    axes = program.per_row(type(state), 0, None)
     diagnose = make_diagnose(config, args.num_envs, args.num_rows)
     measured = jax.jit(jax.vmap(diagnose, (axes, None)))(state, jax.random.key(1))
     measured = {name: np.asarray(x, np.float64) for name, x in measured.items()}

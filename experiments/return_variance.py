@@ -197,7 +197,7 @@ class Networks(NamedTuple):
 def read_networks(run: rundir.Run, config: bpo.Config, algo: Any, env: envs.Env, row: int):
     """Networks of the last checkpoint; `row` counts the seeds of the run."""
     keys = jax.vmap(jax.random.key)(jnp.asarray(run.seeds, jnp.uint32))
-    axes = bpo.TrainState(*[0] * len(bpo.TrainState._fields))._replace(update=None)
+    axes = program.per_row(bpo.TrainState, 0, None)
     template = jax.eval_shape(jax.vmap(algo.init, out_axes=axes), keys)
     state, _ = rundir.load_tree(rundir.checkpoints(run.path)[-1], template)
     params, obs_stats, reward_scale = jax.tree.map(

@@ -12,6 +12,7 @@ from scipy import stats
 from tiny import assert_allclose
 
 from algos import bpo, common
+from algos.launch import program
 
 # In one worker, so that updates are compiled once.
 pytestmark = pytest.mark.xdist_group("test_bpo_update")
@@ -516,7 +517,7 @@ def test_jit_changes_nothing():
 def test_seeds_side_by_side_are_the_seeds_alone():
     algo = tiny.build("bpo", replace(SMALL, gamma=0.9))
     keys = jax.vmap(jax.random.key)(jnp.arange(3, dtype=jnp.uint32))
-    axes = bpo.TrainState(*[0] * len(bpo.TrainState._fields))._replace(update=None)
+    axes = program.per_row(bpo.TrainState, 0, None)
     states = jax.vmap(algo.init, out_axes=axes)(keys)
     options = {"xla_backend_optimization_level": 0}
     update = jax.jit(jax.vmap(algo.update, (axes,), (axes, 0)), compiler_options=options)

@@ -136,11 +136,10 @@ def make_program(algorithm: ModuleType, config: Any, launch: Launch, rows: Rows)
         raise ValueError(f"{env.name} has no drawing: leave --render out")
     algo = algorithm.build(config, env)
     state = jax.eval_shape(algo.init, jax.random.key(0))
-    # All fields of the state have a leading row axis except the counter, which the rows share.
-    axes = type(state)(*[0] * len(state))._replace(update=None)
+    axes = per_row(type(state), 0, None)
     mesh = jax.sharding.Mesh(row_devices(len(rows.seeds)), "row")
     row, shared = PartitionSpec("row"), PartitionSpec()
-    specs = type(state)(*[row] * len(state))._replace(update=shared)
+    specs = per_row(type(state), row, shared)
     shared_data, own_data = algo.data(rows.seeds)
     data_axes = [None] * len(shared_data) + [0] * len(own_data)
     data_specs = [shared] * len(shared_data) + [row] * len(own_data)
@@ -208,6 +207,11 @@ def make_program(algorithm: ModuleType, config: Any, launch: Launch, rows: Rows)
 def strong(x: jax.Array) -> jax.Array:
     """`x` without a weak type, so that an update returns the types it was given."""
     return x if rundir.is_key(x) else jax.lax.convert_element_type(x, x.dtype)
+
+
+def per_row(state_type: Any, row: Any, shared: Any) -> Any:
+    """A train state with `row` in every field but the counter `update`, which all rows share."""
+    return state_type(*[row] * len(state_type._fields))._replace(update=shared)
 
 
 def reduction(name: str) -> Callable:

@@ -9,7 +9,6 @@ Numbers are JSON or numpy arrays without pickles. `session.py` writes it, experi
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -337,11 +336,10 @@ def read_metrics(run_dir: Path, num_rows: int) -> dict[str, tuple[np.ndarray, np
     A number of the whole launch is repeated for every row. null and what is not finite become NaN.
     """
     path = run_dir / "metrics.jsonl"
-    lines = lines_of(path)
     found: dict[str, list[tuple[float, np.ndarray]]] = {}
-    for i, line in enumerate(lines):
-        step = step_of(line, path, i, len(lines))
-        for name, value in json.loads(line).items() if step < math.inf else ():
+    for i, (_, record) in enumerate(records_of(path)):
+        step = float(record["global_step"])
+        for name, value in record.items():
             try:
                 values = np.broadcast_to(np.array(value, np.float64), num_rows)
             except (ValueError, TypeError):
@@ -406,11 +404,10 @@ def write_final(run_dir: Path, final: dict[str, np.ndarray]) -> None:
 def rewind(run_dir: Path, num_rows: int, step: int, write: bool) -> dict[str, list]:
     """The evaluations up to `step`; if `write`, drop what metrics.jsonl has after it."""
     path = run_dir / "metrics.jsonl"
-    lines = lines_of(path)
-    kept = "".join(x for i, x in enumerate(lines) if step_of(x, path, i, len(lines)) <= step)
+    kept = [line for line, record in records_of(path) if float(record["global_step"]) <= step]
     evals = evals_until(run_dir / "eval.npz", num_rows, step)
     if write:
-        write_text(path, kept)
+        write_text(path, "".join(kept))
     return evals
 
 
@@ -425,21 +422,25 @@ def evals_until(path: Path, num_rows: int, step: int) -> dict[str, list]:
     return {name: [x[i] if x.ndim == 1 else x[:, i] for i in keep] for name, x in evals.items()}
 
 
-def lines_of(path: Path) -> list[str]:
-    """The lines of metrics.jsonl with their ends; none without the file."""
-    return path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+def records_of(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The lines of metrics.jsonl and what they say, without a last one that was cut short.
 
-
-def step_of(line: str, path: Path, number: int, count: int) -> float:
-    """The step of a line of metrics.jsonl; infinite for a last line that was cut short."""
-    try:
-        if line.endswith("\n"):
-            return float(json.loads(line)["global_step"])
-        raise ValueError("it has no end")
-    except (ValueError, KeyError, TypeError) as error:
-        if number == count - 1:
-            return math.inf
-        raise ValueError(f"{path} is damaged in line {number + 1} ({error})") from None
+    None without the file; ValueError that names another line that is damaged.
+    """
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    found = []
+    for i, line in enumerate(lines):
+        try:
+            record = json.loads(line)
+            float(record["global_step"])
+            if not line.endswith("\n"):
+                raise ValueError("it has no end")
+        except (ValueError, KeyError, TypeError) as error:
+            if i == len(lines) - 1:
+                break
+            raise ValueError(f"{path} is damaged in line {i + 1} ({error})") from None
+        found.append((line, record))
+    return found
 
 
 def digest(tree: Any) -> str:
