@@ -119,15 +119,15 @@ def _c(physics: Physics) -> Engine:
         return {field: batch.bind(field) for field in ("qpos", "mocap_pos", "mocap_quat")}
 
     nstate = mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_INTEGRATION)
-    state = jax.ShapeDtypeStruct((2 * (nstate + physics.memory_size),), jnp.uint32)
+    row = jax.ShapeDtypeStruct((2 * (nstate + physics.memory_size),), jnp.uint32)
     fresh = mujoco.MjData(model)
     defaults = [np.float32(getattr(fresh, field)) for field in physics.inputs]
-    vectors = [jax.ShapeDtypeStruct((size,), jnp.float32) for size in (model.nq, model.nv)]
-    inputs = [jax.ShapeDtypeStruct(value.shape, jnp.float32) for value in defaults]
-    host_reset = host_function(f"{physics.name}/reset", reset, *vectors, *inputs)
+    like = lambda size: jax.ShapeDtypeStruct(size, jnp.float32)
+    vectors, extras = [like((model.nq,)), like((model.nv,))], [like(x.shape) for x in defaults]
+    host_reset = host_function(f"{physics.name}/reset", reset, *vectors, *extras)
     return Engine(
         reset=lambda qpos, qvel, *inputs: host_reset(qpos, qvel, *(inputs or defaults)),
-        step=host_function(f"{physics.name}/step", step, state, *inputs),
+        step=host_function(f"{physics.name}/step", step, row, *extras),
         frame=lambda state: state,
         poses=poses,
     )

@@ -267,8 +267,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for algo in args.algos:
         if algo not in cli.ALGOS:
             parser.error(f"--algos {algo}: {cli.nearest(algo, cli.ALGOS)}")
-        if not hasattr(importlib.import_module(f"algos.{algo}").Config, "num_envs"):
+        module = importlib.import_module(f"algos.{algo}")
+        if not hasattr(module.Config, "num_envs"):
             parser.error(f"--algos {algo}: it is offline, and only online algorithms are timed")
+        for preset in args.presets:
+            if preset not in module.PRESETS:
+                parser.error(f"--presets {preset}: {cli.nearest(preset, module.PRESETS)}")
     try:
         rundir.check_new([args.out], args.force)
         for env in args.envs:

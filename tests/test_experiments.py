@@ -259,6 +259,7 @@ def test_what_cannot_be_evaluated_is_one_line(tmp_path, capsys, monkeypatch):
         (["--envs", "cartpol"], "did you mean"),
         (["--algos", "common"], "--algos common: choose from bc, bcq"),
         (["--algos", "ppo.py"], "--algos ppo.py: did you mean ppo"),
+        (["--presets", "mujoco_pp"], "--presets mujoco_pp: did you mean mujoco_ppo"),
         (["--algos", "bc"], "--algos bc: it is offline, and only online algorithms are timed"),
         (["--budget", "0"], "--budget and --limit must be above 0"),
         (["--seeds", "0"], "must be at least 1"),

@@ -11,6 +11,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import warnings
@@ -197,7 +198,8 @@ class Log:
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         scalars = aggregate(values, self.labels)
-        self.say("  " + "  ".join(f"{k} {v:.4g}" for k, v in scalars.items()), 2)
+        text = " ".join(f"{k}={v:.4g}" for k, v in scalars.items())
+        self.say(textwrap.fill(text, WIDTH, initial_indent="  ", subsequent_indent="  "), 2)
         if self.tensorboard:
             self.tensorboard.write(step, scalars)
         with self.wandb_guard():
