@@ -164,16 +164,17 @@ MODULES = {
 
 ENGINE = {"engine": choice("c", "mjx", "warp")}  # of MuJoCo; see envs/engines.py
 SOLVER = {"iterations": COUNT, "ls_iterations": COUNT}
+LIMIT = {"max_steps": COUNT}  # the time limit, in place of the task's
 
 # Tasks of gym have options of their own besides; see envs/gym.py
 OPTIONS: dict[str, dict[str, Kind]] = {
-    "gym": ENGINE,
-    "brax": {"backend": choice(*BRAX_BACKENDS), **ENGINE, **SOLVER},
-    "playground": {**ENGINE, **SOLVER},
-    "gymnax": {},
-    "arm": ENGINE,
+    "gym": {**ENGINE, **LIMIT},
+    "brax": {"backend": choice(*BRAX_BACKENDS), **ENGINE, **SOLVER, **LIMIT},
+    "playground": {**ENGINE, **SOLVER, **LIMIT},
+    "gymnax": LIMIT,
+    "arm": {**ENGINE, **LIMIT},
     "atari": {},
-    "probe": {},
+    "probe": LIMIT,
 }
 
 ALIASES: dict[str, str] = {
@@ -266,11 +267,13 @@ def _load(name: str, factory: Callable | None = None) -> RawEnv:
         raw = _call(name, factory)
     else:
         source, task, options = _parse(name)
+        max_steps = options.pop("max_steps", None)
         if source == "brax":
             options.setdefault("backend", _default_backend(task))
         with _without_warp() if options.get("engine") != "warp" else contextlib.nullcontext():
             adapter = importlib.import_module(MODULES[source])
             raw = adapter.make(task, **options)
+        raw = raw._replace(max_steps=max_steps or raw.max_steps)
     return raw._replace(reset=precise(raw.reset), step=precise(raw.step))
 
 
@@ -366,10 +369,11 @@ def _parse(name: str) -> tuple[str, str, dict[str, Any]]:
             raise ValueError(f"{name!r}: {option} is given twice")
         options[option] = read(text, kinds[option], f"{name!r}: {option}")
     options = {option: x for option, x in options.items() if x != kinds[option].default}
-    if task == "swimmer" and options not in ({}, {"backend": "generalized"}):
+    fixed = {x: value for x, value in options.items() if x != "max_steps"}
+    if task == "swimmer" and fixed not in ({}, {"backend": "generalized"}):
         raise ValueError(
             f"{name!r}: Brax implements swimmer for backend=generalized only, which takes no other "
-            "option"
+            "option than max_steps"
         )
     return source, task, options
 

@@ -18,6 +18,8 @@ second figure, OUT_scores, which adds the share of seeds above each score.
 """
 
 import argparse
+import csv
+import io
 import math
 import sys
 from pathlib import Path
@@ -91,8 +93,12 @@ def outputs_of(args: argparse.Namespace) -> dict[str, Path]:
             outputs["scores"] = args.out.with_stem(f"{args.out.stem}_scores")
     if args.json:
         outputs["numbers"] = args.json
-    if len({*outputs.values()}) < len(outputs):
-        raise ValueError(f"{args.json} is to be written twice: give --json another name")
+    if args.csv:
+        outputs["rows"] = args.csv
+    paths = [*outputs.values()]
+    twice = [path for path in paths if paths.count(path) > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is to be written twice: choose another name")
     rundir.check_new(outputs.values(), args.force)
     return outputs
 
@@ -123,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=cli.path, help="figure to write: png, pdf or svg")
     parser.add_argument("--labels", nargs="+", help="names of the curves, in the legend's order")
     parser.add_argument(
-        "--title", default="", help="above the figure; default: a task that is alone"
+        "--title", default="", help="of the figure; default: the task, if it has only one"
     )
     parser.add_argument("--width", type=float, default=report.TEXT_WIDTH, help="inches")
     parser.add_argument(
@@ -134,6 +140,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument(
         "--json", type=cli.path, help="JSON to write, with the values of every seed"
+    )
+    parser.add_argument(
+        "--csv", type=cli.path, help="CSV to write: steps, seconds and return of every evaluation"
     )
     parser.add_argument("--force", action="store_true", help="replace files that exist")
     args = parser.parse_args(argv)
@@ -157,6 +166,11 @@ def main(argv: list[str] | None = None) -> None:
             rundir.write_json(
                 outputs["numbers"], {"rows": rows, "differences": differences, "scores": summaries}
             )
+        if "rows" in outputs:
+            text = io.StringIO(newline="")
+            head, cells = report.curve_table(entries)
+            csv.writer(text, lineterminator="\n").writerows([head, *cells])
+            rundir.write_text(outputs["rows"], text.getvalue())
     except (ValueError, OSError) as error:
         parser.error(str(error))
     print(report.markdown(rows))

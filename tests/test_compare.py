@@ -69,12 +69,28 @@ def test_a_row_for_each_run(tmp_path, capsys):
             "label": "ppo (two)",
             "minus": "ppo (one)",
             "env": "gymnax/CartPole-v1",
+            "n": [3, 4],
             "iqm": middle,
             "interval": list(interval),
         }
     ]
     shown = report.estimate(middle, interval, digits=1)
     assert differences == [["ppo (two)", "ppo (one)", "gymnax/CartPole-v1", shown]]
+
+
+def test_curves_as_csv(tmp_path, capsys):
+    run = write_run(tmp_path / "run", seeds=(3, None))
+    out = tmp_path / "curves.csv"
+    compare.main([str(run), "--csv", str(out)])
+    head, *rows = [line.split(",") for line in out.read_text().splitlines()]
+    assert head == ["label", "algorithm", "environment", "seed", "steps", "seconds", "return"]
+    assert rows[:3] == [
+        ["ppo", "ppo", "gymnax/CartPole-v1", "3", str(100 * i), f"{i:.1f}", f"{30.0 + i:.1f}"]
+        for i in range(3)
+    ]
+    assert [row[3:] for row in rows[3:]] == [
+        ["-1", str(100 * i), f"{i:.1f}", "nan"] for i in range(3)
+    ]
 
 
 def test_a_row_for_each_swept_value(tmp_path, capsys):
@@ -331,7 +347,10 @@ def test_scores_that_cannot_be_compared_are_refused(tmp_path):
         (["--out", "{old}"], "old.png exists: choose another name, or --force to replace it"),
         (["--json", "{old}"], "old.png exists"),
         (["--out", "x.png", "--json", "{old}"], "old.png exists"),
-        (["--out", "x.png", "--json", "x.png"], "x.png is to be written twice: give --json"),
+        (
+            ["--out", "x.png", "--json", "x.png"],
+            "x.png is to be written twice",
+        ),
         (["--normalise", "{twice}"], "twice.json: gymnax/CartPole-v1 is there twice"),
         (["--json=~nosuchuser/x"], "argument --json: ~nosuchuser/x: Could not determine home"),
         (["--width", "0"], "--width 0: 2 to 30 inches"),

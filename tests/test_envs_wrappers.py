@@ -280,14 +280,15 @@ def test_unknown_name_lists_the_nearest(name, expected):
     [
         ("hopper?backend=mjxx", "backend='mjxx' must be one of mjx, generalized"),
         ("hopper?sparse=1", "unknown option 'sparse'; brax has: backend"),
-        ("cartpole?x=1", "gymnax has: none"),
+        ("cartpole?x=1", "gymnax has: max_steps"),
+        ("cartpole?max_steps=0", "max_steps='0' must be a positive integer"),
         ("hopper?ls_iterations=0", "positive integer"),
         ("hopper?iterations=four", "positive integer"),
         ("CheetahRun?iterations=2147483648", "iterations='2147483648' must be .* below"),
         ("hopper?iterations=2&iterations=3", "iterations is given twice"),
         ("CheetahRun?privileged=1", "unknown option 'privileged'"),
         ("swimmer?backend=mjx", "generalized only"),
-        ("swimmer?engine=c", "generalized only, which takes no other option"),
+        ("swimmer?engine=c", "generalized only, which takes no other option than max_steps"),
         ("hopper?backend=spring&engine=c", "backend=mjx: leave them out"),
     ],
 )
@@ -324,6 +325,13 @@ def test_overrides_reach_the_environment():
     for t in range(3):
         _, state, _, _, truncated, _ = env.step(jax.random.key(t), state, jnp.zeros(2, jnp.int32))
         assert truncated.all() == (t == 2)
+    assert envs.make("probe/truncation", 2).max_steps == 8
+
+
+@pytest.mark.parametrize("task", ["probe/truncation", "cartpole", "gym/Reacher-v5", "reacher"])
+def test_a_name_may_hold_the_time_limit(task):
+    assert envs.make(f"{task}?max_steps=7", 2).max_steps == 7
+    assert envs.make(f"{task}?max_steps=7", 2, max_steps=5).max_steps == 5
 
 
 # --- a user's own environment ---

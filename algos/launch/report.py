@@ -494,12 +494,14 @@ def differences(entries: list[Entry]) -> list[dict[str, Any]]:
     for task, (first, *others) in by_task(entries).items():
         reference = first.run.final[first.rows].mean(-1)
         for entry in others:
-            middle, interval = difference(entry.run.final[entry.rows].mean(-1), reference)
+            returns = entry.run.final[entry.rows].mean(-1)
+            middle, interval = difference(returns, reference)
             found.append(
                 {
                     "label": entry.label,
                     "minus": first.label,
                     "env": task,
+                    "n": [int(np.isfinite(x).sum()) for x in (returns, reference)],
                     "iqm": rundir.jsonable(middle),
                     "interval": rundir.jsonable(interval),
                 }
@@ -507,9 +509,26 @@ def differences(entries: list[Entry]) -> list[dict[str, Any]]:
     return found
 
 
+def curve_table(entries: list[Entry]) -> tuple[list[str], list[list[Any]]]:
+    """Head and cells of the curves: a row for each seed and evaluation, with its mean return."""
+    head = ["label", "algorithm", "environment", "seed", "steps", "seconds", "return"]
+    cells = [
+        [entry.label, run.algo, task, int(run.seeds[row]), int(steps), float(seconds), value]
+        for task, same in by_task(entries).items()
+        for entry in same
+        for run in [entry.run]
+        for row in entry.rows
+        for steps, seconds, value in zip(
+            run.steps, run.seconds, run.returns[row].mean(-1).tolist(), strict=True
+        )
+    ]
+    return head, cells
+
+
 def difference_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Head and cells of the table of the differences."""
-    head = ["algorithm", "minus", "environment", "difference of the IQMs [95 % interval]"]
+    few = "; rough with 4 seeds or fewer" if any(min(row["n"]) <= 4 for row in rows) else ""
+    head = ["algorithm", "minus", "environment", f"difference of the IQMs [95 % interval{few}]"]
     cells = [
         [row["label"], row["minus"], row["env"], estimate(row["iqm"], row["interval"], digits=1)]
         for row in rows
