@@ -85,7 +85,8 @@ def test_help_shows_the_values_that_would_run(capsys):
         assert f"--{field.name.replace('_', '-')}" in text
     words = set(re.findall(r"[\w-]+", text))
     assert {*ppo.PRESETS} <= words
-    assert {*envs.TASKS["gym"], *envs.TASKS["brax"], *envs.TASKS["playground"]} <= words
+    assert {*envs.TASKS["gym"], *envs.TASKS["brax"]} <= words
+    assert "come from the preset pendulum and the other flags" in text
 
 
 def test_a_tools_help_ends_with_the_default():

@@ -143,7 +143,7 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
         config, launch = config_type(), Launch()
         config = dataclasses.replace(config, env=chosen.env or config.env)
         config = dataclasses.replace(config, **task_values(config.env, presets))
-    saved_config = config  # of a resumed run
+    saved_config, task = config, config.env
     for preset in chosen.preset:
         config = dataclasses.replace(config, **preset_values(preset, presets))
 
@@ -159,7 +159,7 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
                 return tyro.cli(
                     Arguments,
                     prog=f"python algos/{name}.py",
-                    description=describe(name, presets),
+                    description=describe(name, task, presets),
                     default=default,
                     args=words,
                     return_unknown_args=True,
@@ -223,12 +223,21 @@ def dashed(argv: list[str]) -> list[str]:
     return [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), arg) for arg in argv]
 
 
-def describe(name: str, presets: Iterable[str]) -> str:
-    """What --help says first: the presets and the tasks."""
-    lists = {"presets": presets} | envs.TASKS | {"atari": ["Pong, Breakout and all other games"]}
+def describe(name: str, env: str, presets: Iterable[str]) -> str:
+    """What --help says first: the preset that is shown, the others, and some tasks."""
+    shown = task_preset(env, presets)
+    of_tasks = [preset for preset in presets if preset in {*envs.TASKS, *envs.ALIASES}]
+    lists = {
+        "presets of tasks": of_tasks,
+        "presets for --preset": [preset for preset in presets if preset not in of_tasks],
+    }
+    for source, tasks in envs.TASKS.items():
+        lists[f"tasks of {source}"] = [*tasks[:4], "..."] if tasks[12:] else [*tasks]
     wrap = textwrap.TextWrapper(76, "  ", "    ", break_on_hyphens=False)
-    lines = [wrap.fill(f"{title}: {', '.join(names)}") for title, names in lists.items()]
-    return "\n".join([f"Train {name}; the values shown are those that would run.", *lines])
+    lines = [wrap.fill(f"{title}: {', '.join(names)}") for title, names in lists.items() if names]
+    values = f"the preset {shown}" if shown else "the defaults"
+    title = f"Train {name}. The values shown come from {values} and the other flags."
+    return "\n".join([title, *lines, "  all tasks: docs/environments.md"])
 
 
 HELP = ("-h", "--help")
