@@ -218,7 +218,7 @@ def test_names():
     ("name", "message"),
     [
         ("Ant-v4", "Ant-v5"),
-        ("Ant-v5?weight=1", "unknown option 'weight'; Ant-v5 has: engine, forward_reward_weight"),
+        ("Ant-v5?weight=1", "unknown option 'weight'; Ant-v5 has: engine, max_steps, forward_rew"),
         ("Ant-v5?engine=bullet", "one of c, mjx, warp"),
         ("Ant-v5?frame_skip=0", "positive integer below .*, such as the default, 5"),
         ("Ant-v5?frame_skip=99999999999", "positive integer below"),

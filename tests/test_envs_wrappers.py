@@ -527,12 +527,16 @@ def test_physics_is_compiled_in_full_precision(monkeypatch):
     assert seen == ["highest"]
 
 
-def test_the_example_of_the_docs_runs(tmp_path, monkeypatch):
+def test_the_examples_of_the_docs_run(tmp_path, monkeypatch):
     text = (Path(__file__).parents[1] / "docs" / "environments.md").read_text()
-    usage, example = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    usage, example, change = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     exec(compile(usage, "usage", "exec"), {})
     (tmp_path / "line_walk.py").write_text(example)
+    (tmp_path / "easy_hopper.py").write_text(change)
     monkeypatch.syspath_prepend(tmp_path)
+    hopper = envs.make("easy_hopper:sparse", 2)
+    _, state = hopper.reset(jax.random.key(0))
+    assert not hopper.step(jax.random.key(1), state, jnp.zeros((2, 3)))[2].any()  # it stands still
     env = envs.make("line_walk:factory", 8)
     with Image.open(env.render(np.array([-1.0, 0.0, 1.0]), tmp_path / "walk")) as picture:
         assert (picture.format, picture.n_frames) == ("GIF", 3)
