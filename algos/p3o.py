@@ -27,8 +27,8 @@ Differences from ppo.py:
    hidden layers.
 5. The optimiser is RMSprop as in PyTorch. Of U updates, update u = 1, ..., U has
    1 - u / (U + 1) of the learning rate.
-6. Hidden layers start with gain sqrt(2). So does the critic's last layer, but for images with 1.
-   Large images (Atari) have three convolutions. Bytes are divided by 255.
+6. Hidden layers start with gain sqrt(2), and so does the critic's last layer (1 for images). Large
+   images (Atari) have three convolutions. Bytes are divided by 255.
 7. Advantages are not standardised.
 
     python algos/p3o.py --env cartpole --num-seeds 16

@@ -273,7 +273,7 @@ def value_loss(value, target):
 def make_env(config: Config) -> envs.Env:
     """The environments that a run learns in."""
     env = envs.make(config.env, config.num_envs)
-    if len(env.obs_shape) == 3 and min(env.obs_shape[:2]) >= 36:  # made for MinAtar's
+    if len(env.obs_shape) == 3 and min(env.obs_shape[:2]) >= 36:  # the networks are for MinAtar
         raise ValueError(f"{env.name} has large images: run it with algos/p3o.py")
     return env
 

@@ -124,7 +124,7 @@ class Config:
             raise ValueError(f"reward_range={self.reward_range}: the lower end comes first")
         low, high = (self.reward_scale * x / max(1.0 - self.gamma, 1e-8) for x in self.reward_range)
         low, high = min(low, 0.0), max(high, 0.0)  # an episode may end at any step
-        if low < self.vmin or high > self.vmax:
+        if any(self.reward_range) and (low < self.vmin or high > self.vmax):
             warnings.warn(
                 f"values can be {low:g} to {high:g} given reward_range, reward_scale and gamma, "
                 f"but the critic clips them to vmin={self.vmin:g}, vmax={self.vmax:g}",
@@ -309,7 +309,7 @@ def make_env(config: Config) -> envs.Env:
     env = envs.make(config.env, config.num_envs)
     if not env.discrete:
         raise ValueError(f"{env.name} has continuous actions: run it with algos/reppo.py")
-    if len(env.obs_shape) == 3 and min(env.obs_shape[:2]) >= 36:  # made for MinAtar's
+    if len(env.obs_shape) == 3 and min(env.obs_shape[:2]) >= 36:  # the networks are for MinAtar
         raise ValueError(f"{env.name} has large images: run it with algos/p3o.py")
     return env
 

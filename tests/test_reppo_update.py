@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from functools import partial
 
 import jax
@@ -375,6 +376,7 @@ def test_a_gradient_that_is_not_finite_is_skipped():
         ({"num_minibatches": 3}, r"num_minibatches=3 .* 32 transitions .*num_envs=4, num_steps=8"),
         ({"env": "cartpole"}, r"CartPole-v1 has discrete actions"),
         ({"vmin": 5.0, "vmax": 5.0}, r"vmin=5: .*vmax=5"),
+        ({"reward_range": (5.0, -5.0)}, r"reward_range=\(5.0, -5.0\): the lower end comes first"),
         ({"num_bins": 1}, r"num_bins=1"),
     ],
 )
@@ -388,6 +390,9 @@ def test_a_support_that_is_too_small_is_a_warning():
     with pytest.warns(UserWarning, match=numbers) as caught:
         config_of(reward_range=(0.0, 1.0), gamma=0.99).validate()
     assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config_of(reward_range=(0.0, 0.0), vmin=1.0).validate()  # not known
 
 
 def test_the_warning_is_one_line_before_anything_compiles(tmp_path, capsys):

@@ -245,7 +245,7 @@ class Session:
         self.update, self.seconds = meta["update"], meta["seconds"]
         self.started -= self.seconds.pop("wall")
         self.dead = np.array(meta["dead"])
-        # Checkpoints of before lack it.
+        # Older checkpoints have no interval: they were saved at its end.
         interval = meta.get("interval", {"update": self.update, "train": self.seconds["train"]})
         totals = {k: np.array(v) for k, v in interval.get("totals", {}).items()}
         self.interval = interval | {"totals": totals}
