@@ -1,11 +1,14 @@
 """What every update does on its way: schedules, clipping, statistics, and its switches."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import tiny
+from test_bpo_update import CHAIN, FROZEN, actor_of, q_network, run, shifted
 from tiny import run_update
 
 from algos import bpo, common, ppo
@@ -84,7 +87,34 @@ def test_advantages_are_standardised_in_each_minibatch(module, monkeypatch):
     assert metrics["losses/std"] == pytest.approx(1.0, rel=1e-3)
 
 
+def test_minibatches_are_shuffled():
+    """Without steps, a second epoch has other minibatches of the same rollout."""
+    changes = {"learning_rate": 0.0, "num_minibatches": 4}
+    once, twice = (run_update("ppo", num_epochs=n, **changes)[2] for n in (1, 2))
+    assert twice["losses/value_loss"] == pytest.approx(once["losses/value_loss"], rel=1e-4)
+    ratio = twice["losses/critic_grad_norm"] / once["losses/critic_grad_norm"]
+    assert abs(ratio - 1.0) > 1e-4
+
+
 # --- bpo ---
+
+
+def test_bpos_centred_moment_is_that_of_q_and_qhat():
+    config = replace(CHAIN, mu_loss="centred")
+    change = lambda state: shifted("mu")(shifted("q")(shifted("qhat", 1.0)(state)))
+    (_, after), [metrics] = run(config, 1, change, **FROZEN)
+    obs, params = after.replay.obs.reshape(-1, 4), after.params
+    q, qhat = (bpo.symexp(q_network(config, x).apply(params[x], obs)) for x in ("q", "qhat"))
+    gamma = 0.9  # that of `run`
+    q = jnp.clip(q, *(after.reward_range / (1 - gamma)))
+    qhat = jnp.clip(qhat, 1e-8 / (1 - gamma**2), after.r_hat_max / (1 - gamma**2))
+    value = bpo.Critic(config, (4,)).apply(params["critic"], obs)[:, None]
+    moment = jnp.maximum(jnp.maximum(qhat, 1e-6) - 2 * value * q + value**2, 1e-6)
+    logits = [actor_of(config).apply(params[x], obs).logits for x in ("actor", "mu")]
+    log_pi, log_mu = map(jax.nn.log_softmax, logits)
+    target = jax.nn.softmax(log_pi + 0.5 * jnp.log(moment))
+    expected = -(target * log_mu).sum(-1).mean()
+    assert metrics["losses/mu_loss"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_bpos_entropy_bonus_raises_the_entropy_of_mu():

@@ -132,8 +132,8 @@ def interrupt_at(monkeypatch, update, number=signal.SIGINT):
 @pytest.mark.parametrize(
     ("update", "number"),
     [
-        (3, signal.SIGTERM),
-        *(pytest.param(update, signal.SIGINT, marks=pytest.mark.slow) for update in (0, 6)),
+        (5, signal.SIGTERM),  # between evaluations
+        *(pytest.param(update, signal.SIGINT, marks=pytest.mark.slow) for update in (0, 3, 6)),
     ],
 )
 def test_interrupted_and_resumed_is_the_same_run(whole, tmp_path, monkeypatch, update, number):
