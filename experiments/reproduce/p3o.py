@@ -20,8 +20,8 @@ from algos.launch import report, rundir
 from experiments import runner
 from experiments.runner import Job, Report
 
-BUDGETS = {"cartpole": 500_000, "breakout": 300_000, "asterix": 200_000}
-BUDGETS |= {"space_invaders": 200_000, "hopper": 300_000}
+MINATAR = ("breakout", "asterix", "freeway", "space_invaders")
+BUDGETS = {"cartpole": 500_000, **dict.fromkeys(MINATAR, 1_000_000), "hopper": 300_000}
 ALGOS = {"p3o": ("p3o", ""), "a2c": ("p3o", "--preset a2c"), "ppo": ("ppo", "")}
 ABLATIONS = {
     "default": "",
