@@ -28,6 +28,18 @@ def test_what_a_run_records(tmp_path):
     assert [x.name for x in rundir.checkpoints(tmp_path / "run")] == ["000000006.npz"]
 
 
+@pytest.mark.parametrize(
+    ("every", "saved"), [(0, [6]), (1, [1, 2, 3, 4, 5, 6]), (2, [2, 4, 6]), (4, [4, 6])]
+)
+def test_a_checkpoint_every_few_evaluations_and_at_the_end(tmp_path, monkeypatch, every, saved):
+    """Six updates with an evaluation after each."""
+    found = []
+    monkeypatch.setattr(session.Session, "save", lambda self, _: found.append(self.update))
+    flags = ["--num-evals", "6", "--checkpoint-every", str(every), "--verbose", "0"]
+    run(*FLAGS, *flags, "--run-dir", str(tmp_path / "run"))
+    assert found == saved
+
+
 def test_the_last_episodes_are_not_one_part_repeated(whole):
     final = rundir.read_run(whole[0]).final.reshape(2, 3, 2)  # seeds, parts, episodes
     assert all(len(np.unique(parts, axis=0)) > 1 for parts in final)
