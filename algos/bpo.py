@@ -17,20 +17,20 @@ buffer of the last rollouts. Finally, mu is fitted to pi and Q^ for the next rol
 
     Q(s, a)   = r + gamma (1 - terminated) E_pi[Q(s', a')]
     Q^(s, a)  = 2 r Q(s, a) - r^2 + gamma^2 (1 - terminated) E_pi[Q^(s', a')]
-    mu(a | s) = pi(a | s) sqrt(Q^(s, a)) / Z(s)
+    mu(a | s) = pi(a | s) sqrt(Q^(s, a)) / Z(s)                          (Z normalises)
 
 s'_t is the true successor of s_t, taken before any reset. A time limit (truncated) therefore
 bootstraps from V(s'_t), and a terminal state (terminated) does not; both end the trace (done).
 
 Differences from ppo.py:
 
-1. mu acts. The ratio of the surrogate loss is pi / mu. It is the importance weight of a_t, so A_t
-   has only the weights of later actions.
-2. `learn_from_replay` trains Q, Q^ and mu; `mu_target` makes mu differ from pi.
+1. mu acts. The ratio of the surrogate loss is pi / mu: it is not 1 at first, and the clip range is
+   around mu. It is the importance weight of a_t, so A_t has only the weights of later actions.
+2. `learn_from_replay` trains Q, Q^ and mu; `mu_target` separates mu from pi.
 3. The entropy bonus is that of mu, not of pi.
 
     python algos/bpo.py --env cartpole --num-seeds 16
-    python algos/bpo.py --env ant --preset mujoco_ppo_gsde ppo_bpo_zero --num-seeds 4
+    python algos/bpo.py --env Ant-v5 --preset mujoco_ppo_gsde ppo_bpo_zero --num-seeds 4
 
 Documentation: docs/bpo.md
 """
@@ -67,7 +67,7 @@ class Config:
     # batch
     num_envs: PositiveInt = 16  # parallel environments per seed
     num_steps: PositiveInt = 64  # length of a rollout in each environment
-    num_epochs: PositiveInt = 8  # epochs per rollout
+    num_epochs: PositiveInt = 8  # epochs of pi and V per rollout
     num_minibatches: PositiveInt = 4  # gradient steps per epoch
     # unit of shuffling: single transitions, or rows (one time step of all environments)
     shuffle: Literal["transitions", "rows"] = "transitions"
@@ -81,7 +81,7 @@ class Config:
     # objective
     gamma: UnitFloat = 0.99  # discount
     gae_lambda: UnitFloat = 0.95  # lambda of V-trace
-    clip_eps: NonNegativeFloat = 0.2  # clip range of the ratio
+    clip_eps: NonNegativeFloat = 0.2  # clip range of pi / mu around 1
     anneal_clip: bool = False  # decrease the clip range linearly to 0 over the run
     ent_coef: float = 0.0  # weight of the entropy bonus of mu
     vf_coef: NonNegativeFloat = 0.5  # weight of the value loss
@@ -89,23 +89,20 @@ class Config:
     # importance weights
     clip_rho: NonNegativeFloat = 1.5  # largest ratio that weights a TD error
     clip_c: NonNegativeFloat = 1.5  # largest ratio that weights the trace of the next step
-    # let clip_c bound the product of the ratios after the first, instead of each ratio
-    clip_traj: bool = False
+    clip_traj: bool = False  # clip_c bounds the product of all later ratios, clip_rho the first
 
     # replay buffer and fitted Q evaluation of Q and Q^
     replay_rollouts: PositiveInt = 1  # rollouts in the replay buffer
     num_vf_epochs: PositiveInt = 4  # epochs of Q, and of Q^, on the replay buffer
     num_vf_minibatches: PositiveInt = 4  # gradient steps per epoch on a full replay buffer
-    weight_td: bool = False  # weight the squared errors by pi / mu
-    # clip Q, Q^ and their targets to the returns that are possible with the rewards seen so far
+    weight_td: bool = False  # weight squared errors by pi / mu in [0.1, 10], scaled to mean 1
+    # clip targets, and the Q and Q^ that are learned from, to what the rewards so far make possible
     clip_targets: bool = True
     clip_actions: bool = True  # clip the actions that Q and Q^ see, as the environment does
-    symlog_targets: bool = True  # fit symlog(target) instead of the target
-    # with symlog_targets: weight of the squared distance from the target network's output
-    symlog_reg_coef: NonNegativeFloat = 1.0
+    symlog_targets: bool = True  # fit symlog(target): biased towards 0 where targets are noisy
+    symlog_reg_coef: NonNegativeFloat = 1.0  # with symlog: weight of the distance to the old output
     polyak_tau: UnitFloat = 0.02  # Polyak step of the target networks; 0: copy after each epoch
-    # give Q and Q^ layer normalisation, orthogonal hidden layers and a last layer that starts at 0
-    zero_norm_final: bool = True
+    zero_norm_final: bool = True  # Q and Q^: LayerNorm, orthogonal layers, last layer starts at 0
 
     # behaviour policy
     num_mu_epochs: PositiveInt = 4  # epochs of mu on the replay buffer
@@ -276,7 +273,10 @@ def patches(x):
 
 
 class Transition(NamedTuple):
-    """One step of the rollout; arrays [T, N, ...]."""
+    """Steps of a rollout, arrays [T, N, ...], or of the replay buffer, [K T, N, ...].
+
+    `learn_from_replay` works on a copy with observations and rewards as the networks see them.
+    """
 
     obs: jax.Array  # as the environment gave it
     action: jax.Array  # unclipped; the environment clips
@@ -323,11 +323,11 @@ class TrainState(NamedTuple):
 def step_estimator(
     reward, value, next_value, terminated, done, log_ratio, gamma, lam, clip_rho, clip_c
 ):
-    """Advantages and value targets [T, N] by V-trace with lambda; arrays [T, N].
+    """Advantages and value targets [T, N] by V-trace with lambda (Espeholt et al. 2018, remark 2).
 
-    `next_value` is the value of the true successor. A terminated step does not bootstrap from it,
-    and every done step ends the trace. The ratio of the surrogate loss weights the first action, so
-    the advantage has only the weights of later ones.
+    Arrays [T, N]; `next_value` is the value of the true successor. A terminated step does not
+    bootstrap from it, and every done step ends the trace. The ratio of the surrogate loss weights
+    the first action, so the advantage has only the weights of later ones.
     """
     ratio = jnp.exp(log_ratio)
     rho, c = jnp.minimum(ratio, clip_rho), jnp.minimum(ratio, clip_c)
@@ -349,26 +349,24 @@ def trajectory_estimator(
 ):
     """As `step_estimator`, but `clip_c` bounds the product of the ratios after the first.
 
-    The advantage at t is the sum of weight[t, k] delta_k over the steps k >= t of its episode.
-    `clip_rho` bounds the first ratio of a value target, and so has no part in the advantage.
+        A_t      = sum_{k >= t} (gamma lambda)^(k - t) min(ratio_{t+1} ... ratio_k, clip_c) delta_k
+        target_t = V(s_t) + min(ratio_t, clip_rho) A_t
+
+    The sum ends with the episode of t; for k = t there is no ratio, and the factor is 1.
     """
-    t = jnp.arange(len(reward))
-    rho = jnp.minimum(jnp.exp(log_ratio), clip_rho)
     delta = reward + gamma * jnp.where(terminated, 0.0, next_value) - value
+    lag = (jnp.arange(len(delta)) - jnp.arange(len(delta))[:, None])[..., None]  # [t, k, 1]: k - t
     episode = jnp.cumsum(done, 0) - done  # [T, N] number of the episode; a done step is its last
     total = jnp.cumsum(log_ratio, 0)
-    lag = t - t[:, None]  # [t, k] = k - t
-    same_episode = (lag >= 0)[..., None] & (episode[:, None] == episode)  # [t, k, N]
     product = jnp.exp(jnp.minimum(jnp.log(clip_c), total - total[:, None]))  # steps t + 1 to k
-    product = jnp.where((lag > 0)[..., None], product, 1.0)  # k = t: no ratio, so 1
-    decay = (gamma * lam) ** jnp.maximum(lag, 0)[..., None]
-    weight = jnp.where(same_episode, decay * product, 0.0)
+    weight = (gamma * lam) ** jnp.maximum(lag, 0) * jnp.where(lag > 0, product, 1.0)
+    weight = jnp.where((lag >= 0) & (episode[:, None] == episode), weight, 0.0)  # [t, k, N]
     advantage = jnp.einsum("tkn,kn->tn", weight, delta)
-    return advantage, value + rho * advantage
+    return advantage, value + jnp.minimum(jnp.exp(log_ratio), clip_rho) * advantage
 
 
 def policy_loss(log_prob, old_log_prob, advantage, clip_eps):
-    """Clipped surrogate loss (Schulman et al. 2017, eq. 7) and its metrics."""
+    """Clipped surrogate loss (Schulman et al. 2017, eq. 7), with mu for the old policy."""
     log_ratio = jnp.clip(log_prob - old_log_prob, -20.0, 20.0)  # so that exp stays finite
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1.0 - clip_eps, 1.0 + clip_eps)
@@ -399,14 +397,14 @@ def fqe_target(reward, terminated, next_value, gamma):
     return reward + gamma * jnp.where(terminated, 0.0, next_value)
 
 
-def fqe_loss(output, target, anchor, weight, reg_coef):
-    """Weighted mean squared error to `target`, and to the target network's output `anchor`."""
-    return (weight * ((output - target) ** 2 + reg_coef * (output - anchor) ** 2)).mean()
+def fqe_loss(output, label, old_output, weight, reg_coef):
+    """Weighted mean squared error to `label`, and to the target network's `old_output`."""
+    return (weight * ((output - label) ** 2 + reg_coef * (output - old_output) ** 2)).mean()
 
 
 def td_weight(log_ratio):
-    """Clipped ratios pi / mu of a minibatch, scaled to mean 1."""
-    weight = jnp.clip(jnp.exp(jnp.clip(log_ratio, -10.0, 10.0)), 0.1, 10.0)
+    """Ratios pi / mu of a minibatch, clipped to [0.1, 10] and scaled to mean 1."""
+    weight = jnp.clip(jnp.exp(log_ratio), 0.1, 10.0)
     return weight / (weight.mean() + 1e-6)
 
 
@@ -419,22 +417,22 @@ def second_moment_reward(reward, q):
 
 
 def centred_moment(qhat, q, value):
-    """E[(G - V)^2 | s, a], which the variance of V-trace depends on (not in the paper)."""
+    """E[(G - V)^2 | s, a], on which the variance of V-trace depends (an extension of ours)."""
     return jnp.maximum(qhat - 2.0 * value * q + value**2, 1e-6)
 
 
 def mu_target(log_pi, moment):
-    """Log of pi sqrt(moment), not normalised. The moment alone makes mu differ from pi."""
+    """Log of pi sqrt(moment), not normalised. Only the moment separates it from pi."""
     return log_pi + 0.5 * jnp.log(moment)
 
 
 def mu_loss_discrete(log_mu, log_target):
-    """Cross-entropy of mu to the normalised target, both [..., number of actions]."""
+    """KL(target || mu) up to a constant, from log-probabilities [..., number of actions]."""
     return -(jax.nn.softmax(log_target) * log_mu).sum(-1).mean()
 
 
 def mu_loss_continuous(log_mu, log_target):
-    """KL(mu || target), up to log Z, from reparameterised actions of mu; arrays [...]."""
+    """KL(mu || target), the other direction, up to log Z, from reparameterised actions of mu."""
     return (log_mu - log_target).mean()
 
 
@@ -451,12 +449,10 @@ def make_env(config: Config) -> envs.Env:
 
 def build(config: Config, env: envs.Env) -> common.Algo:
     """Compose environments, networks and optimiser into the pure functions of a run."""
-    actor = Actor(config, env.obs_shape, env.action_size, env.discrete)
+    sizes = env.obs_shape, env.action_size, env.discrete
+    actor = Actor(config, *sizes)
     critic = Critic(config, env.obs_shape)
-    nets = {
-        name: ActionCritic(config, env.obs_shape, env.action_size, env.discrete, name == "qhat")
-        for name in ("q", "qhat")
-    }
+    nets = {"q": ActionCritic(config, *sizes, False), "qhat": ActionCritic(config, *sizes, True)}
     optimizer = optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.scale_by_adam(b1=0.9, b2=0.999, eps=config.adam_eps),
@@ -572,27 +568,26 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             "losses/entropy": entropy,
         }
 
-    def bounds(state):
-        """Smallest and largest value of Q and Q^ that the rewards seen so far make possible."""
+    def bounded(name, state, value):
+        """Clip values of Q or Q^ to what the rewards so far make possible, with `clip_targets`.
+
+        The bound of Q^ is the largest `second_moment_reward` so far, which is itself an estimate.
+        """
         if not config.clip_targets:
-            return dict.fromkeys(nets, (-jnp.inf, jnp.inf))
+            return value
         scale = reward_scale(state)
-        rewards = {
-            "q": scale * state.reward_range,
-            "qhat": jnp.stack([1e-8, scale**2 * state.r_hat_max]),
-        }
-        return {name: rewards[name] / (1.0 - gammas[name]) for name in nets}
+        rewards = {"q": scale * state.reward_range, "qhat": (1e-8, scale**2 * state.r_hat_max)}
+        return jnp.clip(value, *(reward / (1.0 - gammas[name]) for reward in rewards[name]))
 
     def to_value(output):
         return symexp(output) if config.symlog_targets else output
 
     def q_value(name, state, obs, action):
         """Q or Q^ within its bounds."""
-        value = to_value(nets[name].apply(state.params[name], obs, action))
-        return jnp.clip(value, *bounds(state)[name])
+        return bounded(name, state, to_value(nets[name].apply(state.params[name], obs, action)))
 
-    def sampled(policy, key):
-        """One action for each state. Discrete: None, for which a critic gives the values of all."""
+    def sample_or_all(policy, key):
+        """A sampled action for each state. Discrete: None, for all actions of `ActionCritic`."""
         return None if env.discrete else policy.sample(noise_of(key, policy.mean.shape[:-1]))
 
     def fqe_loss_fn(params, state, batch, key):
@@ -603,34 +598,33 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         # continuous and symlog_targets is off.
         bootstrap_net = online if config.symlog_targets or env.discrete else target_net
         pi = actor.apply(state.params["actor"], batch.next_obs)
-        next_value = to_value(apply(bootstrap_net, batch.next_obs, sampled(pi, key)))
+        next_value = to_value(apply(bootstrap_net, batch.next_obs, sample_or_all(pi, key)))
         if env.discrete:
             next_value = (jax.nn.softmax(pi.logits) * next_value).sum(-1)
         target = fqe_target(batch.reward, batch.terminated, next_value, gammas[name])
-        clipped = jnp.clip(target, *bounds(state)[name])
+        clipped = bounded(name, state, target)
         label = jax.lax.stop_gradient(symlog(clipped) if config.symlog_targets else clipped)
         reg_coef = config.symlog_reg_coef if config.symlog_targets else 0.0
-        weight = 1.0
+        weight = batch.valid
         if config.weight_td:
             log_pi = actor.apply(state.params["actor"], batch.obs).log_prob(batch.action)
-            weight = td_weight(log_pi - batch.log_prob)
-        output, anchor = (apply(x, batch.obs, batch.action) for x in (online, target_net))
-        loss = fqe_loss(output, label, anchor, weight * batch.valid, reg_coef)
+            weight = weight * td_weight(log_pi - batch.log_prob)
+        output, old_output = (apply(x, batch.obs, batch.action) for x in (online, target_net))
+        loss = fqe_loss(output, label, old_output, weight, reg_coef)
         return loss, {
             f"losses/{name}_loss": loss,
             f"health/{name}_target_clip_fraction": (clipped != target).mean(),
         }
 
     def mu_loss_fn(params, state, batch, key):
-        """Distance of mu from `mu_target`; the parameters of pi, V, Q and Q^ are constant.
+        """Loss of mu, fitted to `mu_target`; the parameters of pi, V, Q and Q^ are constant.
 
         With continuous actions the gradient also passes through the sampled action of mu.
         """
         pi, mu = (actor.apply(x, batch.obs) for x in (state.params["actor"], params["mu"]))
-        action = sampled(mu, key)
-        if config.mu_loss == "kl":
-            moment = 1.0
-        else:
+        action = sample_or_all(mu, key)
+        moment = 1.0
+        if config.mu_loss != "kl":
             moment = jnp.maximum(q_value("qhat", state, batch.obs, action), 1e-6)
         if config.mu_loss == "centred":
             value = critic.apply(state.params["critic"], batch.obs)
@@ -680,7 +674,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
 
     fqe = fqe_loss_fn, config.num_vf_epochs, config.num_vf_minibatches
     mu_fit = mu_loss_fn, config.num_mu_epochs, config.num_mu_minibatches
-    fits = {"q": fqe, "qhat": fqe, "mu": mu_fit}
+    phases = {"q": fqe, "qhat": fqe, "mu": mu_fit}  # loss, epochs, gradient steps per epoch
 
     def fit(state, name, data, key):
         """Epochs of gradient steps on one network over the replay buffer; returns mean metrics too.
@@ -688,14 +682,14 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         Until the buffer is full, an epoch has fewer gradient steps. Their number depends on
         `state.update` alone, so that it is the same for all seeds under vmap.
         """
-        loss, num_epochs, num_minibatches = fits[name]
+        loss, num_epochs, num_minibatches = phases[name]
         rollouts = jnp.minimum(state.update + 1, K)
         filled, steps = rollouts * (len(data.obs) // K), rollouts * (num_minibatches // K)
 
         def fit_epoch(carry, key):
             key_order, key_steps = jax.random.split(key)
             index = jax.random.permutation(key_order, len(data.obs))
-            index = index[jnp.argsort(index >= filled)]  # indices of empty rows last, never used
+            index = index[jnp.argsort(index >= filled)]  # empty rollouts last: never used
             index = index.reshape(num_minibatches, -1)
 
             def step(i, carry):
@@ -715,7 +709,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
 
             return jax.lax.fori_loop(0, steps, step, carry), None
 
-        aux = jax.eval_shape(loss, {name: state.params[name]}, state, data, key)[1]  # for the names
+        aux = jax.eval_shape(loss, {name: state.params[name]}, state, data, key)[1]  # for its keys
         carry = state, {k: jnp.zeros(()) for k in aux}
         return jax.lax.scan(fit_epoch, carry, jax.random.split(key, num_epochs))[0]
 
@@ -737,18 +731,14 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         filled = jnp.arange(K)[:, None] <= state.update  # [K, 1] rollouts
         r_hat_max = jnp.max(r_hat.reshape(K, -1), where=filled, initial=0.0) / scale**2
         state = state._replace(r_hat_max=jnp.maximum(state.r_hat_max, r_hat_max))
-        data = data._replace(reward=r_hat)
-        state, aux_qhat = fit(state, "qhat", data, key_qhat)
+        state, aux_qhat = fit(state, "qhat", data._replace(reward=r_hat), key_qhat)
         state, aux_mu = fit(state, "mu", data, key_mu)
         return state, metrics | aux_qhat | aux_mu
 
     def diagnostics(state, batch):
         """How far mu was from pi in the rollout, and how Q^ compares with the square of Q."""
         ratio = jnp.exp(batch.log_ratio)
-        q, qhat = (
-            to_value(net.apply(state.params[name], batch.obs, batch.action))
-            for name, net in nets.items()
-        )
+        q, qhat = (to_value(nets[x].apply(state.params[x], batch.obs, batch.action)) for x in nets)
         standardize = lambda x: (x - x.mean()) / (x.std() + 1e-8)
         return {
             "ratios/mean": ratio.mean(),
@@ -832,7 +822,7 @@ PHYSICS = {
     **REPLAY,
 }
 FAST = {**PHYSICS, "learning_rate": 1e-3}
-PAPER = {  # every field that a task's preset may have changed, back to the published value
+PAPER = {  # published values, with every field that a task's preset may have changed
     "shuffle": "rows", "learning_rate": 3e-4, "anneal_lr": False, "adam_eps": 1e-5, "gamma": 0.99,
     "gae_lambda": 0.95, "clip_eps": 0.2, "anneal_clip": False, "ent_coef": 0.0, "vf_coef": 0.5,
     "clip_rho": 1.5, "clip_c": 1.5, "replay_rollouts": 4, "weight_td": True, "clip_targets": True,
@@ -840,8 +830,11 @@ PAPER = {  # every field that a task's preset may have changed, back to the publ
     "normalize_obs": False, "normalize_reward": False, "noise_interval": 1, "hidden": (64, 64),
     "policy_gain": 1.0, "log_std_init": 0.0,
 }
-PLAIN = {"symlog_targets": True, "polyak_tau": 0.02, "zero_norm_final": False}
-ZERO = {**PLAIN, "zero_norm_final": True}
+BPO = {
+    "clip_rho": 1.5, "clip_c": 1.5, "clip_traj": False, "symlog_targets": True, "polyak_tau": 0.02,
+    "zero_norm_final": False,
+}
+ZERO = {**BPO, "zero_norm_final": True}
 PRESETS: dict[str, dict[str, Any]] = {
     # sources of tasks, for those that have no preset of their own
     "gym": {  # the clip range is around mu, which lags behind pi: a narrow one slows pi down
@@ -895,13 +888,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "log_std_init": -1.0,
     },
     # the authors' additions to a base configuration; numbers: <clip_c>_<clip_rho>, or one for both
-    "ppo_bpo": {"clip_rho": 1.5, "clip_c": 1.5, "clip_traj": False, **PLAIN},
-    "ppo_bpo_zero": {"clip_rho": 1.5, "clip_c": 1.5, "clip_traj": False, **ZERO},
-    "ppo_bpo_zero1.0": {"clip_rho": 1.0, "clip_c": 1.0, "clip_traj": False, **ZERO},
-    "ppo_bpo_zero1.0_1.5": {"clip_rho": 1.5, "clip_c": 1.0, "clip_traj": False, **ZERO},
-    "ppo_bpo_zero1.0_1.4": {"clip_rho": 1.4, "clip_c": 1.0, "clip_traj": False, **ZERO},
-    "ppo_bpo_zero1.0_traj": {"clip_rho": 1.0, "clip_c": 1.0, "clip_traj": True, **ZERO},
-    "ppo_bpo_zero1.5_traj": {"clip_rho": 1.5, "clip_c": 1.5, "clip_traj": True, **ZERO},
+    "ppo_bpo": BPO,
+    "ppo_bpo_zero": ZERO,
+    "ppo_bpo_zero1.0": {**ZERO, "clip_rho": 1.0, "clip_c": 1.0},
+    "ppo_bpo_zero1.0_1.5": {**ZERO, "clip_c": 1.0},
+    "ppo_bpo_zero1.0_1.4": {**ZERO, "clip_rho": 1.4, "clip_c": 1.0},
+    "ppo_bpo_zero1.0_traj": {**ZERO, "clip_rho": 1.0, "clip_c": 1.0, "clip_traj": True},
+    "ppo_bpo_zero1.5_traj": {**ZERO, "clip_traj": True},
 }
 # fmt: on
 
