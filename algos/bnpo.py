@@ -516,7 +516,10 @@ def make_env(config: Config) -> envs.Env:
     env = envs.make(config.env, config.num_envs, stagger=False, max_steps=config.num_steps)
     goals, kind = env.goals, config.reward_kind
     if env.discrete:
-        raise ValueError(f"{env.name} has discrete actions, and BNPO needs continuous ones")
+        raise ValueError(
+            f"{env.name} has discrete actions, and BNPO needs continuous ones: "
+            "run it with ppo.py, bpo.py, p3o.py or reppo_discrete.py"
+        )
     if not goals and (kind != "env" or any(brain.her_ratio for brain in config.brains)):
         off = " ".join(f"--brains.{k}.her-ratio 0" for k in range(len(config.brains)))
         raise ValueError(f"{env.name} has no goals: add --reward-kind env {off}")

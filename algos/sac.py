@@ -257,7 +257,10 @@ def make_env(config: Config) -> envs.Env:
     """The environments that a run learns in."""
     env = envs.make(config.env, config.num_envs)
     if env.discrete:
-        raise ValueError(f"{env.name} has discrete actions, and SAC needs continuous ones")
+        raise ValueError(
+            f"{env.name} has discrete actions, and SAC needs continuous ones: "
+            "run it with ppo.py, bpo.py, p3o.py or reppo_discrete.py"
+        )
     return env
 
 

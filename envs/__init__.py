@@ -308,6 +308,8 @@ def precise(function):
 def _factory(name: str) -> Callable:
     """The user's function that a name such as my_module:my_factory stands for."""
     path, _, attribute = name.partition(":")
+    if "?" in attribute:
+        raise ValueError(f"{name!r}: a function of your own takes no options, set them in it")
     function = None
     try:
         if all(part.isidentifier() for part in path.split(".")):

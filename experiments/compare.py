@@ -28,7 +28,7 @@ if __name__ == "__main__":  # import from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import envs
-from algos.launch import cli, report, rundir
+from algos.launch import cli, logs, report, rundir
 from experiments import runner
 
 
@@ -44,13 +44,18 @@ def read_runs(run_dirs: list[Path]) -> list[rundir.Run]:
 def grouped(runs: list[rundir.Run]) -> list[list[rundir.Run]]:
     """The runs, each followed by the launches that add seeds to it (RUN_s8 to RUN).
 
-    Both must be complete and have the same settings, and all their seeds must differ.
+    Both must be complete and have the same settings, and all their seeds must differ. RUN_s8_s16
+    adds seeds to RUN too, if RUN_s8 does.
     """
+
+    def first_of(run: rundir.Run) -> rundir.Run:
+        before = next((other for other in runs if continues(run, other)), None)
+        return first_of(before) if before else run
+
     whole = {run.path: run for run in runs}
     launches: dict[Path, list[Path]] = {}
     for run in runs:
-        same = (other.path for other in runs if continues(run, other))
-        launches.setdefault(next(same, run.path), []).append(run.path)
+        launches.setdefault(first_of(run).path, []).append(run.path)
     return [
         [whole[path], *(whole[x] for x in sorted({*paths} - {path}))]
         for path, paths in launches.items()
@@ -95,8 +100,8 @@ def outputs_of(args: argparse.Namespace) -> dict[str, Path]:
         outputs["numbers"] = args.json
     if args.csv:
         outputs["rows"] = args.csv
-    paths = [*outputs.values()]
-    twice = [path for path in paths if paths.count(path) > 1]
+    places = [path.resolve() for path in outputs.values()]
+    twice = [path for path in outputs.values() if places.count(path.resolve()) > 1]
     if twice:
         raise ValueError(f"{twice[0]} is to be written twice: choose another name")
     rundir.check_new(outputs.values(), args.force)
@@ -107,10 +112,8 @@ def read_ranges(path: Path) -> dict[str, tuple[float, float]]:
     """Returns that count as 0 and as 1, by the full name of each task; ValueError if damaged."""
     found = {}
     for task, ends in rundir.read_json(path).items():
-        try:
-            low, high = map(float, ends)
-        except (TypeError, ValueError):
-            low = high = math.nan
+        two = isinstance(ends, list) and [type(x) in (int, float) for x in ends] == [True, True]
+        low, high = map(float, ends) if two else (math.nan, math.nan)
         if not -math.inf < low < high < math.inf:
             raise ValueError(f"{path}: {task} is to have [low, high], two numbers, not {ends!r}")
         name = envs.canonical(task)
@@ -120,6 +123,7 @@ def read_ranges(path: Path) -> dict[str, tuple[float, float]]:
     return found
 
 
+@logs.steady()
 def main(argv: list[str] | None = None) -> None:
     """Compare from the command line."""
     parser = cli.Parser(__doc__)

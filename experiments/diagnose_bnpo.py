@@ -236,6 +236,7 @@ def markdown(measured: dict[str, np.ndarray]) -> str:
     return report.table(["measurement", "IQM [95 %]", "seeds"], rows)
 
 
+@logs.steady()
 def main(argv: list[str] | None = None) -> None:
     """Diagnose from the command line."""
     parser = cli.Parser(__doc__)

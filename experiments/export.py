@@ -16,7 +16,7 @@ import jax
 if __name__ == "__main__":  # import from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from algos.launch import cli, policies, program, rundir
+from algos.launch import cli, logs, policies, program, rundir
 
 
 def to_onnx(path: Path) -> Any:
@@ -44,6 +44,7 @@ def to_onnx(path: Path) -> Any:
     return model
 
 
+@logs.steady()
 def main(argv: list[str] | None = None) -> None:
     """Export from the command line."""
     parser = cli.Parser(__doc__)

@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         runner.complete(jobs | others)  # what the table will hold
         print(f"runs: {len(jobs)}, complete: {len(jobs) - len(todo)}", flush=True)
         check_apart([(job, argv) for _, job, (_, _, *argv) in todo if argv[0] != "--resume"])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         parser.exit(130, "stopped before the start\n")

@@ -12,9 +12,10 @@ from pathlib import Path
 if __name__ == "__main__":  # import from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from algos.launch import cli, program, render
+from algos.launch import cli, logs, program, render
 
 
+@logs.steady()
 def main(argv: list[str] | None = None):
     """Render from the command line."""
     parser = cli.Parser(__doc__)

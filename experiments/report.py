@@ -22,7 +22,7 @@ import numpy as np
 if __name__ == "__main__":  # import from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from algos.launch import cli, render, report, rundir
+from algos.launch import cli, logs, render, report, rundir
 from experiments import compare
 from experiments.page import LARGE, SMALL, chart, charts, node, page_of, section, table
 
@@ -292,6 +292,7 @@ def configuration(source: Source) -> ET.Element:
     return node("details", node("summary", source.name), shown)
 
 
+@logs.steady()
 def main(argv: list[str] | None = None) -> None:
     """Write the page from the command line."""
     parser = cli.Parser(__doc__)

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+import envs
 from algos.launch import cli, logs, report, rundir
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +74,7 @@ def check_settings(job: Job, run_dir: Path, path: Path) -> None:
     """ValueError if `path`, a launch of the run, has other settings than the job."""
     module = importlib.import_module(f"algos.{job.algo}")
     saved = rundir.read_description(path)
+    check_algorithm(job, path, saved)
     try:
         config = rundir.from_json(module.Config, saved["config"])
         old = settings(config, rundir.from_json(cli.Launch, saved["launch"]))
@@ -83,6 +85,35 @@ def check_settings(job: Job, run_dir: Path, path: Path) -> None:
     differing = ", ".join(f"{x}={old[x]}, now {new[x]}" for x in new if old[x] != new[x])
     if differing:
         raise ValueError(f"{path} has other settings ({differing}): move it away")
+
+
+def check_algorithm(job: Job, path: Path, saved: dict[str, Any]) -> None:
+    """ValueError if a launch is of another algorithm than the job."""
+    if saved["algo"] != job.algo:
+        raise ValueError(f"{path} is a run of {saved['algo']}, not {job.algo}: move it away")
+
+
+def check_complete(job: Job, run_dir: Path, path: Path) -> None:
+    """ValueError if a complete launch has another algorithm or task, or other flags than the job.
+
+    Paths are left out, as it may be a copy. So is what the job does not name, as it may be of an
+    earlier version with other defaults.
+    """
+    module = importlib.import_module(f"algos.{job.algo}")
+    saved = rundir.read_description(path)
+    check_algorithm(job, path, saved)
+    flags = flags_of(job, run_dir, path)
+    config, launch = cli.parse(job.algo, module.Config, module.PRESETS, flags)
+    new = {k: [*x] if isinstance(x, tuple) else x for k, x in (vars(config) | vars(launch)).items()}
+    old = saved["launch"] | saved["config"]
+    words = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in flags}
+    named = {"sweep", *words} - {"dataset", "behavior", "env"}
+    same = lambda x: x not in named or old.get(x, new[x]) == new[x]
+    differing = [f"{x}={old[x]}, now {new[x]}" for x in new if not same(x)]
+    if envs.canonical(old["env"]) != envs.canonical(config.env):
+        differing.append(f"env={old['env']}, now {config.env}")
+    if differing:
+        raise ValueError(f"{path} has other settings ({', '.join(differing)}): move it away")
 
 
 def check_launch(job: Job, run_dir: Path, path: Path, seeds: range) -> None:
@@ -110,6 +141,7 @@ def command(job: Job, run_dir: Path, seed: int, num_seeds: int) -> list[str] | N
     """
     path = launch_dir(run_dir, seed)
     if (path / "done.json").exists():
+        check_complete(job, run_dir, path)
         return None
     for other in launches(run_dir, "config.json"):
         if other != path:
@@ -179,25 +211,32 @@ def read_launches(paths: list[Path]) -> rundir.Run:
 
 
 def run(argv: list[str]) -> None:
-    """Run one launch. It gets all signals too, and once it has saved this program ends as well."""
+    """Run one launch. It gets all signals too, and once it has saved this program ends as well.
+
+    ctrl-C in a terminal reaches both; sent to this program alone, it ends it after the launch.
+    """
     print(f"$ {shlex.join(['python', *argv[1:]])}", flush=True)
     child = subprocess.Popen(argv)
     pass_on = lambda number, frame: child.send_signal(number)
     numbers = [x for x in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(x) != signal.SIG_IGN]
     handlers = {number: signal.signal(number, pass_on) for number in numbers}
+    interrupted = False
     try:
         while True:
             try:
                 status = child.wait()
                 break
-            except KeyboardInterrupt:  # the terminal sends it to both
-                continue
+            except KeyboardInterrupt:
+                interrupted = True
+                print("the launch that runs is the last one", file=sys.stderr)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if status < 0:  # before it could save, or for lack of memory
         print(f"the launch was ended by signal {-status}", file=sys.stderr)
         status = 128 - status
+    if interrupted and status in (0, 3):  # it was complete before it could stop
+        status = 130
     if status == 3:
         print("every seed of this run died; the others go on", file=sys.stderr)
     elif status:
@@ -308,18 +347,20 @@ def main(
     wanted = lambda job: (
         job.task in (args.tasks or [job.task]) and job.name in (args.jobs or [job.name])
     )
+    if not any(map(wanted, (job for group in args.groups for job in groups[group]))):
+        parser.error("none of these tasks has one of these jobs")
     try:
         todo = {}
         for group in args.groups:
             jobs = placed(filter(wanted, groups[group]), args.out / group)
             todo[group] = plan(jobs, args.seed, args.num_seeds)
             complete(placed(groups[group], args.out / group))  # what the table will hold
-    except ValueError as error:
+        for group, missing in todo.items():
+            for run_dir, job, launch in missing:
+                before(job, run_dir)
+                run(launch)
+            done = summarise(groups[group], args.out / group)
+            text = done.text + (further[group](done) if group in further else "")
+            write_table(done.folder, text, done.rows)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    for group, missing in todo.items():
-        for run_dir, job, launch in missing:
-            before(job, run_dir)
-            run(launch)
-        done = summarise(groups[group], args.out / group)
-        text = done.text + (further[group](done) if group in further else "")
-        write_table(done.folder, text, done.rows)

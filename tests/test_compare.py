@@ -70,6 +70,7 @@ def test_a_row_for_each_run(tmp_path, capsys):
             "minus": "ppo (one)",
             "env": "gymnax/CartPole-v1",
             "n": [3, 4],
+            "steps": [200, 200],
             "iqm": middle,
             "interval": list(interval),
         }
@@ -131,6 +132,14 @@ def test_added_seeds_count_to_their_run(tmp_path, capsys, monkeypatch):
     }
 
 
+def test_seeds_are_added_to_a_run_with_added_seeds(tmp_path, capsys):
+    paths = [tmp_path / x for x in ("x", "x_s2", "x_s2_s4")]
+    for path, seeds in zip(paths, ((0, 1), (2, 3), (4, 5)), strict=True):
+        write_run(path, seeds=seeds)
+    compare.main([*map(str, paths)])
+    assert [row[2] for row in table_of(capsys)] == ["6/6"]
+
+
 def test_nobody_alive(tmp_path, capsys):
     run = write_run(tmp_path / "run", seeds=(1, None))
     dead = write_run(tmp_path / "dead", labels=("a",), seeds=(1,))
@@ -156,7 +165,30 @@ def test_runs_of_one_name_are_told_apart_by_where_their_paths_differ(tmp_path):
 
 def test_a_run_inside_another_is_told_apart_too(tmp_path):
     outer, inner = (write_run(tmp_path / x) for x in ("run", "run/more"))
-    assert [x.label for x in entries_of(outer, inner)] == ["ppo (run)", "ppo (more)"]
+    assert [x.label for x in entries_of(outer, inner)] == ["ppo (run)", "ppo (run/more)"]
+    outer, inner = (write_run(tmp_path / x) for x in ("q", "q/q"))
+    assert [x.label for x in entries_of(outer, inner)] == ["ppo (q)", "ppo (q/q)"]
+
+
+def test_small_differences_have_their_decimals(tmp_path, capsys):
+    """Differences of -0.03, and of 0 with ends of 10."""
+    rows = [
+        {"label": "a", "minus": "b", "env": "c", "n": [8, 8], "steps": [1, 1], "iqm": iqm}
+        | {"interval": interval}
+        for iqm, interval in ((-0.03, [-0.04, -0.001]), (0.0, [-10.0, 10.0]), (None, [None, None]))
+    ]
+    head, cells = report.difference_table(rows)
+    assert head[-1] == "difference of the IQMs [95 % interval]"
+    assert [x[3] for x in cells] == ["-0.03 [-0.04, 0.00]", "0.0 [-10.0, 10.0]", "- [-, -]"]
+
+
+def test_differences_after_unequal_steps_say_so(tmp_path, capsys):
+    one, two = (write_run(tmp_path / x) for x in ("one", "two"))
+    evals = dict(np.load(two / "eval.npz"))
+    np.savez(two / "eval.npz", **(evals | {"steps": 10 * evals["steps"]}))
+    compare.main([str(one), str(two)])
+    _, differences = tables_of(capsys)
+    assert differences[0][-1] == "2,000 and 200"
 
 
 def test_the_legend_counts_the_seeds_that_are_alive(tmp_path):
@@ -173,6 +205,15 @@ def test_the_legend_says_what_the_band_is(tmp_path, drawn, num_seeds, band):
     compare.main([str(run), "--out", str(tmp_path / "x.png")])
     (legend,) = drawn[0][0].figure.legends
     assert legend.get_title().get_text() == f"line: IQM over seeds; band: {band}"
+
+
+def test_dollars_are_no_formulas(tmp_path, drawn):
+    run = str(write_run(tmp_path / "run"))
+    argv = ["--labels", "$5 or $6", "--title", "$a$", "--out", str(tmp_path / "x.png")]
+    compare.main([run, *argv])
+    figure = drawn[0][0].figure
+    texts = [figure._suptitle, *figure.legends[0].get_texts()]
+    assert [x.get_text() for x in texts] == [r"\$a\$", r"\$5 or \$6 (n=4)"]
 
 
 def test_labels_are_those_of_the_legend_in_order(tmp_path):
@@ -351,6 +392,10 @@ def test_scores_that_cannot_be_compared_are_refused(tmp_path):
             ["--out", "x.png", "--json", "x.png"],
             "x.png is to be written twice",
         ),
+        (["--json", "x.png", "--csv", "../{here}/x.png"], "x.png is to be written twice"),
+        (["--json", "{old}/x.json"], "old.png is no folder that can be written to"),
+        (["--labels", "_ppo"], "label '_ppo': it must not begin with _"),
+        (["--normalise", "{text}"], "cartpole is to have [low, high], two numbers, not '19'"),
         (["--normalise", "{twice}"], "twice.json: gymnax/CartPole-v1 is there twice"),
         (["--json=~nosuchuser/x"], "argument --json: ~nosuchuser/x: Could not determine home"),
         (["--width", "0"], "--width 0: 2 to 30 inches"),
@@ -371,9 +416,12 @@ def test_bad_input_is_one_line_and_writes_nothing(flags, message, tmp_path, caps
     rundir.write_json(ranges, {"cartpole": [5, 5]})
     twice = tmp_path / "twice.json"
     rundir.write_json(twice, {"cartpole": [0, 500], "gymnax/CartPole-v1": [0, 10]})
+    text = tmp_path / "text.json"
+    rundir.write_json(text, {"cartpole": "19"})
     monkeypatch.chdir(tmp_path)
     before = {*tmp_path.iterdir()}
     names = {"old": old, "ranges": ranges, "twice": twice, "none": tmp_path / "none.json"}
+    names |= {"text": text, "here": tmp_path.name}
     with pytest.raises(SystemExit) as error:
         compare.main([str(run), *(flag.format(**names) for flag in flags)])
     assert error.value.code == 2

@@ -144,11 +144,23 @@ def described_by(job, run_dir):
     return saved
 
 
+def write_job(module, group, task, name, out, **returns):
+    """A complete run of this job of a reproduction, with the settings that it names."""
+    (job,) = [x for x in module.GROUPS[group] if (x.task, x.name) == (task, name)]
+    run_dir = write_run(out / group / task / name, task, algo=job.algo, **returns)
+    saved = rundir.read_description(run_dir)
+    named = [x.removeprefix("--").replace("-", "_") for x in job.flags.split()]
+    saved["config"] |= {k: v for k, v in vars(config_of(job)).items() if k in named}
+    saved["launch"]["sweep"] = []
+    rundir.write_json(run_dir / "config.json", saved)
+    return run_dir
+
+
 @pytest.fixture
 def cloned(tmp_path):
     """A job that learns from clones, its complete run of seeds 0 to 3, and what that says."""
     job, run_dir = Job("pendulum", "kl", *brac.LEARNERS["brac_kl_vp"]), tmp_path / "kl"
-    write_run(run_dir)
+    write_run(run_dir, algo="brac")
     (run_dir / "final.npz").touch()
     return job, run_dir, described_by(job, run_dir)
 
@@ -281,7 +293,7 @@ def test_nothing_is_run_again_and_the_table_is_written(tmp_path, capsys, monkeyp
     ran = []
     monkeypatch.setattr(runner, "run", ran.append)
     task = "CartpoleBalance"
-    write_run(tmp_path / "published" / task / "reppo", env="cartpole", offset=900.0)
+    write_job(reppo, "published", task, "reppo", tmp_path, offset=900.0)
     argv = ["published", "--tasks", task, "--out", str(tmp_path)]
     reppo.main(argv)
     assert ran == []
@@ -430,17 +442,17 @@ def test_of_a_sweep_the_best_value_is_drawn(tmp_path, monkeypatch):
 def test_episodes_to_a_return_are_counted(tmp_path, capsys, monkeypatch):
     """Over seeds 18.5, 19.5 and 20.5 after 0, 100 and 200 steps, 32 in an episode of all."""
     monkeypatch.setattr(runner, "run", lambda argv: None)
-    run = write_run(tmp_path / "tasks" / bnpo.TASK / "a1", offset=3.5)
+    run = write_job(bnpo, "tasks", bnpo.TASK, "a1", tmp_path, offset=3.5)
     evals = dict(np.load(run / "eval.npz"))
     evals["returns"][3, -1] = 29.0  # still the best one
     np.savez(run / "eval.npz", **evals)
-    write_run(tmp_path / "tasks" / bnpo.TASK / "ppo")
+    write_job(bnpo, "tasks", bnpo.TASK, "ppo", tmp_path)
     bnpo.main(["tasks", "--out", str(tmp_path)])
     text = (tmp_path / "tasks" / "table.md").read_text()
     assert text == capsys.readouterr().out
     # The last seed begins at 33.5 and ends at 29, the one before it ends at 25.5.
     assert "| a1 | 0, 7, - | 1 of 4 | 259, 279, 319 |\n" in text
-    write_run(tmp_path / "ppo" / bnpo.TASK / "small")
+    write_job(bnpo, "ppo", bnpo.TASK, "small", tmp_path)
     bnpo.main(["ppo", "--out", str(tmp_path)])
     assert "Short episodes" not in capsys.readouterr().out
 
@@ -448,8 +460,8 @@ def test_episodes_to_a_return_are_counted(tmp_path, capsys, monkeypatch):
 def test_differences_are_of_equal_steps(tmp_path, capsys, monkeypatch):
     """Of a1, which went on for longer, what it had after as many steps is taken away."""
     monkeypatch.setattr(runner, "run", lambda argv: None)
-    write_run(tmp_path / "tasks" / bnpo.TASK / "a1")
-    run = write_run(tmp_path / "ablations" / bnpo.TASK / "b1", offset=7.0)
+    write_job(bnpo, "tasks", bnpo.TASK, "a1", tmp_path)
+    run = write_job(bnpo, "ablations", bnpo.TASK, "b1", tmp_path, offset=7.0)
     evals = np.load(run / "eval.npz").items()
     np.savez(run / "eval.npz", **{k: x[:2] if x.ndim == 1 else x[:, :2] for k, x in evals})
     bnpo.main(["ablations", "--out", str(tmp_path)])
@@ -457,6 +469,45 @@ def test_differences_are_of_equal_steps(tmp_path, capsys, monkeypatch):
     assert header == f"| {bnpo.TASK} | minus a1 |"
     assert a1 == "| a1 | - |"
     assert b1.startswith("| b1 | 7.0 [")
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "message"),
+    [
+        ("a2c", {"algo": "ppo"}, "is a run of ppo, not p3o: move it away"),
+        ("p3o", {"total_timesteps": 7}, r"has other settings (total_timesteps=7, now 500000)"),
+        ("p3o", {"env": "pendulum"}, "has other settings (env=pendulum, now cartpole)"),
+        ("p3o", {"sweep": ["gamma=0,1"]}, r"has other settings (sweep=['gamma=0,1'], now [])"),
+    ],
+)
+def test_a_complete_run_of_something_else_is_not_shown(name, changed, message, tmp_path, capsys):
+    run_dir = write_job(p3o, "tasks", "cartpole", name, tmp_path)
+    saved = rundir.read_description(run_dir)
+    for part in (saved, saved["config"], saved["launch"]):
+        part |= {k: v for k, v in changed.items() if k in part}
+    rundir.write_json(run_dir / "config.json", saved)
+    with pytest.raises(SystemExit):
+        p3o.main(["tasks", "--tasks", "cartpole", "--jobs", name, "--out", str(tmp_path)])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "tasks" / "table.md").exists()
+
+
+def test_a_complete_run_may_be_a_copy_of_an_earlier_version(tmp_path, monkeypatch):
+    """Other paths, a further field, and another value of a field that the job does not name."""
+    monkeypatch.setattr(runner, "run", lambda argv: None)
+    run_dir = write_job(p3o, "tasks", "cartpole", "p3o", tmp_path)
+    saved = rundir.read_description(run_dir)
+    saved["config"] |= {"gamma": 0.5, "removed": 1}
+    rundir.write_json(run_dir / "config.json", saved)
+    p3o.main(["tasks", "--tasks", "cartpole", "--jobs", "p3o", "--out", str(tmp_path)])
+    assert "| p3o | gymnax/CartPole-v1 |" in (tmp_path / "tasks" / "table.md").read_text()
+
+
+def test_tasks_without_these_jobs_are_an_error(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        bpo.main(["v5", "--tasks", "gym/Ant-v5", "--jobs", "bpo_zero1.0", "--out", str(tmp_path)])
+    assert "none of these tasks has one of these jobs" in capsys.readouterr().err
+    assert not (tmp_path / "v5").exists()
 
 
 def test_a_failed_launch_stops_the_program():

@@ -21,7 +21,7 @@ from launching import FLAGS, checkpoint, content, events, run, session_of, start
 from tiny import assert_same, lines_of
 
 from algos import ppo
-from algos.launch import cli, logs, policies, render, report, rundir, session
+from algos.launch import cli, logs, policies, render, report, rows, rundir, session
 
 pytestmark = [pytest.mark.usefixtures("signals"), pytest.mark.xdist_group("ppo")]
 
@@ -179,6 +179,10 @@ def test_resumed_after_a_crash_nothing_is_logged_twice(whole, copy):
 
 def test_a_crash_before_the_first_checkpoint_costs_the_start_only(whole, copy):
     shutil.rmtree(copy / "checkpoints")
+    begun = session_of(verbose=0)
+    begun.run_dir, begun.rows = copy, rows.Rows(np.arange(2), {}, [""] * 2)
+    begun.restore()
+    assert not (copy / "eval.npz").exists()  # it would say more than the new start has done
     crashed = logs.EventFile(copy / "tensorboard", -1)
     crashed.write(0, {"eval/episodic_return": -1.0})
     crashed.close()
@@ -373,9 +377,8 @@ def test_a_complete_run_without_pictures_has_nothing_left_to_do(tmp_path):
 
 
 def test_an_interrupt_of_the_pictures_says_that_the_rest_is_done(tmp_path, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
+    """The first ctrl-C ends them, as nothing is left to save."""
+    interrupt = lambda *_: signal.raise_signal(signal.SIGINT)
     monkeypatch.setattr(session.render, "render_run", interrupt)
     run_dir = tmp_path / "run"
     status, said = run(*FLAGS, "--render", "--verbose", "0", "--run-dir", str(run_dir))

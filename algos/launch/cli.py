@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import io
 import itertools
+import math
 import re
 import sys
 import textwrap
@@ -123,7 +124,7 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--env")
     first.add_argument("--preset", nargs="*", default=[])
-    first.add_argument("--resume", default="")
+    first.add_argument("--resume")
     if sum(word.partition("=")[0] == "--preset" for word in argv) > 1:
         raise ValueError("--preset is given twice: write all names after one of them")
     try:
@@ -131,6 +132,8 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from None
 
+    if chosen.resume == "":
+        raise ValueError("--resume is empty: name a run directory")
     if chosen.resume:
         run_dir = find_run(chosen.resume)
         saved = rundir.read_description(run_dir)
@@ -228,8 +231,8 @@ def describe(name: str, env: str, presets: Iterable[str]) -> str:
     shown = task_preset(env, presets)
     of_tasks = [preset for preset in presets if preset in {*envs.TASKS, *envs.ALIASES}]
     lists = {
-        "presets of tasks": of_tasks,
-        "presets for --preset": [preset for preset in presets if preset not in of_tasks],
+        "presets of tasks, which --preset takes too": of_tasks,
+        "further presets": [preset for preset in presets if preset not in of_tasks],
     }
     for source, tasks in envs.TASKS.items():
         lists[f"tasks of {source}"] = [*tasks[:4], "..."] if tasks[12:] else [*tasks]
@@ -249,9 +252,13 @@ def integer(text: str) -> int:
     try:
         return int(text)
     except ValueError:
+        pass
+    try:
         number = float(text)
+    except ValueError:
+        number = math.nan
     if not number.is_integer():
-        raise ValueError(f"{text} is not a whole number")
+        raise ValueError(f"{text!r} is not a whole number")
     return int(number)
 
 

@@ -60,8 +60,10 @@ def own_part(path: Path, paths: list[Path]) -> str:
     parts = [x.absolute().parts for x in paths]
     begin = num_shared(parts)
     end = num_shared([x[begin:][::-1] for x in parts])
+    if min(map(len, parts)) == begin + end:  # one path lies in another: the folder before it too
+        begin -= 1
     own = path.absolute().parts
-    return "/".join(own[begin : len(own) - end]) or path.absolute().name
+    return "/".join(own[begin : len(own) - end])
 
 
 def num_shared(parts: list[tuple[str, ...]]) -> int:
@@ -80,6 +82,9 @@ def relabel(entries: list[Entry], labels: list[str]) -> list[Entry]:
     known = dict.fromkeys(entry.label for entry in entries)
     if len(labels) != len(known):
         raise ValueError(f"{len(labels)} labels for {len(known)} curves: {', '.join(known)}")
+    for label in labels:
+        if label.startswith("_"):  # matplotlib leaves it out of the legend
+            raise ValueError(f"label {label!r}: it must not begin with _")
     names = dict(zip(known, labels, strict=True))
     renamed = [entry._replace(label=names[entry.label]) for entry in entries]
     taken: set[tuple[str, str]] = set()
@@ -423,15 +428,20 @@ def figure(
         below = 0.0
         for ncols in range(len(lines), 0, -1):  # as many columns as the width allows
             place: dict[str, Any] = {"loc": "outside lower center", "ncols": ncols}
-            legend = fig.legend(lines.values(), lines.keys(), title=legend_title, **place)
+            legend = fig.legend(lines.values(), map(plain, lines), title=legend_title, **place)
             below = legend.get_window_extent().height / fig.dpi
             if legend.get_window_extent().width < fig.bbox.width or ncols == 1:
                 break
             legend.remove()
-        fig.suptitle(title)
+        fig.suptitle(plain(title))
         fig.set_figheight(num_rows * height + below + 0.25 * bool(title))
         kind = path.suffix[1:]
         rundir.write_atomic(path, lambda file: fig.savefig(file, format=kind, dpi=200))
+
+
+def plain(text: str) -> str:
+    """The text as matplotlib draws it without formulas."""
+    return text.replace("$", r"\$")
 
 
 # --- tables ---
@@ -502,6 +512,7 @@ def differences(entries: list[Entry]) -> list[dict[str, Any]]:
                     "minus": first.label,
                     "env": task,
                     "n": [int(np.isfinite(x).sum()) for x in (returns, reference)],
+                    "steps": [int(x.run.steps[-1]) for x in (entry, first)],
                     "iqm": rundir.jsonable(middle),
                     "interval": rundir.jsonable(interval),
                 }
@@ -526,13 +537,17 @@ def curve_table(entries: list[Entry]) -> tuple[list[str], list[list[Any]]]:
 
 
 def difference_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Head and cells of the table of the differences."""
+    """Head and cells of the table of the differences; with steps if some compare unequal ones."""
     few = "; rough with 4 seeds or fewer" if any(min(row["n"]) <= 4 for row in rows) else ""
     head = ["algorithm", "minus", "environment", f"difference of the IQMs [95 % interval{few}]"]
     cells = [
-        [row["label"], row["minus"], row["env"], estimate(row["iqm"], row["interval"], digits=1)]
+        [row["label"], row["minus"], row["env"], difference_estimate(row["iqm"], row["interval"])]
         for row in rows
     ]
+    if any(row["steps"][0] != row["steps"][1] for row in rows):
+        head.append("steps")
+        for row, line in zip(rows, cells, strict=True):
+            line.append("{:,} and {:,}".format(*row["steps"]))
     return head, cells
 
 
@@ -579,7 +594,7 @@ def interval_name(*num_seeds: int) -> str:
 
 def number(x: float | None, digits: int = 1) -> str:
     """A number with so many decimals; a dash for what is not known."""
-    return "-" if x is None or not np.isfinite(x) else f"{x:,.{digits}f}"
+    return "-" if x is None or not np.isfinite(x) else f"{x:z,.{digits}f}"  # z: never -0.0
 
 
 def decimals(x: float | None) -> int:
@@ -594,6 +609,13 @@ def estimate(
     digits = decimals(middle) if digits is None else digits
     shown, lo, hi = (number(x, digits) for x in (middle, *interval))
     return f"{shown} [{lo}, {hi}]"
+
+
+def difference_estimate(middle: float | None, interval: Iterable[float | None]) -> str:
+    """A difference with its interval, with the decimals of the largest of the three."""
+    ends = [*interval]
+    largest = max((abs(x) for x in (middle, *ends) if x is not None), default=None)
+    return estimate(middle, ends, decimals(largest))
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:

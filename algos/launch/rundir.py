@@ -118,10 +118,16 @@ def write_atomic(path: Path, write: Callable) -> None:
 
 
 def check_new(paths: Iterable[Path | None], force: bool) -> None:
-    """ValueError if a file that is to be written exists, unless `force`; None is no file."""
-    for path in paths:
-        if path and path.exists() and not force:
+    """ValueError if a file that is to be written exists, unless `force`, or cannot be written.
+
+    None is no file.
+    """
+    for path in filter(None, paths):
+        if path.exists() and not force:
             raise ValueError(f"{path} exists: choose another name, or --force to replace it")
+        folder = next(x for x in path.absolute().parents if x.exists())
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise ValueError(f"{path}: {folder} is no folder that can be written to")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -71,11 +71,12 @@ def main(name: str, argv: list[str] | None = None) -> None:
             rows = prepare(algorithm, config, launch)
             session = Session(name, config, launch, rows)
             session.check_run_dir()
+            program = make_program(algorithm, config, launch, local(rows))
             session.log.say(session.plan())
             named = launch.resume or launch.preset
             if not named and not cli.task_preset(config.env, algorithm.PRESETS):
                 session.log.say(f"{name} has no preset for this task: it starts from the defaults")
-            session.open(make_program(algorithm, config, launch, local(rows)), held)
+            session.open(program, held)
         except BrokenPipeError:  # `--help | head` closes the pipe; Python would flush into it again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(0) from None
@@ -229,6 +230,8 @@ class Session:
                 raise ValueError(f"{self.run_dir} has no checkpoint to resume from")
             self.log.say(f"{self.run_dir} has no checkpoint: it starts again")
             self.evals = rundir.rewind(self.run_dir, len(self.rows.seeds), -1, write=self.lead)
+            if self.lead:
+                (self.run_dir / "eval.npz").unlink(missing_ok=True)
             return
         template = jax.eval_shape(self.program.init, *inputs(self.rows))
         planned = rundir.read_description(self.run_dir)["config"]["total_timesteps"]
@@ -563,7 +566,8 @@ class Session:
         rundir.write_json(self.run_dir / "done.json", done)
         times = ", ".join(f"{k} {v:.1f}" for k, v in seconds.items())
         self.log.say(f"seconds: {times}\ncurve: {curve}")
-        if self.launch.render:
+        if self.launch.render and not self.stop:
+            self.stop = True  # nothing is left to save: ctrl-C ends the drawing at once
             render.render_run(self.run_dir, self.log.say)
         self.log.attach(self.run_dir)
         return True

@@ -126,7 +126,7 @@ def differences(done: Report) -> str:
         rows = []
         for x, returns in at_the_end.items():
             minus = {y: report.difference(returns, at_the_end[y]) for y in references}
-            shown = {y: report.estimate(*found, digits=1) for y, found in minus.items()}
+            shown = {y: report.difference_estimate(*found) for y, found in minus.items()}
             rows.append([x, *("-" if x == y else shown[y] for y in references)])
         head = [task, *(f"minus {name}" for name in references)]
         text += f"\nDifferences after {steps:,} steps:\n\n{report.table(head, rows)}"
