@@ -220,6 +220,16 @@ print("ran on")
     assert "ran on" not in out
 
 
+@pytest.mark.parametrize("status", [0, 3])
+def test_ctrl_c_ends_it_though_the_launch_is_complete(status, capsys, signals):
+    """A signal to this program alone; the launch interrupts it and ends."""
+    launch = f"import os, signal, sys; os.kill(os.getppid(), signal.SIGINT); sys.exit({status})"
+    with pytest.raises(SystemExit, match="130"):
+        runner.run([sys.executable, "-c", launch])
+    said = "the launch that runs is the last one\nstopped: the same command goes on\n"
+    assert capsys.readouterr().err == said
+
+
 def heeds_ctrl_c(job, argv):
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         raise ValueError("heeds it")
