@@ -17,16 +17,16 @@ losses use the n-step target y = y_0 of a sampled step, computed by target netwo
     DDPG:    -E[D],   D = Q(s, g, pi(s, g)) - y
     weighted DDPG: -E[min(ratio D, clip(ratio, 1 - eps, 1 + eps) D)]
 
-In the critic's loss mean and std are those of the behaviour policy, as stored, and pi(s, g) stands
-for those of the current actor. ratio is pi(a | s, g) over the behaviour policy's density, by
-default the geometric mean over the action's dimensions; it is a constant in weighted DDPG. A and D
-are sums over the parts of the reward. y is a constant everywhere, Q's parameters are constants in
-PPO's and DDPG's losses, and so is A in PPO's.
+In V_j and in the critic's loss mean and std are those of the behaviour policy, as stored. pi(s, g)
+stands for those of the current actor. ratio is pi(a | s, g) over the behaviour policy's density, by
+default the geometric mean over the action's dimensions, and at most 100. A and D are sums over the
+parts of the reward. No gradient goes through y, through Q's parameters in the losses of PPO and
+DDPG, through A in PPO's, or through the ratio in weighted DDPG's.
 
 Hindsight relabelling replaces the goals of some sampled steps by goals that the same episode had at
 other times ("shift"), recomputes the rewards, and sets n to 1. The behaviour policy under the
 original goals is still the correct denominator of the ratio, as long as the new goals do not depend
-on the actions; docs/bnpo.md derives this.
+on the actions; docs/bnpo.md has the equation and its assumptions.
 
 Differences from ppo.py:
 
@@ -277,24 +277,16 @@ def dense(x, size: int, bound: float | None = None):
 # --- data types ---
 
 
-class Transition(NamedTuple):
-    """One step of the rollout; arrays [T, N, ...]."""
+class Trajectory(NamedTuple):
+    """Consecutive steps: a rollout [T, N, ...], samples [B, H, ...], or the replay buffer.
+
+    The buffer, [W, N, T, ...], has W episodes of each environment. It and samples have one more
+    observation than steps; a stored episode ends with its true successor.
+    """
 
     obs: jax.Array  # as the environment gave it
     action: jax.Array  # unclipped; the environment clips
     policy: common.Gaussian  # the behaviour policy, with its parameter noise
-    reward: jax.Array  # the task's own, whatever `reward_kind` is
-    terminated: jax.Array
-    valid: jax.Array  # the physics was finite
-    next_obs: jax.Array  # true successor, never a reset observation
-
-
-class Trajectory(NamedTuple):
-    """Consecutive steps: W episodes, the replay buffer [W, N, T, ...], or samples [B, H, ...]."""
-
-    obs: jax.Array  # one more than there are steps; a stored episode ends with its true successor
-    action: jax.Array
-    policy: common.Gaussian  # the behaviour policy
     reward: jax.Array  # [..., m], of reward_kind
     terminated: jax.Array
 
@@ -312,10 +304,7 @@ class Rows(NamedTuple):
 class Batch(NamedTuple):
     """What the losses need of sampled steps; arrays [B, ...]."""
 
-    obs: jax.Array  # normalised, after relabelling
-    action: jax.Array
-    policy: common.Gaussian  # the behaviour policy
-    reward: jax.Array  # [B, m]; only for metrics
+    step: Trajectory  # one step, after relabelling; its observation is normalised
     log_prob: jax.Array  # [B, A], denominator of the ratio
     target: jax.Array  # [B, m]
 
@@ -380,10 +369,10 @@ def resample(key, ratio, size):
 
 def gather(replay, rows, num_steps) -> Trajectory:
     """The `num_steps` steps [B, num_steps, ...] from each row on, not relabelled."""
-    episode = rows.episode[:, None], rows.env[:, None]
+    episode, env = rows.episode[:, None], rows.env[:, None]
     step = rows.step[:, None] + np.arange(num_steps + 1)
-    traj = jax.tree.map(lambda x: x[(*episode, step[:, :-1])], replay._replace(obs=None))
-    return traj._replace(obs=replay.obs[(*episode, step)])  # one more than there are steps
+    traj = jax.tree.map(lambda x: x[episode, env, step[:, :-1]], replay._replace(obs=None))
+    return traj._replace(obs=replay.obs[episode, env, step])
 
 
 def relabel(goals, config, replay, rows, traj) -> Trajectory:
@@ -541,7 +530,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     U = math.gcd(T, config.param_noise_interval, *(x.turn_interval for x in config.brains))
     goals, kind, K = env.goals, config.reward_kind, len(config.brains)
     obs_like = jnp.zeros((1, env.obs_size))
-    # A saved policy is loaded with an environment without goals. Its critic is not used then.
+    # A saved policy is loaded with a stand-in for its task, without goals. Its critic is not used.
     from_goals = goals and kind != "env"
     num_heads = reward_of(goals, kind, obs_like).shape[-1] if from_goals else 1
     actor, critic = Actor(config, A), Critic(config, num_heads)
@@ -559,12 +548,12 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         params["critic"] = critic.init(key_critic, obs_like, policy)
         num_targets = 1 if config.share_target_actor else K
         target_actors = {f"actor{k}": params["actor"] for k in range(num_targets)}
-        optimizers = {f"actor{k}": optimizer.init(params["actor"]) for k in range(K)}
+        opt_states = {f"actor{k}": optimizer.init(params["actor"]) for k in range(K)}
         zeros = lambda *shape: jnp.zeros((config.buffer_episodes, N, *shape))
         return TrainState(
             params=params,
             target_params={"critic": params["critic"], **target_actors},
-            opt_state={"critic": optimizer.init(params["critic"]), **optimizers},
+            opt_state={"critic": optimizer.init(params["critic"]), **opt_states},
             noise=no_noise,
             obs_stats=common.Stats.empty((env.obs_size,)),
             replay=Trajectory(
@@ -602,15 +591,11 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             policy = actor.apply(state.params["actor"], normalize(obs_stats, obs), state.noise)
             action = policy.sample(noise)
             next_obs, env_state, reward, terminated, _, info = env.step(key, env_state, action)
-            transition = Transition(
-                obs=obs,
-                action=action,
-                policy=policy,
-                reward=reward,
-                terminated=terminated,
-                valid=~info["env_nan"],
-                next_obs=info.pop("final_observation"),
-            )
+            successor = info["final_observation"]
+            reward = reward[:, None] if kind == "env" else reward_of(goals, kind, successor)
+            # Where the physics broke, the successor is no state and has no reward.
+            reward = jnp.where(info["env_nan"][:, None], 0.0, reward)
+            transition = Trajectory(obs, action, policy, reward, terminated)
             return (next_obs, obs_stats, env_state), (transition, info)
 
         carry = state.obs, state.obs_stats, state.env_state
@@ -618,24 +603,9 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         (obs, obs_stats, env_state), (traj, info) = jax.lax.scan(step, carry, xs)
         return state._replace(obs=obs, obs_stats=obs_stats, env_state=env_state), traj, info
 
-    def episode_of(traj) -> Trajectory:
-        """A whole rollout [T, N] as the replay buffer keeps it, with the rewards to learn from."""
-        reward = traj.reward[..., None] if kind == "env" else reward_of(goals, kind, traj.next_obs)
-        # Where the physics broke, next_obs is no state and has no reward.
-        reward = jnp.where(traj.valid[..., None], reward, 0.0)
-        return Trajectory(
-            obs=jnp.concatenate([traj.obs, traj.next_obs[-1:]]),
-            action=traj.action,
-            policy=traj.policy,
-            reward=reward,
-            terminated=traj.terminated,
-        )
-
     def learner(k, brain):
         """The function `turn(state, steps, key)` by which brain number k learns."""
         target_actor = "actor0" if config.share_target_actor else f"actor{k}"
-        optimizer_of = {"actor": f"actor{k}", "critic": "critic"}
-        learning_rate = {"actor": brain.learning_rate, "critic": config.critic_lr}
 
         def trajectory(state, rows, num_steps) -> Trajectory:
             """The `num_steps` steps from each row on, relabelled if the brain uses hindsight."""
@@ -686,37 +656,29 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             which = jax.random.randint(key, (), 0, len(actors))
             return jax.tree.map(lambda *x: jnp.stack(x)[which], *actors)
 
-        def denominator(state, old_actor, rows, step):
-            """Log-densities [B, A] of the actions of a `step`, for the ratio's denominator."""
-            log_prob = log_prob_of(step.policy, step.action)
-            if config.ratio_denominator == "behaviour":
-                return log_prob
-            policy = actor.apply(old_actor, normalize(state.obs_stats, step.obs), state.noise)
-            return jnp.where(rows.relabel[:, None], log_prob_of(policy, step.action), log_prob)
-
         def targets(state, old_actor, rows, key) -> Batch:
             """The minibatch of these rows; `old_actor` is the actor at the start of the turn."""
             traj = trajectory(state, rows, H)
             step = jax.tree.map(lambda x: x[:, 0], traj)
-            return Batch(
-                obs=normalize(state.obs_stats, step.obs),
-                action=step.action,
-                policy=step.policy,
-                reward=step.reward,
-                log_prob=denominator(state, old_actor, rows, step),
-                target=nstep_targets(state, rows, traj, key),
-            )
+            step = step._replace(obs=normalize(state.obs_stats, step.obs))
+            log_prob = log_prob_of(step.policy, step.action)
+            if config.ratio_denominator == "relabelled":
+                policy = actor.apply(old_actor, step.obs, state.noise)
+                new_log_prob = log_prob_of(policy, step.action)
+                log_prob = jnp.where(rows.relabel[:, None], new_log_prob, log_prob)
+            return Batch(step, log_prob, nstep_targets(state, rows, traj, key))
 
         def loss_fn(params, state, batch):
-            policy = actor.apply(params["actor"], batch.obs, state.noise)
+            step = batch.step
+            policy = actor.apply(params["actor"], step.obs, state.noise)
             fixed_std = policy._replace(log_std=jax.lax.stop_gradient(policy.log_std))
             fixed_critic = jax.lax.stop_gradient(params["critic"])
-            q = critic.apply(fixed_critic, batch.obs, fixed_std if brain.mean_only else policy)
-            log_ratio = log_prob_of(policy, batch.action) - batch.log_prob
+            q = critic.apply(fixed_critic, step.obs, fixed_std if brain.mean_only else policy)
+            log_ratio = log_prob_of(policy, step.action) - batch.log_prob
             log_ratio = log_ratio.mean(-1) if config.ratio_reduce == "mean" else log_ratio.sum(-1)
             ratio = ratio_of(log_ratio)
             pg_loss = policy_loss(brain, q, ratio, batch.target)
-            value = critic.apply(params["critic"], batch.obs, batch.policy, batch.action)
+            value = critic.apply(params["critic"], step.obs, step.policy, step.action)
             vf_loss = value_loss(value, batch.target)
             aux = {
                 "policy_loss": pg_loss,
@@ -731,8 +693,9 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         def descend(state, grads):
             """One step of Adam on each network in `grads`; the actor's Adam is the brain's own."""
             params, opt_state = dict(state.params), dict(state.opt_state)
+            learning_rate = {"actor": brain.learning_rate, "critic": config.critic_lr}
             for name in grads:
-                adam = optimizer_of[name]
+                adam = f"actor{k}" if name == "actor" else name
                 direction, opt_state[adam] = optimizer.update(grads[name], opt_state[adam])
                 move = lambda p, u, rate=learning_rate[name]: p - rate * u
                 params[name] = jax.tree.map(move, params[name], direction)
@@ -744,7 +707,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             if not brain.natural_gradient:
                 return descend(state, grads), aux
             loss_at = lambda x: loss_fn(state.params | {"actor": x}, state, batch)[1]["policy_loss"]
-            policy_at = lambda x: actor.apply(x, batch.obs, state.noise)
+            policy_at = lambda x: actor.apply(x, batch.step.obs, state.noise)
             new = natural_step(loss_at, policy_at, state.params["actor"], grads["actor"])
             state = descend(state, {"critic": grads["critic"]})
             return state._replace(params=state.params | {"actor": new}), aux
@@ -776,17 +739,16 @@ def build(config: Config, env: envs.Env) -> common.Algo:
                 batch = targets(state, old_actor, rows, key_targets)
                 state, aux = gradient_step(state, batch)
                 aux["her_fraction"] = rows.relabel.mean()
-                aux["reward"] = batch.reward.sum(-1).mean()
+                aux["reward"] = batch.step.reward.sum(-1).mean()
                 return follow(state, number), aux
 
             def step(number, carry):
                 state, sums = carry
                 state, aux = minibatch(number, state)
-                return state, {name: sums[name] + aux[name] for name in aux}
+                return state, jax.tree.map(jnp.add, sums, aux)
 
-            names = jax.eval_shape(minibatch, start, state)[1]
-            sums = {name: jnp.zeros(()) for name in names}
-            state, sums = jax.lax.fori_loop(start, end, step, (state, sums))
+            zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(minibatch, start, state)[1])
+            state, sums = jax.lax.fori_loop(start, end, step, (state, zeros))
             sums["count"] = (end - start).astype(jnp.float32)
             return state, {f"brain{k}/{name}": x for name, x in sums.items()}
 
@@ -815,7 +777,8 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         xs = jnp.arange(0, T, U), jax.random.split(key_blocks, T // U)
         state, (traj, info, sums) = jax.lax.scan(block, state, xs)
         traj, info = jax.tree.map(lambda x: x.reshape((T, *x.shape[2:])), (traj, info))
-        episode = episode_of(traj)
+        last_obs = info["final_observation"][-1:]
+        episode = traj._replace(obs=jnp.concatenate([traj.obs, last_obs]))
         slot = state.update % config.buffer_episodes
         write = lambda buffer, x: buffer.at[slot].set(jnp.swapaxes(x, 0, 1))
 
@@ -867,7 +830,6 @@ TRACEABLE = ("critic_lr", "max_grad_norm", "gamma", "gae_lambda")
 
 # fmt: off
 # Values that replace the defaults; docs/presets.md has their origins.
-PPO_HER = replace(PPO_BRAIN, her_ratio=0.12)
 DDPG_FIRST = replace(
     DDPG_BRAIN, her_ratio=0.05, importance_resampling=False, turn_minibatches=11 / 6,
 )
@@ -894,7 +856,7 @@ DDPG = {
     "brains": (DDPG_ALONE,), "critic_lr": 1e-4, "max_nstep": 6, "param_noise_interval": 120,
     "tanh_mean": True,
 }
-BOTH = {"brains": (PPO_HER, DDPG_BRAIN)}
+BOTH = {"brains": (replace(PPO_BRAIN, her_ratio=0.12), DDPG_BRAIN)}  # hindsight for both brains
 FUTURE = {**BOTH, "env": "arm/reacher-static", "her_strategy": "future"}
 PRESETS: dict[str, dict[str, Any]] = {
     # the author's comparison, on the arm

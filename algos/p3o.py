@@ -461,7 +461,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
 
     def remaining(state):
         """Share of the run that is left, for schedules: U / (U + 1) in the first of U updates."""
-        return 1.0 - (state.update + 1) / (config.num_updates + 1)
+        return jnp.maximum(1.0 - (state.update + 1) / (config.num_updates + 1), 0.0)
 
     def loss_fn(params, segments, replayed):
         loss = replay_loss if replayed else fresh_loss

@@ -360,7 +360,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
 
     def remaining(state):
         """Share of the run that is left, for schedules: 1 in the first update."""
-        return 1.0 - state.update / config.num_updates
+        return jnp.maximum(1.0 - state.update / config.num_updates, 0.0)
 
     def loss_fn(params, state, batch):
         policy = actor.apply(params["actor"], batch.obs)

@@ -142,10 +142,11 @@ class Config:
             )
 
 
-# --- networks ---
+MAX_ACTION = 0.999  # clips actions of the rollout, but not those drawn for targets and losses
+MAX_SAMPLE = math.atanh(1.0 - 1e-4)  # clips u, a sample before tanh, in the estimate of the KL
 
-MAX_ACTION = 0.999  # actions of the rollout are clipped to this; those of targets and losses not
-MAX_SAMPLE = math.atanh(1.0 - 1e-4)  # the published estimate of the KL clips its samples to this
+
+# --- networks ---
 
 
 class Prediction(NamedTuple):
@@ -302,8 +303,8 @@ def kl_divergence(p, q):
 def kl_estimate(p, q, noise):
     """Estimate of KL(p || q) [...] from M samples of p, drawn from `noise` [M, ..., action_size].
 
-    As published, the samples are clipped for q but not for p. So the KL of two equal policies is
-    positive if their actions saturate.
+    As published, the samples are clipped for q but not for p. So the estimate of equal policies is
+    not 0 if their actions saturate; it can have either sign.
     """
     u = p.sample(noise)
     return (p.log_prob(u) - q.log_prob(jnp.clip(u, -MAX_SAMPLE, MAX_SAMPLE))).mean(0)
@@ -312,7 +313,7 @@ def kl_estimate(p, q, noise):
 def policy_loss(sac_loss, kl, kl_coef, kl_bound, mode):
     """Loss [...] of each state, and whether the state is gated: its KL is not below the bound.
 
-    `sac_loss` is the loss of SAC's actor, E[temperature log pi - Q].
+    `sac_loss` is the loss of SAC's actor, temperature log pi - Q, of one action in each state.
     """
     gated = ~(kl < kl_bound)  # true for a KL of NaN
     kl_loss = jax.lax.stop_gradient(kl_coef) * kl
@@ -389,7 +390,6 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     def rollout(state, key):
         """Act for T steps; returns the state, transitions [T, N] and infos [T, N]."""
         key_noise, key_env, key_refresh = jax.random.split(key, 3)
-        noise = noise_of(key_noise, (T, N))
         env_state = env.refresh(key_refresh, state.env_state)  # redraws cached start states
 
         def step(carry, x):
@@ -415,7 +415,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             return (next_obs, obs_stats, env_state), (transition, info)
 
         carry = state.obs, state.obs_stats, env_state
-        xs = noise, jax.random.split(key_env, T)
+        xs = noise_of(key_noise, (T, N)), jax.random.split(key_env, T)
         (obs, obs_stats, env_state), (traj, info) = jax.lax.scan(step, carry, xs)
         return state._replace(obs=obs, obs_stats=obs_stats, env_state=env_state), traj, info
 
@@ -440,15 +440,13 @@ def build(config: Config, env: envs.Env) -> common.Algo:
 
     def remaining(state):
         """Share of the run that is left, for schedules: 1 in the first update."""
-        return 1.0 - state.update / config.num_updates
+        return jnp.maximum(1.0 - state.update / config.num_updates, 0.0)
 
     def critic_loss_fn(params, state, batch):
         step = batch.step
         prediction = critic.apply(params, step.obs, step.action)
         error = critic_loss(prediction, batch.target, config.vmin, config.vmax)
-        aux_error = jnp.zeros_like(error)
-        if config.aux_loss_mult:  # else not computed
-            aux_error = aux_loss(prediction.predicted, batch)
+        aux_error = aux_loss(prediction.predicted, batch) if config.aux_loss_mult else 0.0
         mean = lambda x: jnp.where(step.valid, x, 0.0).mean()
         loss = mean(error + config.aux_loss_mult * aux_error)
         return loss, {
@@ -544,9 +542,9 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         metrics |= {f"losses/{name}": x for name, x in duals.items()}
         unexplained = metrics["losses/value_error"] / (batch.target.var() + 1e-8)
         metrics["losses/explained_variance"] = 1.0 - unexplained
-        clipped = (batch.target < config.vmin) | (batch.target > config.vmax)
-        clipped &= config.critic_loss == "hl_gauss"
-        metrics["health/target_clip_fraction"] = clipped.mean()
+        outside = (batch.target < config.vmin) | (batch.target > config.vmax)
+        has_support = config.critic_loss == "hl_gauss"
+        metrics["health/target_clip_fraction"] = (outside & has_support).mean()
         metrics["charts/learning_rate"] = jnp.asarray(learning_rate(state))
         return state._replace(key=key, update=state.update + 1), metrics
 

@@ -357,7 +357,6 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     def rollout(state, key):
         """Act for T steps; returns the state, transitions [T, N] and infos [T, N]."""
         key_noise, key_env, key_refresh = jax.random.split(key, 3)
-        noise = noise_of(key_noise, (T, N))
         env_state = env.refresh(key_refresh, state.env_state)  # redraws cached start states
 
         def step(carry, x):
@@ -383,7 +382,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             return (next_obs, obs_stats, env_state), (transition, info)
 
         carry = state.obs, state.obs_stats, env_state
-        xs = noise, jax.random.split(key_env, T)
+        xs = noise_of(key_noise, (T, N)), jax.random.split(key_env, T)
         (obs, obs_stats, env_state), (traj, info) = jax.lax.scan(step, carry, xs)
         return state._replace(obs=obs, obs_stats=obs_stats, env_state=env_state), traj, info
 
@@ -408,7 +407,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
 
     def remaining(state):
         """Share of the run that is left, for schedules: 1 in the first update."""
-        return 1.0 - state.update / config.num_updates
+        return jnp.maximum(1.0 - state.update / config.num_updates, 0.0)
 
     def critic_loss_fn(params, state, batch):
         step = batch.step
@@ -416,9 +415,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         at = jnp.arange(len(step.action)), step.action  # only the action taken has a target
         prediction = prediction._replace(value=prediction.value[at], logits=prediction.logits[at])
         error = critic_loss(prediction, batch.target, config.vmin, config.vmax)
-        aux_error = jnp.zeros_like(error)
-        if config.aux_loss_mult:  # else not computed
-            aux_error = aux_loss(prediction.predicted, batch)
+        aux_error = aux_loss(prediction.predicted, batch) if config.aux_loss_mult else 0.0
         mean = lambda x: jnp.where(step.valid, x, 0.0).mean()
         loss = mean(error + config.aux_loss_mult * aux_error)
         return loss, {

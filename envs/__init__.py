@@ -212,6 +212,8 @@ def make(
     it (`privileged_size` entries). Raises ValueError for an unknown name, option or value, and
     ImportError when an optional package is missing.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"name={name!r}: a string is wanted, module:function for one of your own")
     if not countable(num_envs):
         raise ValueError(f"num_envs={num_envs!r}: it should be an int from 1 to 2**31 - 1")
     if reset_mode is not None and reset_mode not in RESET_MODES:

@@ -45,7 +45,11 @@ class Task(NamedTuple):
 
 def make(task: str, engine: str | None = None, **changes: Any) -> RawEnv:
     """Build a task such as "Ant-v5"; changes: options that are not the defaults."""
+    if task not in TASKS:
+        raise ValueError(f"gym has no {task!r}: choose from {', '.join(TASKS)}")
     spec = TASKS[task]
+    for x in changes.keys() - spec.options.keys():
+        raise ValueError(f"gym/{task} has no option {x!r}: choose from {', '.join(spec.options)}")
     path = distribution("gymnasium").locate_file(f"gymnasium/envs/mujoco/assets/{spec.xml}")
     try:
         model = mujoco.MjModel.from_xml_path(str(path))

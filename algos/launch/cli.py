@@ -117,7 +117,7 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
     Returns `(config, launch)`; checking the config is left to the caller. Raises ValueError in one
     line for what cannot be read.
     """
-    argv = dashed(sys.argv[1:] if argv is None else argv)
+    argv = dashed(sys.argv[1:] if argv is None else [*map(str, argv)])
     check_values(argv, config_type)
     argv = with_sweeps(argv, config_type)
     # These three decide the defaults of all other flags.

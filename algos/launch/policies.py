@@ -41,14 +41,14 @@ def interface_of(env: envs.Env) -> dict[str, Any]:
 
 
 def save_policy(
-    path: Path, arrays: dict[str, Any], algo: str, config: Any, interface: dict, record: dict
+    path: str | Path, arrays: dict[str, Any], algo: str, config: Any, interface: dict, record: dict
 ) -> None:
     """Write a flattened policy, and all that is needed to play it, to one file.
 
     `record` says where it comes from: seed, step, return.
     """
     meta = {"format": FORMAT, "algo": algo, "config": dataclasses.asdict(config)}
-    rundir.save_arrays(path, arrays, meta | interface | record)
+    rundir.save_arrays(Path(path), arrays, meta | interface | record)
 
 
 def stand_in(config: Any, interface: dict[str, Any]) -> envs.Env:
@@ -113,11 +113,12 @@ def load_algo(
     return env, module.build(config, env)
 
 
-def read_policy(path: Path) -> tuple[envs.Env, Any, Any]:
+def read_policy(path: str | Path) -> tuple[envs.Env, Any, Any]:
     """Environments, Algo and parameters of an exported policy.
 
     ValueError if there is none, or if its seed had died.
     """
+    path = rundir.expanded(path)
     about = describe_policy(path)
     # A file without a format has no interface, so its task is loaded.
     env, algo = load_algo(about["algo"], about["config"], about if "format" in about else None)

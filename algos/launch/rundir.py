@@ -39,7 +39,8 @@ def save_arrays(path: Path, arrays: dict[str, Any], meta: dict[str, Any]) -> Non
     arrays = {name: np.asarray(x) for name, x in arrays.items()}
     # bfloat16 is not a numpy type: store the bits, the template knows the type.
     arrays = {k: x.view(np.uint16) if x.dtype == jnp.bfloat16 else x for k, x in arrays.items()}
-    write_atomic(path, lambda file: np.savez(file, **arrays, __meta__=np.array(json.dumps(meta))))
+    text = np.array(json.dumps(meta, default=lambda x: x.item()))  # numbers of numpy and jax
+    write_atomic(path, lambda file: np.savez(file, **arrays, __meta__=text))
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
