@@ -537,12 +537,15 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         log_pi = actor.apply(state.params["actor"], obs).log_prob(traj.action)
         log_ratio = jnp.clip(log_pi - traj.log_prob, -20.0, 20.0)
         reward = reward_scale(state) * traj.reward
-        reward = jnp.where(traj.valid, reward, value)  # broken physics: an advantage of 0
+        reward = jnp.where(traj.valid, reward, value)  # broken physics: V has nothing to learn
         steps = reward, value, next_value, traj.terminated, traj.done, log_ratio
         estimator = trajectory_estimator if config.clip_traj else step_estimator
         advantage, target = estimator(
             *steps, config.gamma, config.gae_lambda, config.clip_rho, config.clip_c
         )
+        # An advantage of 0 would favour broken steps while V is too high: they get the mean.
+        mean = (advantage * traj.valid).sum() / jnp.maximum(traj.valid.sum(), 1)
+        advantage = jnp.where(traj.valid, advantage, mean)
         batch = Batch(obs, traj.action, traj.log_prob, advantage, target, value, log_ratio)
         if config.shuffle == "transitions":
             batch = jax.tree.map(lambda x: x.reshape((T * N, *x.shape[2:])), batch)

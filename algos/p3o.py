@@ -210,7 +210,6 @@ class Transition(NamedTuple):
     obs: jax.Array  # as the environment gave it
     action: jax.Array  # unclipped; the environment clips
     policy: common.Categorical | common.Gaussian  # beta
-    value: jax.Array  # of obs
     reward: jax.Array
     terminated: jax.Array
     done: jax.Array  # terminated or truncated
@@ -226,6 +225,7 @@ class Segments(NamedTuple):
     policy: common.Categorical | common.Gaussian  # beta
     reward: jax.Array  # scaled; at a time limit with gamma V(s') of the critic when collected
     done: jax.Array  # terminated or truncated; both count as terminated from here on
+    valid: jax.Array  # the physics was finite
 
 
 class TrainState(NamedTuple):
@@ -287,24 +287,29 @@ def kl_divergence(p, q):
 
 
 def estimates(policy, value, segments, config):
-    """Policy, log pi(a | s), V and the value target R of the T steps; arrays [B, T].
+    """Policy, log pi(a | s), V, the value target R and A = R - V of the T steps; arrays [B, T].
 
     `policy` and `value` are those of the T + 1 observations. Every done step counts as terminated
-    here, because the reward of a truncated step already includes the value of its successor. R gets
-    no gradient.
+    here, because the reward of a truncated step already includes the value of its successor. R and
+    A get no gradient.
     """
     policy = jax.tree.map(lambda x: x[:, :-1], policy)
     value, next_value = value[:, :-1], value[:, 1:]
-    steps = segments.reward, value, next_value, segments.done, segments.done
+    valid = segments.valid
+    reward = jnp.where(valid, segments.reward, value)  # broken physics: V has nothing to learn
+    steps = reward, value, next_value, segments.done, segments.done
     advantage = gae(*(x.T for x in steps), config.gamma, config.gae_lambda).T  # gae scans axis 0
     target = jax.lax.stop_gradient(advantage + value)
-    return policy, policy.log_prob(segments.action), value, target
+    # An advantage of 0 would favour broken steps while V is too high: they get the mean.
+    mean = (advantage * valid).sum() / jnp.maximum(valid.sum(), 1)
+    advantage = jax.lax.stop_gradient(jnp.where(valid, advantage, mean))
+    return policy, policy.log_prob(segments.action), value, target, advantage
 
 
 def fresh_loss(policy, value, segments, config):
     """Loss of the last rollout, as in A2C, and its metrics."""
-    policy, log_prob, value, target = estimates(policy, value, segments, config)
-    pg_loss = policy_loss(log_prob, target - value)  # A = R - V
+    policy, log_prob, value, target, advantage = estimates(policy, value, segments, config)
+    pg_loss = policy_loss(log_prob, advantage)
     vf_loss = value_loss(value, target)
     entropy = policy.entropy().mean()
     loss = pg_loss + config.vf_coef * vf_loss - config.ent_coef * entropy
@@ -321,7 +326,7 @@ def replay_loss(policy, value, segments, config):
 
     The ratio, and with it `ess`, `max_ratio` and `kl_coef`, gets no gradient.
     """
-    policy, log_prob, value, target = estimates(policy, value, segments, config)
+    policy, log_prob, value, target, advantage = estimates(policy, value, segments, config)
     beta = segments.policy
     log_ratio = jax.lax.stop_gradient(log_prob - beta.log_prob(segments.action))
     ratio = jnp.exp(jnp.minimum(log_ratio, 20.0))  # so that exp stays finite
@@ -332,7 +337,7 @@ def replay_loss(policy, value, segments, config):
     kl = kl_divergence(*pair).mean()
     averaged = isinstance(policy, common.Categorical) and config.kl_reduction == "mean"
     K = policy.logits.shape[-1] if averaged else 1
-    pg_loss = policy_loss(log_prob, target - value, jnp.minimum(ratio, max_ratio))
+    pg_loss = policy_loss(log_prob, advantage, jnp.minimum(ratio, max_ratio))
     vf_loss = value_loss(value, target)
     entropy = policy.entropy().mean()
     loss = pg_loss + config.vf_coef * vf_loss + kl_coef * kl / K
@@ -426,7 +431,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         def step(carry, x):
             obs, env_state = carry
             noise, key = x
-            policy, value = network.apply(state.params, normalize(state.obs_stats, obs))
+            policy, _ = network.apply(state.params, normalize(state.obs_stats, obs))
             action = policy.sample(noise)
             next_obs, env_state, reward, terminated, truncated, info = env.step(
                 key, env_state, action
@@ -435,7 +440,6 @@ def build(config: Config, env: envs.Env) -> common.Algo:
                 obs=obs,
                 action=action,
                 policy=policy,
-                value=value,
                 reward=reward,
                 terminated=terminated,
                 done=terminated | truncated,
@@ -454,9 +458,8 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         _, next_value = network.apply(state.params, normalize(state.obs_stats, traj.next_obs))
         truncated = traj.done & ~traj.terminated
         reward += jnp.where(truncated, config.gamma * next_value, 0.0)
-        reward = jnp.where(traj.valid, reward, traj.value)  # broken physics: an advantage of 0
         obs = normalize(state.obs_stats, jnp.concatenate([traj.obs, state.obs[None]]))
-        segments = Segments(obs, traj.action, traj.policy, reward, traj.done)
+        segments = Segments(obs, traj.action, traj.policy, reward, traj.done, traj.valid)
         return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), segments)
 
     def remaining(state):

@@ -349,11 +349,15 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         obs, next_obs = (normalize(state.obs_stats, x) for x in (traj.obs, traj.next_obs))
         value, next_value = (critic.apply(state.params["critic"], x) for x in (obs, next_obs))
         reward = traj.reward * (state.reward_scale.factor() if config.normalize_reward else 1.0)
-        reward = jnp.where(traj.valid, reward, value)  # broken physics: an advantage of 0
+        reward = jnp.where(traj.valid, reward, value)  # broken physics: V has nothing to learn
         advantage = gae(
             reward, value, next_value, traj.terminated, traj.done, config.gamma, config.gae_lambda
         )
-        batch = Batch(obs, traj.action, traj.log_prob, advantage, advantage + value)
+        target = advantage + value
+        # An advantage of 0 would favour broken steps while V is too high: they get the mean.
+        mean = (advantage * traj.valid).sum() / jnp.maximum(traj.valid.sum(), 1)
+        advantage = jnp.where(traj.valid, advantage, mean)
+        batch = Batch(obs, traj.action, traj.log_prob, advantage, target)
         if config.shuffle == "transitions":
             batch = jax.tree.map(lambda x: x.reshape((T * N, *x.shape[2:])), batch)
         return batch

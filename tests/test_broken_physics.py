@@ -26,6 +26,16 @@ def crash_discrete():
     return crash(discrete=True)
 
 
+def breakable():
+    """The best action is -0.5, every step costs more than 1, and actions above 0.5 break it."""
+
+    def step(key, t, action):
+        reward = -1.0 - (action[0] + 0.5) ** 2
+        return jnp.where(action[0] > 0.5, jnp.nan, jnp.ones(1)), t + 1, reward, False, {}
+
+    return RawEnv(lambda key: (jnp.ones(1), jnp.int32(0)), step, 1, (1,), 1, False, 100, "cached")
+
+
 def always_broken():
     """Every step breaks."""
     raw = crash()
@@ -72,6 +82,20 @@ def test_the_step_before_it_is_bootstrapped(name):
         jax.random.key(0)
     )
     assert learned_value(name, config, state) == pytest.approx(-2.0, abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["ppo", "bpo", "p3o"])
+def test_where_every_step_costs_breaking_the_physics_is_not_learned(name):
+    config = config_of(name, "breakable", learning_rate=3e-3, num_envs=8, num_steps=32)
+    algo = tiny.build(name, config)
+
+    def step(state, _):
+        state, metrics = algo.update(state)
+        return state, metrics["health/env_nan"] / 256  # share of the steps
+
+    run = lambda key: jax.lax.scan(step, algo.init(key), length=60)[1]
+    broken = jax.jit(jax.vmap(run))(jax.vmap(jax.random.key)(jnp.arange(3)))
+    assert (broken[:, -5:].mean(1) < 0.2).all()  # all of them, if their advantage is 0
 
 
 @pytest.mark.parametrize("name", ["ppo", "bpo", "p3o"])  # for REPPO see its own tests

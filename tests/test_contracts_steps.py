@@ -37,7 +37,7 @@ def test_annealing_shortens_the_steps_and_a_rollout_starts_from_refreshed_enviro
     algo = tiny.module_of(name).build(config, env._replace(refresh=mark))
     update = jax.jit(algo.update)
     before = jax.jit(algo.init)(jax.random.key(0))
-    first, half = (update(before._replace(update=jnp.int32(u)))[0] for u in (0, 3))
+    first, half, late = (update(before._replace(update=jnp.int32(u)))[0] for u in (0, 3, 9))
     tiny.assert_close(
         changes_of(half, before),
         jax.tree.map(lambda x: 0.5 * x, changes_of(first, before)),
@@ -45,6 +45,8 @@ def test_annealing_shortens_the_steps_and_a_rollout_starts_from_refreshed_enviro
         atol=1e-6,
     )
     assert (first.env_state.episode_return > 900.0).any()
+    moved = jax.tree.leaves(changes_of(late, before))  # in an update after the last one
+    assert not any(jnp.any(x) for x in moved)
 
 
 @pytest.mark.parametrize("name", ["ppo", "bpo", "reppo", "reppo_discrete"])

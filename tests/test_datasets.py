@@ -457,3 +457,11 @@ def test_metadata_is_json(tmp_path):
     with np.load(source, allow_pickle=False) as file:
         assert json.loads(str(file["__meta__"])) == {"env": "tiny:balance"}
         assert {*file.files} == {*Dataset._fields, "__meta__"}
+
+
+def test_a_dataset_may_name_its_task_shortly(tmp_path):
+    pendulum = envs.make("pendulum", 1)
+    rows = tiny.transitions(20, obs_size=3)
+    assert len(datasets.load(write(tmp_path / "data.npz", rows, "pendulum"), pendulum).obs) == 20
+    with pytest.raises(ValueError, match=r"data.npz is of hopper .*, not gymnax/Pendulum-v1"):
+        datasets.load(write(tmp_path / "data.npz", rows, "hopper"), pendulum)

@@ -361,3 +361,10 @@ def test_what_mjx_makes_of_an_infinite_speed_is_reported():
     broken = packed | {"qvel": packed["qvel"].at[0].set(jnp.inf)}
     *_, info = jax.jit(raw.step)(None, (broken, memory), jnp.zeros(1))
     assert info["env_nan"]
+
+
+def test_tasks_and_options_are_checked_without_a_name_too():
+    with pytest.raises(ValueError, match="gym/Hopper-v5 has no option 'ctrl_cost': choose from"):
+        gym.make("Hopper-v5", ctrl_cost=0.5)
+    with pytest.raises(ValueError, match="gym has no 'Hopper': choose from Ant-v5, "):
+        gym.make("Hopper")

@@ -99,7 +99,9 @@ def target_of(reward, value, done, config):
     """Value targets [B, T] of both losses; they depend on neither the policy nor the actions."""
     b, t = reward.shape
     logits, action = jnp.zeros((b, t + 1, 2)), jnp.zeros((b, t), int)
-    segments = p3o.Segments(jnp.zeros((b, t + 1, 1)), action, None, reward, done)
+    segments = p3o.Segments(
+        jnp.zeros((b, t + 1, 1)), action, None, reward, done, jnp.ones_like(done)
+    )
     return p3o.estimates(Categorical(logits), value, segments, config)[3]
 
 
@@ -154,6 +156,7 @@ def random_batch(seed=0, b=4, t=5, actions=3):
         policy=Categorical(beta[:, :-1]),
         reward=rng.normal(size=(b, t)).astype(np.float32),
         done=rng.random((b, t)) < 0.3,
+        valid=np.ones((b, t), bool),
     )
     return logits, value, segments
 
@@ -231,6 +234,7 @@ def test_two_actions_by_hand(direction, reduction):
         policy=Categorical(jnp.log(jnp.full((1, 2, 2), 0.5))),
         reward=jnp.ones((1, 2)),
         done=jnp.ones((1, 2), bool),
+        valid=jnp.ones((1, 2), bool),
     )
     value = jnp.zeros((1, 3))
     aux = p3o.replay_loss(Categorical(logits), value, segments, config)[1]
@@ -286,6 +290,7 @@ def test_value_gradient_by_hand():
         policy=Categorical(jnp.zeros((1, 3, 2))),
         reward=jnp.array([[1.0, 2.0, 3.0]]),
         done=jnp.array([[False, True, False]]),
+        valid=jnp.ones((1, 3), bool),
     )
     value, logits = jnp.array([[1.0, 1.0, 1.0, 2.0]]), jnp.zeros((1, 4, 2)) + jnp.arange(2.0)
     config = config_of(gamma=0.5, gae_lambda=0.5, vf_coef=0.5)
@@ -340,6 +345,7 @@ def test_replay_loss_of_a_gaussian(reduction):
         policy=Gaussian(beta_mean[:, :-1], beta_log_std[:, :-1]),
         reward=np.ones((2, 3)),
         done=np.ones((2, 3), bool),
+        valid=np.ones((2, 3), bool),
     )
     config = config_of(kl_reduction=reduction, vf_coef=0.0)
     value = np.zeros((2, 4))

@@ -144,6 +144,20 @@ def test_a_path_may_start_at_home(tmp_path, monkeypatch):
         policies.load_policy("~/policy.npz")
 
 
+def test_numbers_of_numpy_and_paths_as_text(tmp_path):
+    """As a search of one's own has them."""
+    config = tiny.config_of("ppo", learning_rate=np.float32(1e-3))
+    env = tiny.module_of("ppo").make_env(config)
+    algo = tiny.module_of("ppo").build(config, env)
+    policy = algo.policy_of(algo.init(jax.random.key(0)))
+    path = str(tmp_path / "mine.npz")
+    interface = policies.interface_of(env)
+    record = {"seed": np.int64(3)}
+    policies.save_policy(path, rundir.flatten(policy), "ppo", config, interface, record)
+    assert policies.describe_policy(Path(path))["seed"] == 3
+    tiny.assert_same(policies.read_policy(path)[2], policy)
+
+
 @pytest.mark.parametrize("name", tiny.ALGOS)
 def test_a_policy_needs_its_file_alone(name, tmp_path, monkeypatch):
     """Neither its run directory nor its task, and it acts as the algorithm does in that task."""

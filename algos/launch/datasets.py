@@ -60,7 +60,7 @@ def load(source: str, env: envs.Env) -> Dataset:
             dataset = dataset._replace(action=scaled[0], next_action=scaled[1])
     else:
         dataset, meta = read(path)
-        if envs.canonical(meta["env"]) != env.name:
+        if env.name not in (meta["env"], envs.ALIASES.get(str(meta["env"]))):
             raise ValueError(f"{source} is of {meta['env']} ({shapes(dataset)}), not {env.name}")
     dataset = Dataset(*map(single, dataset))
     check(dataset, source, env)
