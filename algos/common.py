@@ -171,7 +171,7 @@ class Stats(NamedTuple):
         return Stats(mean, squares / count, count)
 
     def normalize(self, x: jax.Array) -> jax.Array:
-        """Standardise `x` and clip it to [-10, 10]; a constant feature stays near 0, about 1 at most."""
+        """Standardise `x` and clip it to [-10, 10]; a constant feature stays near 0."""
         return jnp.clip((x - self.mean) / jnp.sqrt(self.var + 1e-8), -10.0, 10.0)
 
 
