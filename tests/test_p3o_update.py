@@ -471,10 +471,10 @@ def test_a2c_is_p3o_without_a_replay_buffer():
 
 
 def test_bytes_of_the_replay():
-    """3 rollouts of 4 environments: 9 observations, 8 actions, logits, rewards and ends."""
+    """3 rollouts of 4 environments: 9 observations, 8 actions, logits, rewards and two flags."""
     init = jax.vmap(tiny.build("p3o", config_of()).init)
     replay = jax.eval_shape(init, jax.random.split(jax.random.key(0))).replay
-    assert program.row_bytes(replay) == 3 * 4 * (9 * 4 * 4 + 8 * (4 + 2 * 4 + 4 + 1))
+    assert program.row_bytes(replay) == 3 * 4 * (9 * 4 * 4 + 8 * (4 + 2 * 4 + 4 + 2))
 
 
 @pytest.mark.parametrize(
