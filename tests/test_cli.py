@@ -117,6 +117,7 @@ def test_counts_may_be_written_as_people_write_them():
     assert (config.total_timesteps, config.num_envs, chosen.num_seeds) == (1_000_000, 16, 10)
     assert parse("--hidden", "1e2", "64")[0].hidden == (100, 64)
     assert cli.integer("2e5") == 200_000
+    assert parse("--num-seeds", 3, "--learning-rate", 1e-3)[1].num_seeds == 3  # from Python
     with pytest.raises(ValueError, match=r"'1\.5' is not a whole number"):
         cli.integer("1.5")
 

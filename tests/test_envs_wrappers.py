@@ -365,6 +365,8 @@ def test_a_users_factory_gets_the_whole_stack(user_module):
         ("user_module:nothing", "no such function"),
         ("no_such_module:factory", "no such function"),
         (":factory", "no such function"),
+        ("user_module:nothing?max_steps=5", "a function of your own takes no options"),
+        (len, "a string is wanted, module:function for one of your own"),
         ("..user_module:factory", "no such function"),
         ("user_module:__name__", "no such function"),
         ("user_module:number", "must return envs.RawEnv"),
