@@ -76,7 +76,7 @@ class BraxState(NamedTuple):
 
 def make(
     task: str,
-    backend: str = "mjx",
+    backend: str,
     engine: str | None = None,
     iterations: int | None = None,
     ls_iterations: int | None = None,

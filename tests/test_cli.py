@@ -13,7 +13,7 @@ import tiny
 from launching import FLAGS, content, parse, run
 
 import envs
-from algos import bpo, ppo, reppo
+from algos import bpo, launch, ppo, reppo
 from algos.launch import cli, rundir, session
 
 pytestmark = [pytest.mark.usefixtures("signals"), pytest.mark.xdist_group("ppo")]
@@ -57,6 +57,14 @@ def test_published_values_undo_the_preset_of_any_task(algorithm):
     for task in presets.keys() & {*envs.ALIASES, *envs.TASKS}:
         for name, values in published.items():
             assert presets[task].keys() - kept <= values.keys(), (task, name)
+
+
+def test_a_task_that_does_not_suit_is_one_line(capsys):
+    """Before the plan, which would name a run directory that is never made."""
+    with pytest.raises(SystemExit):
+        launch.main("sac", ["--env", "cartpole"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: gymnax/CartPole-v1 has discrete actions, and SAC needs ")
 
 
 def test_without_a_preset_it_is_said(monkeypatch):

@@ -232,3 +232,23 @@ def test_final_returns_of_further_policies_are_the_last(tmp_path):
     run = rundir.read_run(run_dir)
     np.testing.assert_array_equal(run.final, run.returns[:, -1])
     np.testing.assert_array_equal(run.final_further["max_q"], run.returns[:, -1] + 7.0)
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
+    rundir.check_new([tmp_path / "new" / "a.json", None], force=False)
+    asked = []
+    monkeypatch.setattr(rundir.os, "access", lambda *x: bool(asked.append(x)))
+    with pytest.raises(ValueError, match=f"a.json: {tmp_path} is no folder that can be written to"):
+        rundir.check_new([tmp_path / "new" / "a.json"], force=True)
+    assert asked == [(tmp_path, rundir.os.W_OK)]
+
+
+def test_a_run_that_goes_back_keeps_no_later_record(tmp_path):
+    """Evaluations after 0, 100 and 200 steps."""
+    path = write_run(tmp_path / "run")
+    rundir.rewind(path, 4, 100, write=False)
+    assert len(rundir.read_evals(path / "eval.npz", 4)["steps"]) == 3
+    rundir.rewind(path, 4, 100, write=True)
+    assert rundir.read_evals(path / "eval.npz", 4)["steps"].tolist() == [0, 100]
+    rundir.rewind(path, 4, -1, write=True)
+    assert not (path / "eval.npz").exists()

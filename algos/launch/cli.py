@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import io
 import itertools
-import math
 import re
 import sys
 import textwrap
@@ -249,17 +248,12 @@ NUMBERS = tyro.constructors.ConstructorRegistry()
 
 def integer(text: str) -> int:
     """An int that may be written as 1e6 or 1_000_000; ValueError if it is none."""
-    try:
+    with contextlib.suppress(ValueError):
         return int(text)
-    except ValueError:
-        pass
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not number.is_integer():
-        raise ValueError(f"{text!r} is not a whole number")
-    return int(number)
+    with contextlib.suppress(ValueError):
+        if (number := float(text)).is_integer():
+            return int(number)
+    raise ValueError(f"{text!r} is not a whole number")
 
 
 @NUMBERS.primitive_rule

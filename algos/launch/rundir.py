@@ -409,12 +409,16 @@ def write_final(run_dir: Path, final: dict[str, np.ndarray]) -> None:
 
 
 def rewind(run_dir: Path, num_rows: int, step: int, write: bool) -> dict[str, list]:
-    """The evaluations up to `step`; if `write`, drop what metrics.jsonl has after it."""
+    """The evaluations up to `step`; if `write`, the files of the run keep none after it."""
     path = run_dir / "metrics.jsonl"
     kept = [line for line, record in records_of(path) if float(record["global_step"]) <= step]
     evals = evals_until(run_dir / "eval.npz", num_rows, step)
     if write:
         write_text(path, "".join(kept))
+        if evals:
+            write_evals(run_dir, evals)
+        else:
+            (run_dir / "eval.npz").unlink(missing_ok=True)
     return evals
 
 

@@ -230,8 +230,6 @@ class Session:
                 raise ValueError(f"{self.run_dir} has no checkpoint to resume from")
             self.log.say(f"{self.run_dir} has no checkpoint: it starts again")
             self.evals = rundir.rewind(self.run_dir, len(self.rows.seeds), -1, write=self.lead)
-            if self.lead:
-                (self.run_dir / "eval.npz").unlink(missing_ok=True)
             return
         template = jax.eval_shape(self.program.init, *inputs(self.rows))
         planned = rundir.read_description(self.run_dir)["config"]["total_timesteps"]
