@@ -72,25 +72,35 @@ def settings(config: Any, launch: cli.Launch) -> dict[str, Any]:
 
 def check_settings(job: Job, run_dir: Path, path: Path) -> None:
     """ValueError if `path`, a launch of the run, has other settings than the job."""
-    module = importlib.import_module(f"algos.{job.algo}")
-    saved = rundir.read_description(path)
-    check_algorithm(job, path, saved)
+    saved, config, launch = beside(job, run_dir, path)
     try:
-        config = rundir.from_json(module.Config, saved["config"])
-        old = settings(config, rundir.from_json(cli.Launch, saved["launch"]))
+        old = settings(
+            rundir.from_json(type(config), saved["config"]),
+            rundir.from_json(cli.Launch, saved["launch"]),
+        )
     except ValueError as error:
         raise ValueError(f"{path}: {error}: move it away") from None
-    argv = flags_of(job, run_dir, path)
-    new = settings(*cli.parse(job.algo, module.Config, module.PRESETS, argv))
-    differing = ", ".join(f"{x}={old[x]}, now {new[x]}" for x in new if old[x] != new[x])
-    if differing:
-        raise ValueError(f"{path} has other settings ({differing}): move it away")
+    new = settings(config, launch)
+    refuse(path, [f"{x}={old[x]}, now {new[x]}" for x in new if old[x] != new[x]])
 
 
-def check_algorithm(job: Job, path: Path, saved: dict[str, Any]) -> None:
-    """ValueError if a launch is of another algorithm than the job."""
+def beside(job: Job, run_dir: Path, path: Path) -> tuple[dict[str, Any], Any, cli.Launch]:
+    """What a launch says of itself, and config and launch of the job in its place.
+
+    ValueError if it is of another algorithm.
+    """
+    saved = rundir.read_description(path)
     if saved["algo"] != job.algo:
         raise ValueError(f"{path} is a run of {saved['algo']}, not {job.algo}: move it away")
+    module = importlib.import_module(f"algos.{job.algo}")
+    argv = flags_of(job, run_dir, path)
+    return saved, *cli.parse(job.algo, module.Config, module.PRESETS, argv)
+
+
+def refuse(path: Path, differing: list[str]) -> None:
+    """ValueError if there are settings in which a launch and its job differ."""
+    if differing:
+        raise ValueError(f"{path} has other settings ({', '.join(differing)}): move it away")
 
 
 def check_complete(job: Job, run_dir: Path, path: Path) -> None:
@@ -99,21 +109,19 @@ def check_complete(job: Job, run_dir: Path, path: Path) -> None:
     Paths are left out, as it may be a copy. So is what the job does not name, as it may be of an
     earlier version with other defaults.
     """
-    module = importlib.import_module(f"algos.{job.algo}")
-    saved = rundir.read_description(path)
-    check_algorithm(job, path, saved)
-    flags = flags_of(job, run_dir, path)
-    config, launch = cli.parse(job.algo, module.Config, module.PRESETS, flags)
+    saved, config, launch = beside(job, run_dir, path)
     new = {k: [*x] if isinstance(x, tuple) else x for k, x in (vars(config) | vars(launch)).items()}
     old = saved["launch"] | saved["config"]
-    words = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in flags}
+    words = {
+        word.partition("=")[0].removeprefix("--").replace("-", "_")
+        for word in flags_of(job, run_dir, path)
+    }
     named = {"sweep", *words} - {"dataset", "behavior", "env"}
     same = lambda x: x not in named or old.get(x, new[x]) == new[x]
     differing = [f"{x}={old[x]}, now {new[x]}" for x in new if not same(x)]
     if envs.canonical(old["env"]) != envs.canonical(config.env):
         differing.append(f"env={old['env']}, now {config.env}")
-    if differing:
-        raise ValueError(f"{path} has other settings ({', '.join(differing)}): move it away")
+    refuse(path, differing)
 
 
 def check_launch(job: Job, run_dir: Path, path: Path, seeds: range) -> None:
