@@ -137,6 +137,18 @@ def check_launch(job: Job, run_dir: Path, path: Path, seeds: range) -> None:
     check_settings(job, run_dir, path)
 
 
+def name_missing_seeds(run_dir: Path, path: Path, seeds: range) -> None:
+    """Say on stderr how to add those of these seeds that no launch of the run has.
+
+    `path` is the launch that would have them, and complete.
+    """
+    found = [rundir.read_description(x)["rows"]["seeds"] for x in launches(run_dir, "config.json")]
+    missing = sorted({*seeds}.difference(*found))
+    if missing:
+        flags = f"--seed {missing[0]} --num-seeds {len(missing)}"
+        print(f"{path} is complete: {flags} adds {len(missing)} seeds", file=sys.stderr)
+
+
 def launch_dir(run_dir: Path, seed: int) -> Path:
     """Directory of the launch of a run whose first seed this is."""
     return run_dir.with_name(run_dir.name + (f"_s{seed}" if seed else ""))
@@ -150,6 +162,7 @@ def command(job: Job, run_dir: Path, seed: int, num_seeds: int) -> list[str] | N
     path = launch_dir(run_dir, seed)
     if (path / "done.json").exists():
         check_complete(job, run_dir, path)
+        name_missing_seeds(run_dir, path, range(seed, seed + num_seeds))
         return None
     for other in launches(run_dir, "config.json"):
         if other != path:

@@ -165,7 +165,7 @@ def cloned(tmp_path):
     return job, run_dir, described_by(job, run_dir)
 
 
-def test_seeds_are_added_to_a_run(cloned):
+def test_seeds_are_added_to_a_run(cloned, capsys):
     """Seeds 4 and 5 after 0 to 3, which learn from the clones of those seeds."""
     job, run_dir, saved = cloned
     more = run_dir.with_name("kl_s4")
@@ -183,6 +183,11 @@ def test_seeds_are_added_to_a_run(cloned):
         command(job, run_dir, 6, 3)
     (more / "final.npz").touch()
     assert command(job, run_dir, 4, 2) is None
+    assert command(job, run_dir, 0, 6) is None
+    assert capsys.readouterr().err == ""
+    assert command(job, run_dir, 0, 8) is None
+    message = f"{run_dir} is complete: --seed 6 --num-seeds 2 adds 2 seeds\n"
+    assert capsys.readouterr().err == message
     assert command(job, run_dir, 6, 3)[-2:] == ["--run-dir", str(run_dir.with_name("kl_s6"))]
 
 
