@@ -40,6 +40,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
+from pydantic import NonNegativeFloat, PositiveFloat
 
 if __name__ == "__main__":  # import from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -61,15 +62,13 @@ EVAL_EPISODES = 20
 class Part:
     """One collecting policy and its share of the steps."""
 
-    share: float = 1.0
+    share: PositiveFloat = 1.0
     policy: str = ""  # exported policy; empty: uniform actions
-    eps: float = 0.0  # probability that an action is replaced by a uniform one
-    std: float = 0.0  # std of the noise added to an action
+    eps: common.UnitFloat = 0.0  # probability that an action is replaced by a uniform one
+    std: NonNegativeFloat = 0.0  # std of the noise added to an action
 
     def validate(self) -> None:
-        """Raise ValueError for a part that cannot act."""
-        if not self.share > 0 or not 0 <= self.eps <= 1 or not self.std >= 0:
-            raise ValueError(f"{self}: share above 0, eps in [0, 1] and std from 0 are needed")
+        """Raise ValueError for noise without a policy."""
         if not self.policy and (self.eps or self.std):
             raise ValueError(f"{self}: noise needs a policy to be added to")
 
@@ -120,7 +119,7 @@ def task_of(parts: list[Part], env: str) -> str:
     found |= {envs.canonical(env)} if env else set()
     if len(found) != 1:
         raise ValueError(
-            f"the policies are of {', '.join(sorted(found))}: one task is needed"
+            f"policies and --env name the tasks {', '.join(sorted(found))}: one is needed"
             if found
             else "no policy says which task: give --env"
         )
@@ -184,6 +183,7 @@ def make_collect(env: envs.Env, act: Callable) -> Callable:
             next_obs = info["final_observation"]
             next_action = act(next_obs, key_next, part)
             row = Dataset(obs, action, reward, next_obs, next_action, terminated, truncated)
+            row = Dataset(*(x if x.dtype == bool else x.astype(jnp.float32) for x in row))
             ended = (terminated | truncated)[:, None]
             carry = fresh, env_state, jnp.where(ended, act(fresh, key_fresh, part), next_action)
             return carry, (*row, info["env_nan"])
@@ -253,7 +253,10 @@ def content(description: dict[str, Any]) -> dict[str, Any]:
 
 
 def finished(path: Path, description: dict[str, Any]) -> tuple[Dataset, dict] | None:
-    """A part that an interrupted command left, or None; ValueError if it is of another command."""
+    """Dataset and returns of a part that an interrupted command left; None if it left none.
+
+    ValueError if the part is of another command.
+    """
     if not path.exists():
         return None
     dataset, meta = datasets.read(path)
@@ -262,8 +265,13 @@ def finished(path: Path, description: dict[str, Any]) -> tuple[Dataset, dict] | 
     return dataset, meta["returns"]
 
 
-def write_minari(name: str, dataset: Dataset, meta: dict[str, Any], env: envs.Env) -> None:
-    """Write a Minari dataset, with actions of the task's own range, to this machine's folder."""
+def write_minari(
+    name: str, out: Path, dataset: Dataset, meta: dict[str, Any], env: envs.Env
+) -> None:
+    """Write a Minari dataset, with actions of the task's own range, to its folder `out`.
+
+    If that fails or is interrupted, nothing is left there.
+    """
     import gymnasium
     from minari import create_dataset_from_buffers
     from minari.data_collector import EpisodeBuffer
@@ -282,15 +290,19 @@ def write_minari(name: str, dataset: Dataset, meta: dict[str, Any], env: envs.En
                 truncations=list(last & (not terminated)),
             )
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it asks for an author, an algorithm and the like
-        create_dataset_from_buffers(
-            name,
-            buffers,
-            observation_space=gymnasium.spaces.Box(-unbounded, unbounded),
-            action_space=gymnasium.spaces.Box(middle - half, middle + half),
-            description=json.dumps(meta),
-        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it asks for an author, an algorithm and the like
+            create_dataset_from_buffers(
+                name,
+                buffers,
+                observation_space=gymnasium.spaces.Box(-unbounded, unbounded),
+                action_space=gymnasium.spaces.Box(middle - half, middle + half),
+                description=json.dumps(meta),
+            )
+    except BaseException:  # ctrl-C too: the same command would find the folder and stop
+        shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 @logs.steady()
@@ -354,7 +366,7 @@ def run(args: argparse.Namespace, held: contextlib.ExitStack) -> None:
     ]
     meta = plan | {"parts": listed, "commit": logs.commit(), "versions": logs.versions()}
     if args.format == "minari":
-        write_minari(args.out, dataset, meta, env)
+        write_minari(args.out, out, dataset, meta, env)
     else:
         datasets.write(out, dataset, meta)
     shutil.rmtree(folder)
@@ -372,9 +384,11 @@ def output_of(name: str, form: str) -> Path:
     if not re.search(r"-v\d+$", name):
         raise ValueError(f"--out {name}: Minari's names end with a version: {name}-v0")
     try:
-        import minari  # noqa: F401  # here, not after hours of collection
+        import minari
     except ImportError:
         raise ImportError('--format minari: pip install -e ".[minari]"') from None
+    # Minari refuses a name here, not after hours of collection.
+    minari.dataset.minari_dataset.parse_dataset_id(name)
     return datasets.minari_root() / name
 
 

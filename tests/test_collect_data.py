@@ -65,10 +65,10 @@ def test_mixture_of_a_file(tmp_path):
         ("[]", "has no parts"),
         ('{"policy": "p"}', "is not a mixture: a list of parts is wanted"),
         ('[{"shar": 2}]', "is not a mixture: .*shar"),
-        ('[{"share": 0}]', "share above 0"),
+        ('[{"share": 0}]', "share=0: it should be greater than 0"),
         ('[{"share": "2"}]', "share='2': it should be a valid number"),
         ('[{"policy": 3}]', "policy=3: it should be a valid string"),
-        ('[{"policy": "p", "eps": 1.5}]', r"eps in \[0, 1\]"),
+        ('[{"policy": "p", "eps": 1.5}]', r"eps=1.5: it should be less than or equal to 1"),
         ('[{"eps": 0.5}]', "noise needs a policy"),
     ],
 )
@@ -285,11 +285,15 @@ def test_returns_are_those_of_each_part(mixture, tmp_path, monkeypatch):
         ),
         (["nowhere/policy_s000.npz"], "does not exist; there: no policies"),
         (["sac/policy_s007.npz"], "does not exist; there: policy_s000.npz"),
-        (["sac/policy_s000.npz", "--env", "pendulum"], "are of gymnax/Pendulum-v1, tiny:balance"),
+        (
+            ["sac/policy_s000.npz", "--env", "pendulum"],
+            "the tasks gymnax/Pendulum-v1, tiny:balance",
+        ),
         (["sac/policy_s000.npz", "--type", "eps1", "--steps", "2"], "are too few"),
         (["sac/policy_s000.npz", "--out", "data.hdf5"], "would be read as HDF5: data.npz"),
         (["sac/policy_s000.npz", "--seed", "4294967296"], "--seed: 4294967296: 0 to 2**32 - 1 are"),
         (["p.npz", "--format", "minari", "--out", "tiny/balance"], "version: tiny/balance-v0"),
+        (["p.npz", "--format", "minari", "--out", "my data-v0"], "dataset ID: my data-v0"),
     ],
 )
 def test_bad_input_is_one_line(mixture, tmp_path, monkeypatch, capsys, argv, message):
@@ -365,6 +369,24 @@ def test_parts_draw_apart_and_play_whole_episodes(tmp_path):
     assert [part["returns"] for part in meta["parts"]] == 2 * [{"mean": 4.0, "std": 0.0}]
 
 
+def integers():
+    """`counter`, whose observations are integers."""
+    raw = tiny.counter()
+    whole = lambda obs, *rest: (obs.astype(jnp.int32), *rest)
+    return raw._replace(
+        reset=lambda key: whole(*raw.reset(key)), step=lambda *args: whole(*raw.step(*args))
+    )
+
+
+def test_integer_observations_are_stored_as_floats(tmp_path):
+    (tmp_path / "mixture.json").write_text("[{}]")
+    argv = ["--env", "test_collect_data:integers", "--steps", 8, "--out", tmp_path / "data.npz"]
+    run("--mixture", tmp_path / "mixture.json", *argv)
+    dataset = datasets.read(tmp_path / "data.npz")[0]
+    assert dataset.obs.dtype == dataset.next_obs.dtype == np.float32
+    assert dataset.obs[:, 0].tolist() == [0.0, 1.0, 2.0, 3.0] * 2
+
+
 def test_a_part_that_is_none_is_refused(tmp_path):
     datasets.write(tmp_path / "0.npz", tiny.transitions(4), {"env": "tiny:balance"})
     with pytest.raises(ValueError, match="is of another command"):
@@ -421,6 +443,28 @@ def test_a_minari_dataset_has_actions_of_the_tasks_range(tmp_path, monkeypatch):
     assert 1.5 < np.abs(actions).max() <= 2.0
     env = envs.make("pendulum", 1)
     assert np.abs(datasets.load("minari:tiny/pendulum-v0", env).action).max() <= 1.0
+
+
+def test_an_interrupted_minari_dataset_is_written_again(tmp_path, monkeypatch, capsys):
+    minari = pytest.importorskip("minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    (tmp_path / "mixture.json").write_text("[{}]")
+    argv = ["--mixture", tmp_path / "mixture.json", "--env", "tiny:counter", "--steps", 8]
+    argv += ["--format", "minari", "--out", "counter-v0"]
+    write = minari.create_dataset_from_buffers
+
+    def interrupted(*args, **kwargs):
+        write(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(minari, "create_dataset_from_buffers", interrupted)
+    with pytest.raises(SystemExit) as status:
+        run(*argv)
+    assert status.value.code == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    monkeypatch.setattr(minari, "create_dataset_from_buffers", write)
+    run(*argv)
+    assert minari.load_dataset("counter-v0").total_steps == 8
 
 
 def test_minari_is_named_if_it_is_missing(tmp_path, monkeypatch, capsys):

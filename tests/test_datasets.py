@@ -6,6 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_np
 
 import envs
+from algos import bc
 from algos.launch import datasets
 from algos.launch.datasets import Dataset
 
@@ -39,6 +41,32 @@ def test_what_is_read_is_what_was_written(tmp_path):
     assert datasets.read(tmp_path / "data.npz")[1] == {"env": "tiny:balance"}
 
 
+@pytest.mark.parametrize("name", ["pendulum?max_steps=50", "gymnax/Pendulum-v1?max_steps=50"])
+def test_a_task_may_have_any_of_its_names(tmp_path, name):
+    source = write(tmp_path / "data.npz", tiny.transitions(20, 3, 1), name)
+    datasets.load(source, envs.make("pendulum?max_steps=50", 1))
+    with pytest.raises(ValueError, match=r"is of pendulum\?max_steps=50 |is of gymnax/.*=50 "):
+        datasets.load(source, envs.make("pendulum", 1))
+
+
+def test_a_task_that_is_unknown_here_is_another(tmp_path):
+    source = write(tmp_path / "data.npz", tiny.transitions(20), "elsewhere/Task")
+    with pytest.raises(ValueError, match=r"is of elsewhere/Task .*, not tiny:balance"):
+        datasets.load(source, ENV)
+
+
+def test_the_example_of_the_docs_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "mine.npz", tiny.transitions(300, 3, 1), "pendulum")
+    page = (Path(__file__).parents[1] / "docs" / "datasets.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    code = code.replace('dataset="mine.npz"', 'dataset="mine.npz", total_timesteps=100')
+    seeds = np.arange(2)
+    names = {"bc": bc, "seeds": seeds, "keys": jax.vmap(jax.random.key)(seeds), "jax": jax}
+    exec(code, names)
+    assert names["result"]["metrics"]["losses/policy_loss"].shape == (2, 1)
+
+
 def with_value(name, row, value):
     x = getattr(tiny.transitions(20), name).copy()
     x[row] = value
@@ -62,7 +90,7 @@ def with_value(name, row, value):
         ),
         (
             changed(**with_value("action", 5, -1.7)),
-            r"outside \[-1, 1\] in 1 rows, first 5, .* 1.7:",
+            r"outside \[-1, 1\] in 1 rows, first 5: the largest is 1.7,",
         ),
         (changed(**with_value("next_action", 5, 1.01)), r"next_action is outside"),
         (changed(obs=np.float32(1.0)), r"has obs \[\], action"),
@@ -221,9 +249,7 @@ def test_any_array_loads_or_is_refused_in_one_line(tmp_path, name, array):
     assert loads_or_says_why(tmp_path / "data.npz")
 
 
-def test_no_dataset_and_discrete_actions_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="--dataset PATH or --dataset minari:NAME"):
-        datasets.load("", ENV)
+def test_discrete_actions_are_refused(tmp_path):
     source = write(tmp_path / "data.npz", tiny.transitions(20, 4, 2), "gymnax/CartPole-v1")
     with pytest.raises(ValueError, match="discrete actions"):
         datasets.load(source, envs.make("cartpole", 1))

@@ -43,10 +43,6 @@ HDF5 = (".hdf5", ".h5")  # suffixes of what is read as HDF5, in any letter case
 
 def load(source: str, env: envs.Env) -> Dataset:
     """Read a dataset for `env`; ValueError in one line if there is none, or it does not fit."""
-    if not source:
-        raise ValueError(
-            "no dataset: give --dataset PATH or --dataset minari:NAME (docs/datasets.md)"
-        )
     minari = source.startswith("minari:")
     path = minari_path(source[7:]) if minari else rundir.expanded(source)
     if not path.is_file():
@@ -60,7 +56,7 @@ def load(source: str, env: envs.Env) -> Dataset:
             dataset = dataset._replace(action=scaled[0], next_action=scaled[1])
     else:
         dataset, meta = read(path)
-        if env.name not in (meta["env"], envs.ALIASES.get(str(meta["env"]))):
+        if canonical(str(meta["env"])) != env.name:
             raise ValueError(f"{source} is of {meta['env']} ({shapes(dataset)}), not {env.name}")
     dataset = Dataset(*map(single, dataset))
     check(dataset, source, env)
@@ -73,6 +69,14 @@ def load(source: str, env: envs.Env) -> Dataset:
             stacklevel=2,
         )
     return dataset
+
+
+def canonical(name: str) -> str:
+    """Full name of an environment; `name` itself if there is none of this name."""
+    try:
+        return envs.canonical(name)
+    except (ValueError, ImportError):
+        return name
 
 
 def read(path: Path) -> tuple[Dataset, dict[str, Any]]:
@@ -128,8 +132,8 @@ def check(dataset: Dataset, source: str, env: envs.Env) -> None:
         if len(rows):
             worst = np.abs(getattr(dataset, name)).max()
             raise ValueError(
-                f"{source}: {name} is outside [-1, 1] in {len(rows)} rows, first {rows[0]}, by up "
-                f"to {worst:g}: [-1, 1] is to stand for the task's range of actions"
+                f"{source}: {name} is outside [-1, 1] in {len(rows)} rows, first {rows[0]}: "
+                f"the largest is {worst:g}, where [-1, 1] stands for the task's range of actions"
             )
 
 
@@ -183,9 +187,9 @@ def from_episodes(episodes: Iterable[tuple]) -> Dataset:
         parts.append((obs[:n], action[:n], reward[:n], following(obs), following(action), *ends))
     if not parts:
         raise ValueError("no episode has two steps")
-    columns = [np.concatenate(x) for x in zip(*parts, strict=True)]
+    joined = [np.concatenate(x) for x in zip(*parts, strict=True)]
     with np.errstate(over="ignore"):  # to infinity, which `check` refuses
-        return Dataset(*(x if x.dtype == bool else x.astype(np.float32) for x in columns))
+        return Dataset(*(x if x.dtype == bool else x.astype(np.float32) for x in joined))
 
 
 def to_episodes(dataset: Dataset) -> Iterable[tuple]:
