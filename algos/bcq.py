@@ -229,12 +229,15 @@ def critic_loss(value, target):
 
 
 def latent_kl(mean, log_std):
-    """KL(N(mean, std) || N(0, 1)) of each latent."""
+    """KL(N(mean, std) || N(0, 1)) [B, L] of each latent; mean, log_std [B, L]."""
     return 0.5 * (mean**2 + jnp.exp(2.0 * log_std) - 1.0 - 2.0 * log_std)
 
 
 def vae_loss(decoded, action, mean, log_std):
-    """Squared error plus half the KL of the latents; both are means over rows and dimensions."""
+    """Squared error plus half the KL of the latents; both are means over rows and dimensions.
+
+    decoded, action [B, A]; mean, log_std [B, L].
+    """
     return ((decoded - action) ** 2).mean() + 0.5 * latent_kl(mean, log_std).mean()
 
 

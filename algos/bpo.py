@@ -536,7 +536,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         value, next_value = (critic.apply(state.params["critic"], x) for x in (obs, next_obs))
         log_pi = actor.apply(state.params["actor"], obs).log_prob(traj.action)
         log_ratio = jnp.clip(log_pi - traj.log_prob, -20.0, 20.0)
-        reward = reward_scale(state) * traj.reward
+        reward = traj.reward * reward_scale(state)
         reward = jnp.where(traj.valid, reward, value)  # broken physics: V has nothing to learn
         steps = reward, value, next_value, traj.terminated, traj.done, log_ratio
         estimator = trajectory_estimator if config.clip_traj else step_estimator
@@ -825,7 +825,7 @@ PHYSICS = {
     **REPLAY,
 }
 FAST = {**PHYSICS, "learning_rate": 1e-3}
-PAPER = {  # published values, with every field that a task's preset may have changed
+PAPER = {  # published values of fields that tasks' presets change; those below set the others
     "shuffle": "rows", "learning_rate": 3e-4, "anneal_lr": False, "adam_eps": 1e-5, "gamma": 0.99,
     "gae_lambda": 0.95, "clip_eps": 0.2, "anneal_clip": False, "ent_coef": 0.0, "vf_coef": 0.5,
     "clip_rho": 1.5, "clip_c": 1.5, "replay_rollouts": 4, "weight_td": True, "clip_targets": True,

@@ -152,12 +152,13 @@ class Config:
             raise ValueError(f"behavior={self.behavior}: {self.divergence} uses no clone")
         if self.train_alpha and self.divergence == "none":
             raise ValueError("divergence=none: leave --train-alpha out, there is nothing to weigh")
-        if self.train_alpha and not self.target_divergence > 0:
+        if self.train_alpha != (self.target_divergence > 0.0):
             raise ValueError(
-                f"target_divergence={self.target_divergence:g}: with --train-alpha it has to be "
-                "positive, or alpha grows without end"
+                f"target_divergence={self.target_divergence:g}: it has to be positive with "
+                "--train-alpha, or alpha grows without end, and 0 without it"
             )
-        if self.divergence == "none" and self.warm_start >= 0:
+        entropy = self.temperature or self.train_temperature
+        if self.divergence == "none" and not entropy and self.warm_start >= 0:
             warnings.warn("divergence=none has no loss in a warm start: --preset sac", stacklevel=2)
         steps = self.num_updates * self.gradient_steps
         if self.warm_start >= steps - 1:  # gradient steps are counted from 0
@@ -330,7 +331,10 @@ def critic_loss(value, target):
 
 
 def policy_loss(value, log_prob, divergence, temperature, alpha, warm):
-    """Mean of temperature log pi + alpha D - value; if `warm`, without the value."""
+    """Mean of temperature log pi + alpha D - value; if `warm`, without the value.
+
+    `value`, `log_prob` and `divergence` [B] are of the policy's actions and states.
+    """
     temperature, alpha = jax.lax.stop_gradient((temperature, alpha))
     return (temperature * log_prob + alpha * divergence - jnp.where(warm, 0.0, value)).mean()
 
@@ -342,7 +346,7 @@ def bounded(x, slope, high):
 
 
 def alpha_loss(alpha, divergence, target):
-    """Loss whose gradient step raises alpha while the divergence is above its target."""
+    """Loss whose gradient step raises alpha while the divergence [B] is above its target."""
     return bounded(alpha, -jax.lax.stop_gradient(divergence - target).mean(), MAX_ALPHA)
 
 

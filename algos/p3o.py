@@ -42,7 +42,7 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 if __name__ == "__main__":  # the checkout, not algos/, comes first on the import path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -53,6 +53,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from annotated_types import Interval
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 import envs
@@ -75,7 +76,8 @@ class Config:
     learning_rate: NonNegativeFloat = 7e-4  # learning rate of all parameters
     anneal_lr: bool = True  # decrease the learning rate linearly to almost 0 over the run
     max_grad_norm: PositiveFloat = 0.5  # largest global norm of the gradient
-    rms_decay: UnitFloat = 0.99  # decay of the running mean of squared gradients
+    # decay of the running mean of squared gradients
+    rms_decay: Annotated[float, Interval(ge=0, lt=1)] = 0.99
     rms_eps: PositiveFloat = 1e-5  # epsilon of RMSprop, added to the square root
 
     # objective
@@ -262,7 +264,7 @@ def gae(reward, value, next_value, terminated, done, gamma, lam):
 
 
 def policy_loss(log_prob, advantage, weight=1.0):
-    """Policy gradient loss; `advantage` and `weight` get no gradient."""
+    """Policy gradient loss; arrays [B, T]. `advantage` and `weight` get no gradient."""
     return -(jax.lax.stop_gradient(weight * advantage) * log_prob).mean()
 
 
@@ -307,7 +309,10 @@ def estimates(policy, value, segments, config):
 
 
 def fresh_loss(policy, value, segments, config):
-    """Loss of the last rollout, as in A2C, and its metrics."""
+    """Loss of the last rollout, as in A2C, and its metrics.
+
+    `policy` and `value` are those of the T + 1 observations, [B, T + 1].
+    """
     policy, log_prob, value, target, advantage = estimates(policy, value, segments, config)
     pg_loss = policy_loss(log_prob, advantage)
     vf_loss = value_loss(value, target)
@@ -324,7 +329,8 @@ def fresh_loss(policy, value, segments, config):
 def replay_loss(policy, value, segments, config):
     """Loss of replayed segments (second and third term of eq. 14, and value loss), and its metrics.
 
-    The ratio, and with it `ess`, `max_ratio` and `kl_coef`, gets no gradient.
+    `policy` and `value` are those of the T + 1 observations, [B, T + 1]. The ratio, and with it
+    `ess`, `max_ratio` and `kl_coef`, gets no gradient.
     """
     policy, log_prob, value, target, advantage = estimates(policy, value, segments, config)
     beta = segments.policy
@@ -505,8 +511,9 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             state, aux = gradient_step(state, segments, replayed=True)
             return state, jax.tree.map(jnp.add, sums, aux)
 
+        # for its keys; the shape of the segments does not matter
         aux = jax.eval_shape(lambda: gradient_step(state, state.replay, replayed=True)[1])
-        sums = jax.tree.map(lambda x: jnp.zeros(()), aux)
+        sums = {k: jnp.zeros(()) for k in aux}
         state, sums = jax.lax.fori_loop(0, count, step, (state, sums))
         sums |= {"replay/count": count, "charts/replay_steps": count}
         return state, sums | {"charts/replay_filled": filled}
@@ -580,7 +587,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # tasks
     "cartpole": {"normalize_reward": True},
     "atari": {"total_timesteps": 28_000_000, "hidden": (512,), "activation": "relu"},
-    **dict.fromkeys(("breakout", "asterix", "freeway", "seaquest", "space_invaders"), MINATAR),
+    **dict.fromkeys(("breakout", "asterix", "freeway", "space_invaders"), MINATAR),
     # ablations, on top of a task's preset
     "a2c": {"replay_ratio": 0.0},
     "fixed_clip": {"max_ratio": 1.0},

@@ -476,7 +476,7 @@ MINATAR = {
     "num_minibatches": 8, "learning_rate": 1e-3, "anneal_lr": True, "ent_coef": 0.01,
     "hidden": (128,), "activation": "relu",
 }
-PAPER = {  # every field that a task's preset may have changed, back to the published value
+PAPER = {  # published values of fields that tasks' presets change; those below set the others
     "shuffle": "rows", "learning_rate": 3e-4, "anneal_lr": False, "adam_eps": 1e-5, "gamma": 0.99,
     "gae_lambda": 0.95, "clip_eps": 0.2, "anneal_clip": False, "ent_coef": 0.0, "vf_coef": 0.5,
     "normalize_obs": False, "normalize_reward": False, "noise_interval": 1, "hidden": (64, 64),

@@ -545,7 +545,10 @@ TRACEABLE = (
 
 # fmt: off
 # Values that replace the defaults; docs/presets.md has their origins.
-MINATAR = {"total_timesteps": 5_000_000, "num_envs": 128, "vmax": 50.0, "normalize_obs": False}
+MINATAR = {
+    "total_timesteps": 5_000_000, "num_envs": 128, "vmin": -1.0, "vmax": 50.0,
+    "normalize_obs": False,
+}
 PRESETS: dict[str, dict[str, Any]] = {
     # tasks
     "cartpole": {"num_epochs": 8, "dual_lr_mult": 3.0, "vmax": 105.0, "reward_range": (0.0, 1.0)},

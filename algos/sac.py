@@ -239,13 +239,19 @@ def critic_loss(value, target, valid):
 
 
 def policy_loss(value, log_prob, temperature, valid):
-    """Mean of alpha log pi minus the smaller of the values [2, B] of the policy's actions."""
+    """Mean of alpha log pi minus the smaller of the values [2, B] of the policy's actions.
+
+    `log_prob` [B] is log pi of these actions, and `temperature` is alpha.
+    """
     loss = jax.lax.stop_gradient(temperature) * log_prob - value.min(0)
     return jnp.where(valid, loss, 0.0).mean()
 
 
 def temperature_loss(temperature, log_prob, target_entropy, valid):
-    """Loss whose gradient step raises the temperature while the entropy is below its target."""
+    """Loss whose gradient step raises the temperature while the entropy is below its target.
+
+    `log_prob` [B] is log pi of actions that the policy drew.
+    """
     surplus = jax.lax.stop_gradient(-log_prob - target_entropy)
     return temperature * jnp.where(valid, surplus, 0.0).mean()
 
@@ -428,7 +434,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             return state, jax.tree.map(jnp.add, sums, aux)
 
         aux = jax.eval_shape(gradient_step, state, jax.eval_shape(sample, state, key), key)[1]
-        sums = jax.tree.map(lambda x: jnp.zeros(()), aux)
+        sums = {k: jnp.zeros(()) for k in aux}
         state, sums = jax.lax.fori_loop(0, count, step, (state, sums))
         return state, sums | {"losses/count": count}
 
@@ -496,11 +502,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "hidden": (256, 256), "critic_hidden": (256, 256),
     },
     **dict.fromkeys(("brax", "playground"), PHYSICS),
-    # tasks
-    **dict.fromkeys(("pendulum", "inverted_pendulum", "reacher"), SMALL),
     "arm": {  # reward_scale makes a touch worth 1, not 0.04
         **SMALL, "buffer_size": 400_000, "normalize_obs": True, "reward_scale": 25.0,
     },
+    # tasks
+    **dict.fromkeys(("pendulum", "inverted_pendulum", "reacher"), SMALL),
 }
 # fmt: on
 

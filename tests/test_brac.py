@@ -427,7 +427,9 @@ def test_a_clone_that_was_not_finished_is_named(clones):
         ({"num_critics": 0}, "num_critics=0: it should be greater than 0"),
         ({"divergence_steps": 0}, "divergence_steps=0: it should be greater than 0"),
         ({"behavior": "clones"}, "dual_kl uses no clone"),
-        ({"train_alpha": True}, "target_divergence=0: with --train-alpha it has to be positive"),
+        ({"train_alpha": True}, "target_divergence=0: it has to be positive with --train-alpha"),
+        ({"target_divergence": 0.1}, "target_divergence=0.1: .*, and 0 without it"),
+        ({"warm_start": -(2**31)}, "warm_start=-2147483648: its size should be less than"),
         ({"train_alpha": True, "divergence": "none"}, "divergence=none: leave --train-alpha out"),
         ({"env": "cartpole"}, "discrete actions"),
     ],
@@ -448,6 +450,7 @@ def test_a_run_whose_policy_never_sees_a_critic_is_warned_of():
         warnings.simplefilter("error")
         common.check(config_of(**steps, warm_start=62))
         common.check(config_of(**steps, warm_start=-1, divergence="none"))
+        common.check(config_of(**steps, warm_start=0, divergence="none", temperature=0.1))
 
 
 @pytest.mark.parametrize(

@@ -482,6 +482,7 @@ def test_bytes_of_the_replay():
     [
         ({"replay_fraction": 1.5}, "replay_fraction=1.5: it should be less than or equal to 1"),
         ({"sample_mult": 0}, "sample_mult=0: it should be greater than 0"),
+        ({"rms_decay": 1.0}, "rms_decay=1.0: it should be less than 1"),
         ({"max_ratio": -1.0}, "max_ratio=-1.0: it should be greater than or equal to 0"),
         ({"kl_direction": "forward"}, "kl_direction='forward': it should be 'pi_beta' or"),
     ],
