@@ -56,7 +56,7 @@ def check(config: Any) -> None:
         for x in value if isinstance(value, tuple) else (value,):
             # the program counts in int32; total_timesteps and seed have limits of their own
             if isinstance(x, int) and abs(x) >= 2**31 and name not in ("total_timesteps", "seed"):
-                raise ValueError(f"{name}={x}: its size should be less than 2**31")
+                raise ValueError(f"{name}={x}: it should be less than 2**31 in size")
             if isinstance(x, float) and x and not SMALLEST <= abs(x) <= LARGEST:
                 raise ValueError(f"{name}={x:g}: float32 has no such number")
     config.validate()

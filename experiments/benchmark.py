@@ -63,7 +63,7 @@ class Case:
         program = programs.make_program(module, self.config, self.launch, self.rows)
         traced = programs.trace(program, self.rows)
         middle = time.perf_counter()
-        self.program = programs.compile_ahead(traced, self.rows)
+        self.program = programs.compile_ahead(traced)
         self.seconds = {"trace": middle - start, "compile": time.perf_counter() - middle}
         self.keys, self.hparams = inputs(self.rows)
         self.update = self.config.num_updates // 2  # of the next call of `train`

@@ -26,8 +26,8 @@ from algos.launch import cli, logs, render, report, rundir
 from experiments import compare
 from experiments.page import LARGE, SMALL, chart, charts, node, page_of, section, table
 
-# How names in metrics.jsonl start that get no small chart: the curves show evaluations.
-NO_METRIC = ("global_step", "time/", "eval/")
+# Starts of names in metrics.jsonl that get no small chart: curves and tables show evaluations.
+NO_METRIC = ("global_step", "time/", "eval/", "final/")
 # Launch flags that are listed with the settings of a run.
 FLAGS = ("preset", "seed", "num_seeds", "sweep")
 FLAGS += ("num_evals", "eval_episodes", "final_episodes", "partial_at_return")

@@ -429,7 +429,7 @@ def test_a_clone_that_was_not_finished_is_named(clones):
         ({"behavior": "clones"}, "dual_kl uses no clone"),
         ({"train_alpha": True}, "target_divergence=0: it has to be positive with --train-alpha"),
         ({"target_divergence": 0.1}, "target_divergence=0.1: .*, and 0 without it"),
-        ({"warm_start": -(2**31)}, "warm_start=-2147483648: its size should be less than"),
+        ({"warm_start": -(2**31)}, "warm_start=-2147483648: it should be less than"),
         ({"train_alpha": True, "divergence": "none"}, "divergence=none: leave --train-alpha out"),
         ({"env": "cartpole"}, "discrete actions"),
     ],
@@ -458,6 +458,8 @@ def test_a_run_whose_policy_never_sees_a_critic_is_warned_of():
     [
         (["--alpha", "0.1", "1"], ("alpha=0.1,1",)),
         (["--alpha", "0.1"], ()),
+        (["--alpha", "0.1,1"], ("alpha=0.1,1",)),
+        (["--alpha=0.1,1", "2"], ("alpha=0.1,1,2",)),
         (
             ["--alpha", "0", "1", "--critic_lr", "1e-3", "1e-4"],
             ("alpha=0,1", "critic_lr=1e-3,1e-4"),

@@ -151,8 +151,10 @@ def test_all_presets_after_one_flag_apply_however_it_is_written():
         (["--env", "Hopper-v5?healthy_z_range=nan,1"], r"healthy_z_range='nan,1' must be low,high"),
         (
             ["--preset", "mujoco_ppo", "--preset=cartpole"],
-            "--preset is given twice: write all names after one of them",
+            "--preset is given twice: write all its values after one of them",
         ),
+        (["--track", "--wandb-tags", "a", "--wandb-tags=b"], r"--wandb-tags is given twice"),
+        (["--track", "--wandb-tags", "a" * 65], r"wandb_tags='a+': W&B takes 1 to 64 characters"),
         (["--preset", "mujoco_pp"], r"unknown preset 'mujoco_pp'.*mujoco_ppo"),
         (["--num-seed", "3"], r"unknown argument '--num-seed'.*--num-seeds"),
         (["--frobnicate"], r"unknown argument '--frobnicate'"),
@@ -181,7 +183,8 @@ def test_all_presets_after_one_flag_apply_however_it_is_written():
         (["--num-minibatches", "0"], r"num_minibatches"),
         (["--total-timesteps", "0"], r"total_timesteps"),
         (["--sweep", "num_envs=1,2"], r"cannot sweep over 'num_envs': .*learning_rate"),
-        (["--sweep", "gamma"], r"'gamma'"),
+        (["--sweep", "gamma"], r"cannot read --sweep 'gamma': write FIELD=VALUE,VALUE"),
+        (["--sweep", "gamma=0.9", "1e-3"], r"cannot read --sweep '1e-3': write FIELD=VALUE,VAL"),
         (["--sweep", "gamma=0.9,high"], r"'gamma=0.9,high'"),
         (["--sweep", "gamma=0.9,0.90"], r"repeats"),
         (["--sweep", "gamma=0.9", "gamma=0.8"], r"repeats"),
@@ -455,6 +458,13 @@ def test_a_resumed_run_may_be_longer(copy):
     config, chosen = parse("--resume", str(copy), "--total-timesteps", "999", "--num-evals", "5")
     assert config == tiny.config_of("ppo", total_timesteps=999)
     assert (chosen.num_seeds, chosen.num_evals, chosen.run_dir) == (2, 5, str(copy))
+
+
+def test_a_tracked_run_may_go_on_untracked(copy):
+    saved = json.loads((copy / "config.json").read_text())
+    saved["launch"] |= {"track": True, "wandb_tags": ["mine"], "wandb_seeds": True}
+    (copy / "config.json").write_text(json.dumps(saved))
+    assert not parse("--resume", str(copy), "--no-track")[1].track
 
 
 def test_a_run_directory_may_be_named_in_several_ways(copy, monkeypatch):

@@ -467,7 +467,7 @@ def test_command_line_end_to_end(lab, trained, tmp_path, signals):
     assert run.done["steps"] == 192
     with open(run_dir / "metrics.jsonl") as file:
         lines = [json.loads(line) for line in file]
-    assert [line["global_step"] for line in lines] == [0, 96, 96, 192, 192]
+    assert [line["global_step"] for line in lines] == [0, 96, 96, 192, 192, 192]
     assert all(f"eval/{policy}_return" in lines[-1] for policy in others)
     check_means(lines[1], arrays(lab.train(lab.start(), 3)[1]), 3)
 

@@ -67,7 +67,7 @@ def make_lab(seeds):
     """The launcher's program for these seeds, compiled as a launch compiles it."""
     program, keys, _ = program_of("ppo", CONFIG, seeds)
     rows = Rows(np.array(seeds), {}, [""] * len(seeds))
-    compiled = compile_ahead(trace(program, rows), rows)
+    compiled = compile_ahead(trace(program, rows))
     return test_contracts.Lab("ppo", ppo, CONFIG, compiled._replace(init=program.init), rows, keys)
 
 

@@ -16,15 +16,16 @@ from tiny import lines_of
 
 from algos.launch import cli, logs
 from algos.launch.rows import Rows
-from algos.launch.rundir import write_json
+
+ROWS = Rows(np.array([3, 4]), {}, ["", ""])
 
 
-def make_log(run_dir, **changes):
+def make_log(run_dir, rows=ROWS, **changes):
     run_dir.mkdir(exist_ok=True)
-    write_json(run_dir / "meta.json", {"id": "an id"})
-    launch, rows = cli.Launch(**changes), Rows(np.array([3, 4]), {}, ["", ""])
+    launch = cli.Launch(**changes)
     log = logs.Log(launch.verbose)
-    log.open(run_dir, "ppo", tiny.config_of("ppo"), launch, rows, 0)
+    about = {"algo": "ppo", "config": vars(tiny.config_of("ppo")), "launch": vars(launch)}
+    log.open(run_dir, about | logs.surroundings() | {"id": "an id"}, launch, rows, 0)
     return log
 
 
@@ -116,9 +117,11 @@ def test_wandb_needs_no_account(tmp_path, monkeypatch, capsys):
     assert [row for _, row in log.wandb_runs] == [None, 0, 1]
     log.write(64, VALUES)
     (run_dir / "plots").mkdir()
-    for file in ("plots/curve.png", "policy_s000.npz", "policy_s001.npz"):
-        (run_dir / file).write_bytes(b"bytes")
-    log.attach(run_dir)
+    names = "plots/curve.png", "policy_s000.npz", "policy_s001.npz"
+    files = [run_dir / name for name in names]
+    for file in files:
+        file.write_bytes(b"bytes")
+    log.attach(run_dir, files)
     log.close(True)
     [said] = capsys.readouterr().err.splitlines()
     assert said.startswith(f"W&B is offline: `wandb sync '{run_dir}'/wandb/offline-run-*` ")
@@ -141,25 +144,29 @@ class FakeRun:
         self.logged.append(values)
 
     def finish(self, exit_code):
+        self.exit_code = exit_code
         if self.fails == "finish":
             raise ConnectionError("no network")
-        self.exit_code = exit_code
 
 
 @pytest.mark.parametrize(
     ("fails", "complete"),
-    [("import", True), ("init", True), ("log", True), ("finish", True), ("", True), ("", False)],
+    [
+        *((fails, True) for fails in ("import", "init", "a second init", "log", "finish", "")),
+        ("", False),
+    ],
 )
 def test_wandb_never_ends_a_run(tmp_path, monkeypatch, capsys, fails, complete):
     made = []
 
     def init(**options):
-        if fails == "init":
-            raise RuntimeError("not logged in")
+        if fails == "init" or (fails == "a second init" and made):
+            raise RuntimeError("not\nlogged in")
         made.append((FakeRun(fails), options))
         return made[-1][0]
 
-    fake = types.SimpleNamespace(init=init, login=lambda **_: True, Settings=dict)
+    ignored = lambda *_, **__: True
+    fake = types.SimpleNamespace(init=init, login=ignored, setup=ignored, Settings=dict)
     fake = None if fails == "import" else fake
     monkeypatch.setitem(sys.modules, "wandb", fake)
     log = make_log(tmp_path, track=True, wandb_seeds=True, wandb_tags=("mine",), verbose=0)
@@ -171,6 +178,8 @@ def test_wandb_never_ends_a_run(tmp_path, monkeypatch, capsys, fails, complete):
     assert len(lines_of(tmp_path)) == 2
     if fails:
         assert said.startswith("W&B failed")
+        assert {run.exit_code for run, _ in made} <= {1} or fails == "finish"
+        assert len(made) == {"a second init": 1, "log": 3, "finish": 3}.get(fails, 0)
         return
     (whole, options), (first, _), (second, _) = made
     assert whole.logged[0] == {"global_step": 64} | logs.aggregate(VALUES, ["", ""])
@@ -179,13 +188,14 @@ def test_wandb_never_ends_a_run(tmp_path, monkeypatch, capsys, fails, complete):
     assert whole.exit_code == second.exit_code == (0 if complete else 1)
     assert first.logged[1]["losses/value_loss"] == 0.5
     assert [options["group"] for _, options in made] == [
-        "ppo__cartpole",
-        *["ppo__cartpole__seeds"] * 2,
+        "ppo__gymnax/CartPole-v1",
+        *["ppo__gymnax/CartPole-v1__seeds"] * 2,
     ]
     assert [options["config"]["seed"] for _, options in made[1:]] == [3, 4]
     assert options["config"].items() >= {"algo": "ppo"}.items()
+    assert options["config"]["commit"] == logs.commit()
     assert "mine" in options["tags"]
-    assert options["config"].items() >= {"gamma": 0.99, "wandb_seeds": True}.items()
+    assert options["config"].items() >= {"gae_lambda": 0.95, "wandb_seeds": True}.items()
     # A resumed launch goes on with the same W&B runs.
     assert len({options["id"] for _, options in made}) == 3
     ids = [options["id"] for _, options in made]
@@ -366,16 +376,15 @@ def test_the_commit_is_never_that_of_a_repository_above(tmp_path, monkeypatch):
 
 
 def test_wandb_knows_the_swept_value_of_each_row(tmp_path, monkeypatch):
-    """The launch has the value of the configuration."""
-    made = []
+    """The launch has all of them."""
+    made, ignored = [], lambda *_, **__: True
     fake = types.SimpleNamespace(
         init=lambda **options: made.append(options) or FakeRun(""),
-        login=lambda **_: True,
+        login=ignored,
+        setup=ignored,
         Settings=dict,
     )
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    write_json(tmp_path / "meta.json", {"id": "x"})
-    rows = Rows(np.array([3, 3]), {"gamma": np.float32([0.5, 0.9])}, ["gamma=0.5", "gamma=0.9"])
-    chosen = cli.Launch(track=True, wandb_seeds=True)
-    logs.Log(0).open(tmp_path, "ppo", tiny.config_of("ppo"), chosen, rows, 0)
-    assert [options["config"]["gamma"] for options in made] == [0.99, 0.5, 0.9]
+    rows = Rows(np.array([3, 3]), {"gamma": np.float32([0.9, 0.5])}, ["gamma=0.9", "gamma=0.5"])
+    make_log(tmp_path, rows, track=True, wandb_seeds=True)
+    assert [options["config"]["gamma"] for options in made] == [[0.5, 0.9], 0.9, 0.5]

@@ -244,6 +244,19 @@ def test_a_policy_with_damaged_metadata_is_named(copy, name):
         policies.load_policy(path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config": {"gamma": "x"}}, r"policy_s000.npz: gamma='x': .* number"),
+        ({"algo": "poo"}, r"policy_s000.npz is of the algorithm poo: did you mean ppo"),
+    ],
+)
+def test_a_damaged_value_of_a_policy_is_named_with_its_file(copy, changes, message):
+    rewrite(copy / "policy_s000.npz", lambda meta: meta | changes)
+    with pytest.raises(ValueError, match=message):
+        policies.load_policy(copy / "policy_s000.npz")
+
+
 def test_a_policy_of_a_newer_version_is_refused(copy):
     path = copy / "policy_s000.npz"
     rewrite(path, lambda meta: meta | {"format": 2})

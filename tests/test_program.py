@@ -2,9 +2,12 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -37,6 +40,23 @@ def test_eight_devices_and_the_compilation_cache(whole, tmp_path):
     assert_close(first, checkpoint(whole[0]), rtol=1e-3, atol=1e-4)
     assert rundir.read_run(run_dir).returns.shape == (8, 3, 2)
     assert any((tmp_path / "cache" / "purepo").iterdir())
+
+
+def test_ctrl_c_waits_for_no_compilation():
+    interrupt, done, waited = threading.Event(), threading.Event(), []
+
+    def compile_slowly(**_):
+        interrupt.set()
+        waited.append(done.wait(60))
+
+    slow = SimpleNamespace(lower=lambda: SimpleNamespace(compile=compile_slowly))
+    traced = program.Program(*[slow] * len(program.Program._fields))
+    send = lambda: interrupt.wait() and os.kill(os.getpid(), signal.SIGINT)
+    threading.Thread(target=send).start()
+    with pytest.raises(KeyboardInterrupt):
+        program.compile_ahead(traced)
+    assert waited == []
+    done.set()
 
 
 MANY_FACTORS = """

@@ -28,6 +28,17 @@ def test_what_a_run_records(tmp_path):
     assert [x.name for x in rundir.checkpoints(tmp_path / "run")] == ["000000006.npz"]
 
 
+def test_a_run_that_fails_at_its_end_is_closed_as_failed(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left")
+
+    closed = []
+    monkeypatch.setattr(rundir, "write_final", fail)
+    monkeypatch.setattr(logs.Log, "close", lambda log, complete: closed.append(complete))
+    assert run(*FLAGS, "--verbose", "0", "--run-dir", str(tmp_path / "run"))[0] == 1
+    assert closed == [False]
+
+
 @pytest.mark.parametrize(
     ("every", "saved"), [(0, [6]), (1, [1, 2, 3, 4, 5, 6]), (2, [2, 4, 6]), (4, [4, 6])]
 )

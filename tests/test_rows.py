@@ -85,7 +85,7 @@ def test_a_launch_ends_when_every_seed_is_dead(tmp_path):
     status, said = run(*SWEPT, "--sweep", "learning_rate=1e29,1e30", "--run-dir", str(run_dir))
     assert status == 3
     assert "no seed is alive" in said
-    assert [x["global_step"] for x in lines_of(run_dir)] == [0, 96, 96]
+    assert [x["global_step"] for x in lines_of(run_dir)] == [0, 96, 96, 96]
     assert strict_json(run_dir / "done.json")["alive"] == 0
     assert rundir.read_run(run_dir).final.shape[1] == 6  # as many episodes as other launches have
     before = (run_dir / "eval.npz").read_bytes()

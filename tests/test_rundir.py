@@ -246,9 +246,12 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
 def test_a_run_that_goes_back_keeps_no_later_record(tmp_path):
     """Evaluations after 0, 100 and 200 steps."""
     path = write_run(tmp_path / "run")
+    last = json.dumps({"global_step": 100, "final/episodic_return": [0.0] * 4})
+    (path / "metrics.jsonl").write_text(f'{{"global_step": 100}}\n{last}\n')
     rundir.rewind(path, 4, 100, write=False)
     assert len(rundir.read_evals(path / "eval.npz", 4)["steps"]) == 3
     rundir.rewind(path, 4, 100, write=True)
+    assert (path / "metrics.jsonl").read_text() == '{"global_step": 100}\n'
     assert rundir.read_evals(path / "eval.npz", 4)["steps"].tolist() == [0, 100]
     rundir.rewind(path, 4, -1, write=True)
     assert not (path / "eval.npz").exists()

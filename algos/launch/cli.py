@@ -47,7 +47,7 @@ class Launch:
     partial_at_return: float | None = None
     """export the policy of a seed as partial_sNNN.npz once two evaluations in a row reach this"""
     run_dir: str = ""
-    """directory to write; empty: runs/ENV/ALGO/TIME_sSEEDxSEEDS_HASH"""
+    """directory to write; empty: runs/ENV/ALGO/TIME_sSEEDxNUM_SEEDS_HASH"""
     resume: str = ""
     """run directory to continue from its last checkpoint"""
     checkpoint_every: NonNegativeInt = 1
@@ -73,8 +73,12 @@ class Launch:
         """Raise ValueError if the last seed exceeds 32 bits, or for W&B's flags without --track."""
         for field in ("wandb_project", "wandb_entity", "wandb_tags", "wandb_seeds"):
             value = getattr(self, field)
-            if not self.track and value != getattr(Launch, field):
+            # A resumed run may leave the tracking of the first launch out.
+            if not (self.track or self.resume) and value != getattr(Launch, field):
                 raise ValueError(f"{field}={value!r}: it needs --track")
+        for tag in self.wandb_tags:
+            if not 1 <= len(tag) <= 64:
+                raise ValueError(f"wandb_tags={tag!r}: W&B takes 1 to 64 characters")
         last = self.seed + self.num_seeds - 1
         if last >= 2**32:  # keys are made of 32 bits
             raise ValueError(
@@ -124,8 +128,6 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
     first.add_argument("--env")
     first.add_argument("--preset", nargs="*", default=[])
     first.add_argument("--resume")
-    if sum(word.partition("=")[0] == "--preset" for word in argv) > 1:
-        raise ValueError("--preset is given twice: write all names after one of them")
     try:
         chosen = first.parse_known_args(argv)[0]
     except argparse.ArgumentError as error:
@@ -187,12 +189,16 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
 
 
 def check_values(argv: list[str], config_type: type) -> None:
-    """ValueError for a flag that takes a list, and has nothing after it."""
+    """ValueError for a flag that takes a list, and has nothing after it or is given twice."""
     hints = get_type_hints(config_type) | get_type_hints(Launch)
     lists = {"--" + x.replace("_", "-") for x, kind in hints.items() if get_origin(kind) is tuple}
     for word, following in itertools.pairwise([*argv, "--"]):
         if word in lists and following.startswith("--"):
             raise ValueError(f"{word} has no value: write one or more after it, or leave it out")
+    given = [word.partition("=")[0] for word in argv]
+    for flag in lists - {"--sweep"}:
+        if given.count(flag) > 1:
+            raise ValueError(f"{flag} is given twice: write all its values after one of them")
 
 
 def about_unknown(word: str, argv: list[str], fields: list[str]) -> str:
@@ -287,12 +293,13 @@ def with_sweeps(argv: list[str], config_type: type) -> list[str]:
     items: list[str] = []
     fields = [field_of(group[0]) for group in groups[1:]]
     for field, (flag, *values) in zip(fields, groups[1:], strict=True):
+        several = ",".join(values).split(",")  # commas too, as after --sweep
         if field == "sweep":
             items += map(dashless, values)
-        elif field in numbers and len(values) > 1 and all(map(is_number, values)):
+        elif field in numbers and len(several) > 1 and all(map(is_number, several)):
             if fields.count(field) > 1:
                 raise ValueError(f"{flag} is given twice: write all its values after one of them")
-            items.append(f"{field}={','.join(values)}")
+            items.append(f"{field}={','.join(several)}")
         else:
             rest += [flag, *values]
     swept = {item.partition("=")[0] for item in items}
@@ -303,7 +310,12 @@ def with_sweeps(argv: list[str], config_type: type) -> list[str]:
 
 
 def dashless(item: str) -> str:
-    """An item of --sweep with its field's own name, which may be written as its flag is."""
+    """An item of --sweep with its field's own name, which may be written as its flag is.
+
+    ValueError if there is no field.
+    """
+    if "=" not in item:
+        raise ValueError(f"cannot read --sweep {item!r}: write FIELD=VALUE,VALUE")
     field, equals, values = item.partition("=")
     return field.strip().replace("-", "_") + equals + values
 

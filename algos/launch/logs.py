@@ -1,7 +1,6 @@
 """Where numbers go: console, metrics.jsonl, TensorBoard, Weights & Biases."""
 
 import contextlib
-import dataclasses
 import hashlib
 import importlib.metadata
 import io
@@ -15,6 +14,7 @@ import textwrap
 import threading
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import tqdm
 
 import envs
 from algos.launch import report
-from algos.launch.rundir import jsonable, read_json
+from algos.launch.rundir import jsonable
 
 WIDTH = 78  # columns of a line on the console
 
@@ -96,36 +96,38 @@ class Log:
     def __init__(self, verbose: int):
         self.verbose = verbose
         self.console: Any = Console(sys.stderr)
+        self.ticking = False  # a running clock is the last thing on the terminal
         self.file: Any = None
         self.labels: list[str] = []
         self.tensorboard: Any = None
         self.wandb_runs: list[tuple[Any, int | None]] = []  # (run, its row; None: all rows)
         self.bar: Any = None
 
-    def open(
-        self, run_dir: Path, name: str, config: Any, launch: Any, rows: Any, step: int
-    ) -> None:
-        """Open the sinks in the run directory, to go on after `step`."""
+    def open(self, run_dir: Path, about: dict[str, Any], launch: Any, rows: Any, step: int) -> None:
+        """Open the sinks in the run directory, to go on after `step`.
+
+        `about` is what the run says of itself: config.json with an id and `surroundings()`.
+        """
         self.file = open(run_dir / "metrics.jsonl", "a")  # noqa: SIM115
         self.labels = rows.labels
         if launch.tensorboard:
             self.tensorboard = EventFile(run_dir / "tensorboard", step)
         if launch.track:
             with self.wandb_guard():
-                self.wandb_runs = start_wandb(self, run_dir, name, config, launch, rows)
+                start_wandb(self, run_dir, about, launch, rows)
 
     # console
 
     def say(self, text: str, level: int = 1) -> None:
         """Print a line if verbose enough, above the progress bar if there is one."""
         if self.verbose >= level:
-            tqdm.tqdm.write(text, file=self.console)
+            tqdm.tqdm.write("\n" * self.ticking + text, file=self.console)
 
     @contextlib.contextmanager
     def waiting(self, text: str):
         """Show `text` with a running clock while the block works, and how long it took."""
         start, ended = time.time(), threading.Event()
-        live = self.verbose >= 1 and self.console.isatty()
+        live = self.ticking = self.verbose >= 1 and self.console.isatty()
 
         def tick():
             while live and not ended.wait(1.0):
@@ -142,6 +144,7 @@ class Log:
         finally:
             ended.set()
             thread.join()
+            self.ticking = False
             print("\r" if live else "", end="", file=self.console)
         self.say(f"{text} took {time.time() - start:.1f} s")
 
@@ -207,14 +210,28 @@ class Log:
                 mine = scalars if row is None else row_values(values, row)
                 run.log({"global_step": step, **mine})
 
-    def attach(self, run_dir: Path) -> None:
-        """Give W&B the curve, the pictures and the policies of a run that is complete."""
+    def results(self, results: list[dict[str, Any]], episodes: int) -> None:
+        """The final returns of each swept value, as `report.results` has them."""
+        for result in results:
+            shown = partial(report.number, digits=report.decimals(result["iqm"]))
+            alive = sum(x is not None for x in result["per_seed"])
+            line = f"{result['label'] or 'final greedy return'}: IQM {shown(result['iqm'])}"
+            if None not in result["interval"]:  # as of a single seed
+                ends = "[{}, {}]".format(*map(shown, result["interval"]))
+                line += f", {report.interval_name(alive)} {ends}"
+            self.say(line)
+            self.say(
+                f"  worst seed: {shown(report.worst(result['per_seed']))}; seeds alive: {alive} of "
+                f"{result['n']}; episodes of each: {episodes}"
+            )
+
+    def attach(self, run_dir: Path, paths: list[Path]) -> None:
+        """Give W&B these files of the run directory; a row's own run gets its policy."""
         warnings_of_files = contextlib.redirect_stderr(io.StringIO())  # one for each, even if quiet
         with self.wandb_guard(), warnings_of_files:
             for run, row in self.wandb_runs:
-                launch = ("plots/*", "videos/*", "policy_s*.npz")
-                for pattern in launch if row is None else (f"policy_s{row:03d}.npz",):
-                    for path in run_dir.glob(pattern):
+                for path in paths:
+                    if row is None or path.name == f"policy_s{row:03d}.npz":
                         run.save(path, base_path=run_dir, policy="now", glob=False)
 
     def close(self, complete: bool) -> None:
@@ -229,12 +246,15 @@ class Log:
 
     @contextlib.contextmanager
     def wandb_guard(self):
-        """Any failure of W&B ends the tracking, never the run."""
+        """Any failure of W&B ends the tracking, never the run; W&B shows its runs as failed."""
         try:
             yield
         except Exception as error:
-            self.say(f"W&B failed and is off from here on: {error}", 0)
-            self.wandb_runs = []
+            self.say(f"W&B failed and is off from here on: {' '.join(str(error).split())}", 0)
+            runs, self.wandb_runs = self.wandb_runs, []
+            for run, _ in runs:
+                with contextlib.suppress(Exception):
+                    run.finish(exit_code=1)
 
 
 class EventFile:
@@ -257,10 +277,11 @@ class EventFile:
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Add the scalars of a step."""
         from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.summary import scalar
+        from tensorboardX.proto.summary_pb2 import Summary
 
         for key, value in scalars.items():
-            summary = scalar(key, value)
+            # tensorboardX's `scalar` would replace the = of swept values.
+            summary = Summary(value=[Summary.Value(tag=key, simple_value=value)])
             self.file.write_event(Event(wall_time=time.time(), step=step, summary=summary))
         self.file.flush()
 
@@ -308,35 +329,42 @@ def spread(returns: np.ndarray) -> str:
     return text if len(alive) == len(returns) else f"{text} | {len(alive)}/{len(returns)} alive"
 
 
-def start_wandb(log: Log, run_dir: Path, name: str, config: Any, launch: Any, rows: Any):
-    """One W&B run for the launch, and one per row under --wandb-seeds."""
+def start_wandb(log: Log, run_dir: Path, about: dict[str, Any], launch: Any, rows: Any) -> None:
+    """Give the log one W&B run for the launch, and one per row under --wandb-seeds."""
     import wandb
 
+    wandb.setup(wandb.Settings(silent=True))  # else `login` says whose key it found
     mode: Any = os.environ.get("WANDB_MODE")
     mode = mode or ("online" if wandb.login(prompt=False) else "offline")
     if mode == "offline":
         stored = f"{shlex.quote(str(run_dir))}/wandb/offline-run-*"
         log.say(f"W&B is offline: `wandb sync {stored}` uploads its runs", 0)
-    device = jax.devices()[0].device_kind
-    run_id = read_json(run_dir / "meta.json")["id"]
-    group = f"{name}__{config.env}"
-    settings = {"algo": name} | dataclasses.asdict(config) | dataclasses.asdict(launch) | versions()
+    group = f"{about['algo']}__{envs.canonical(about['config']['env'])}"
+    made_with = {name: about[name] for name in ("algo", "commit", "device", "matmul_precision")}
+    settings = made_with | about["config"] | about["launch"] | about["versions"]
+    commit = about["commit"]
     options = {
         "project": launch.wandb_project,
         "entity": launch.wandb_entity or None,
         "dir": str(run_dir),
-        "tags": [*launch.wandb_tags, f"jax {jax.__version__}", device, commit()[:9] or "no commit"],
+        "tags": [
+            *launch.wandb_tags,
+            f"jax {jax.__version__}",
+            about["device"],
+            commit[:9] + "+" * commit.endswith("+") or "no commit",
+        ],
         "settings": wandb.Settings(silent=True, mode=mode),
         "reinit": "create_new",
         "resume": "allow",
     }
-    runs = []
-    for row in [None, *range(len(rows.seeds))] if launch.wandb_seeds else [None]:
-        suffix, own = "launch", {}
+    swept = [rows.swept(row) for row in range(len(rows.seeds))]
+    for row in [None, *range(len(swept))] if launch.wandb_seeds else [None]:
+        suffix = "launch"
+        own: dict[str, Any] = {k: sorted({x[k] for x in swept}) for k in rows.hparams}
         if row is not None:
             suffix = rows.name(row).replace("seed ", "seed")
-            own = {**rows.swept(row), "seed": int(rows.seeds[row])}
-        identity = hashlib.sha256(f"{run_id} {suffix}".encode()).hexdigest()[:12]
+            own = {**swept[row], "seed": int(rows.seeds[row])}
+        identity = hashlib.sha256(f"{about['id']} {suffix}".encode()).hexdigest()[:12]
         run = wandb.init(
             name=f"{run_dir.name}-{suffix}",
             id=identity,
@@ -345,9 +373,8 @@ def start_wandb(log: Log, run_dir: Path, name: str, config: Any, launch: Any, ro
             config=settings | own,
             **options,
         )
+        log.wandb_runs.append((run, row))
         run.define_metric("*", step_metric="global_step")
-        runs.append((run, row))
-    return runs
 
 
 def aggregate(values: dict[str, Any], labels: list[str]) -> dict[str, float]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import envs
-from algos.launch import rundir
+from algos.launch import cli, rundir
 from envs import wrappers
 
 # Of the metadata. The oldest files have no format; a file of a later format is refused.
@@ -100,15 +100,21 @@ def describe_policy(path: Path) -> dict[str, Any]:
 
 
 def load_algo(
-    name: str, values: dict[str, Any], interface: dict[str, Any] | None = None
+    name: str,
+    values: dict[str, Any],
+    interface: dict[str, Any] | None = None,
+    source: str = "config.json",
 ) -> tuple[envs.Env, Any]:
-    """The environments and the Algo of `algos/<name>.py` for the config.json values of a run.
+    """The environments and the Algo of `algos/<name>.py` for the configuration in `source`.
 
-    With the `interface` of a policy they are a `stand_in`, and the task is not loaded.
+    With the `interface` of a policy they are a `stand_in`, and the task is not loaded. ValueError
+    if there is no such algorithm, or a value is damaged.
     """
+    if name not in cli.ALGOS:
+        raise ValueError(f"{source} is of the algorithm {name}: {cli.nearest(name, cli.ALGOS)}")
     module = importlib.import_module(f"algos.{name}")
     # Ignore fields that a later version removed: arrays that do not fit are refused on loading.
-    config = rundir.from_json(module.Config, values, extra="ignore")
+    config = rundir.from_json(module.Config, values, source, extra="ignore")
     env = stand_in(config, interface) if interface else module.make_env(config)
     return env, module.build(config, env)
 
@@ -121,7 +127,8 @@ def read_policy(path: str | Path) -> tuple[envs.Env, Any, Any]:
     path = rundir.expanded(path)
     about = describe_policy(path)
     # A file without a format has no interface, so its task is loaded.
-    env, algo = load_algo(about["algo"], about["config"], about if "format" in about else None)
+    interface = about if "format" in about else None
+    env, algo = load_algo(about["algo"], about["config"], interface, str(path))
     template = jax.eval_shape(lambda key: algo.policy_of(algo.init(key)), jax.random.key(0))
     policy = rundir.load_tree(path, template)[0]
     if not all(np.isfinite(x).all() for x in jax.tree.leaves(policy)):
@@ -148,7 +155,7 @@ def load_policy(path: Path | str) -> Callable:
     a key, sampled with one. The observation statistics are inside. It raises ValueError, in one
     line, for observations or a key that it cannot take.
     """
-    env, algo, policy = read_policy(rundir.expanded(path))
+    env, algo, policy = read_policy(path)
     play = jax.jit(act_of(env, algo, policy))
     wanted = interface_of(env)["obs"]
 

@@ -239,14 +239,16 @@ def trace(program: Program, rows: Rows) -> Program:
     )
 
 
-def compile_ahead(traced: Program, rows: Rows) -> Program:
+def compile_ahead(traced: Program) -> Program:
     """All functions compiled, two at a time."""
     names = "train", "play", "init", "begin"  # the slow ones first
     lowered = {name: getattr(traced, name).lower() for name in names}
     compile_one = lambda name: lowered[name].compile(compiler_options=compiler_options(name))
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        compiled = pool.map(compile_one, names)
-    return traced._replace(**dict(zip(names, compiled, strict=True)))
+    pool = concurrent.futures.ThreadPoolExecutor(2)
+    try:
+        return traced._replace(**dict(zip(names, pool.map(compile_one, names), strict=True)))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # ctrl-C does not wait for compilations
 
 
 def compiler_options(name: str) -> dict[str, Any]:

@@ -449,7 +449,7 @@ def plain(text: str) -> str:
 
 def summary(label: str, run: rundir.Run, index: np.ndarray) -> dict[str, Any]:
     """Final return of the rows `index` of a run, and what it cost."""
-    final = run.final[index].mean(-1)  # [n]
+    numbers = jax.tree.map(rundir.jsonable, final(run.final[index]))
     meta = rundir.read_json(run.path / "meta.json", num_devices=int, device=str)
     seconds = run.done["seconds"] if run.done else {"train": run.seconds[-1], "compile": np.nan}
     return {
@@ -458,10 +458,8 @@ def summary(label: str, run: rundir.Run, index: np.ndarray) -> dict[str, Any]:
         "env": envs.canonical(run.config["env"]),
         "finished": run.done is not None,
         "n": len(index),
-        "alive": int(np.isfinite(final).sum()),
-        "iqm": rundir.jsonable(iqm(final)),
-        "interval": rundir.jsonable(iqm_interval(final)),
-        "per_seed": rundir.jsonable(final),
+        "alive": sum(x is not None for x in numbers["per_seed"]),
+        **numbers,
         "episodes": run.final.shape[1],
         "steps": int(run.steps[-1]),
         "train_seconds": rundir.jsonable(seconds["train"]),

@@ -371,9 +371,12 @@ def further_of(evals: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def from_json(
-    config_type: type, values: dict[str, Any], extra: Literal["forbid", "ignore"] = "forbid"
+    config_type: type,
+    values: dict[str, Any],
+    source: str = "config.json",
+    extra: Literal["forbid", "ignore"] = "forbid",
 ) -> Any:
-    """A config dataclass from its JSON; ValueError if a field has a wrong type.
+    """A config dataclass from its JSON in the file `source`; ValueError if a field is damaged.
 
     `extra` says what happens to fields that the dataclass, or one inside it, does not have.
     """
@@ -385,10 +388,10 @@ def from_json(
     unknown = [name for name, x in problems if x["type"] == "unexpected_keyword_argument"]
     if unknown:
         raise ValueError(
-            f"config.json was written by another version, which had {', '.join(sorted(unknown))}"
+            f"{source} was written by another version, which had {', '.join(sorted(unknown))}"
         )
     name, problem = problems[0]
-    raise ValueError(f"config.json: {name}={problem['input']!r}: {problem['msg']}")
+    raise ValueError(f"{source}: {name}={problem['input']!r}: {problem['msg']}")
 
 
 # --- writing and resuming a run ---
@@ -409,9 +412,16 @@ def write_final(run_dir: Path, final: dict[str, np.ndarray]) -> None:
 
 
 def rewind(run_dir: Path, num_rows: int, step: int, write: bool) -> dict[str, list]:
-    """The evaluations up to `step`; if `write`, the files of the run keep none after it."""
+    """The evaluations up to `step`; if `write`, the files of the run keep none after it.
+
+    Nor do they keep the metrics of its last episodes, `final/...`, which it will play again.
+    """
     path = run_dir / "metrics.jsonl"
-    kept = [line for line, record in records_of(path) if float(record["global_step"]) <= step]
+    kept = [
+        line
+        for line, record in records_of(path)
+        if float(record["global_step"]) <= step and "final/episodic_return" not in record
+    ]
     evals = evals_until(run_dir / "eval.npz", num_rows, step)
     if write:
         write_text(path, "".join(kept))

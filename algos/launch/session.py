@@ -21,7 +21,6 @@ import sys
 import threading
 import time
 import warnings
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -149,6 +148,7 @@ class Session:
         self.speed = 0.0  # steps per second of all rows, in the last interval
         self.dead = np.zeros(len(rows.seeds), bool)
         self.restored: Any = None
+        self.compiled = False
         self.stop = False
         self.told_of_nan = False
         self.started = time.time()
@@ -199,13 +199,16 @@ class Session:
                 rundir.check_data(self.run_dir, digests)
             self.restore()
         if self.lead:
-            self.write_description(digests)
+            about = self.write_description(digests)
             # Without a checkpoint, drop everything logged before, step 0 included.
             step = -1 if self.restored is None else self.step
-            self.log.open(self.run_dir, self.name, self.config, self.launch, self.rows, step)
+            self.log.open(self.run_dir, about, self.launch, self.rows, step)
 
-    def write_description(self, digests: list[str]) -> None:
-        """config.json, from which the launch can be run again, and meta.json with its history."""
+    def write_description(self, digests: list[str]) -> dict[str, Any]:
+        """config.json, from which the launch can be run again, and meta.json with its history.
+
+        Returns config.json, the run's id and what this launch is made with.
+        """
         description = {
             "algo": self.name,
             "config": dataclasses.asdict(self.config),
@@ -213,13 +216,15 @@ class Session:
             "rows": {"seeds": self.rows.seeds.tolist(), "labels": self.rows.labels},
         }
         rundir.write_json(self.run_dir / "config.json", description)
-        meta = logs.surroundings() | {"data": digests}
-        meta["num_devices"] = len(self.devices()) * jax.process_count()
-        path = self.run_dir / "meta.json"
+        made_with = logs.surroundings() | {"data": digests}
+        made_with["num_devices"] = len(self.devices()) * jax.process_count()
+        path, meta = self.run_dir / "meta.json", made_with
         if self.launch.resume and path.exists():
             first = rundir.read_json(path)
-            meta = first | {"resumed": [*first.get("resumed", []), meta]}
-        rundir.write_json(path, {"id": secrets.token_hex(6)} | meta)  # a resumed run keeps its own
+            meta = first | {"resumed": [*first.get("resumed", []), made_with]}
+        meta = {"id": secrets.token_hex(6)} | meta  # a resumed run keeps its own
+        rundir.write_json(path, meta)
+        return description | made_with | {"id": meta["id"]}
 
     def restore(self) -> None:
         """Read the last checkpoint and forget what was logged after it."""
@@ -246,10 +251,8 @@ class Session:
         self.update, self.seconds = meta["update"], meta["seconds"]
         self.started -= self.seconds.pop("wall")
         self.dead = np.array(meta["dead"])
-        # Older checkpoints have no interval: they were saved at its end.
-        interval = meta.get("interval", {"update": self.update, "train": self.seconds["train"]})
-        totals = {k: np.array(v) for k, v in interval.get("totals", {}).items()}
-        self.interval = interval | {"totals": totals}
+        totals = {k: np.array(v) for k, v in meta["interval"]["totals"].items()}
+        self.interval = meta["interval"] | {"totals": totals}
         if self.dead.all() and done.exists():
             raise ValueError(f"{self.run_dir} is complete: every seed died")
         # Without done.json the run stopped after its last update: `finish` is still to do.
@@ -306,8 +309,8 @@ class Session:
             taken = [x for x in numbers if signal.getsignal(x) != signal.SIG_IGN]
             handlers = {x: signal.signal(x, self.on_signal) for x in taken}
         try:
-            state, complete = self.train(self.compile())
-            complete = complete and self.finish(state)
+            state, trained = self.train(self.compile())
+            complete = trained and self.finish(state)
             if not complete:
                 self.save(state)
                 self.log.say(f"stopped and saved; {self.advice}", 0)
@@ -345,11 +348,12 @@ class Session:
         with self.log.waiting("tracing"):
             traced = trace(self.program, rows)
         with self.log.waiting("compiling"):
-            self.program = compile_ahead(traced, rows)
+            self.program = compile_ahead(traced)
             check_memory(self.program, len(self.devices()))
             state = jax.block_until_ready(self.program.init(*inputs(rows)))
         self.log.say(memory_text(self.program, state))
         self.seconds["compile"] += time.time() - start
+        self.compiled = True
         if self.restored is None:
             return state
         restored, self.restored = self.restored, None
@@ -362,9 +366,9 @@ class Session:
         """
         num_updates = self.config.num_updates
         count = min(self.launch.num_evals, num_updates)
-        points = {round(i * num_updates / count): i for i in range(count + 1)}
+        points = [(i, round(i * num_updates / count)) for i in range(count + 1)]
         done = self.evals["steps"][-1] // self.config.steps_per_update if self.evals else -1
-        return [(i, p) for p, i in points.items() if p > done and p >= self.update]
+        return [(i, point) for i, point in points if point > done and point >= self.update]
 
     def train_until(self, point: int, state: Any) -> Any:
         """Train in slices of about SLICE_SECONDS until `point` updates are done, then log."""
@@ -450,17 +454,14 @@ class Session:
             return False
         for key, value in {"steps": self.step, "seconds": self.seconds["train"], **played}.items():
             self.evals.setdefault(key, []).append(value)
-        returns = played["returns"].mean(1)
-        metrics = {"episodic_return": returns, "episodic_length": played["lengths"].mean(1)}
-        others = rundir.further_of(played).items()
-        metrics |= {f"{name}_return": x.mean(1) for name, x in others}
-        self.write({f"eval/{name}": x for name, x in metrics.items()})
+        self.write(evaluation_metrics("eval", played))
         if self.lead:
             rundir.write_evals(self.run_dir, self.evals)
         spent = self.seconds["train"] + self.seconds["eval"]
         left = spent * (self.config.num_updates / self.update - 1) if self.update else None
         total = self.config.num_updates * self.config.steps_per_update
         labels = np.array(self.rows.labels)
+        returns = played["returns"].mean(1)
         shown = {x: returns[labels == x] for x in dict.fromkeys(self.rows.labels)}
         self.log.evaluation(self.step, total, shown, self.speed, left)
         return True
@@ -546,41 +547,42 @@ class Session:
         title = f"{self.name} on {self.config.env}"
         report.plot_curves(lines, curve, title, xs=("steps", "seconds"))
         results = report.results(run)
-        for result in results:
-            shown = partial(report.number, digits=report.decimals(result["iqm"]))
-            alive = sum(x is not None for x in result["per_seed"])
-            line = f"{result['label'] or 'final greedy return'}: IQM {shown(result['iqm'])}"
-            if None not in result["interval"]:  # as of a single seed
-                ends = "[{}, {}]".format(*map(shown, result["interval"]))
-                line += f", {report.interval_name(alive)} {ends}"
-            self.log.say(line)
-            self.log.say(
-                f"  worst seed: {shown(report.worst(result['per_seed']))}; seeds alive: {alive} of "
-                f"{result['n']}; episodes of each: {run.final.shape[1]}"
-            )
+        self.log.results(results, run.final.shape[1])
         seconds = self.times()
         done: dict[str, Any] = {"steps": int(run.steps[-1]), "alive": int((~self.dead).sum())}
         done |= {"episodes": run.final.shape[1], "results": results, "seconds": seconds}
+        self.write(evaluation_metrics("final", final))
         rundir.write_json(self.run_dir / "done.json", done)
         times = ", ".join(f"{k} {v:.1f}" for k, v in seconds.items())
         self.log.say(f"seconds: {times}\ncurve: {curve}")
+        self.log.attach(self.run_dir, [curve, *sorted(self.run_dir.glob("policy_s*.npz"))])
         if self.launch.render and not self.stop:
             self.stop = True  # nothing is left to save: ctrl-C ends the drawing at once
             render.render_run(self.run_dir, self.log.say)
-        self.log.attach(self.run_dir)
+            self.log.attach(self.run_dir, render.files(self.run_dir))
         return True
 
     def on_signal(self, number, frame) -> None:
         """First signal: stop after the slice. A further ctrl-C: at once, losing what is not saved.
 
-        The others may come twice: shell and kernel both report that a terminal was closed.
+        The others may come twice: shell and kernel both report that a terminal was closed. Before
+        training there is nothing to save, so one process stops at once.
         """
-        if self.stop and number == signal.SIGINT:
+        early = not self.compiled and jax.process_count() == 1
+        if early or (self.stop and number == signal.SIGINT):
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a third one kills, even inside XLA
             raise KeyboardInterrupt
         if not self.stop:
             self.stop = True
             self.log.say("stopping after this slice; ctrl-C again to stop at once", 0)
+
+
+def evaluation_metrics(group: str, played: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Metrics [R] of an evaluation: means of its returns and lengths [R, K]."""
+    means = {name: x.mean(1) for name, x in played.items()}
+    metrics = {"episodic_return": means["returns"], "episodic_length": means["lengths"]}
+    metrics |= {f"{name}_return": x for name, x in rundir.further_of(means).items()}
+    return {f"{group}/{name}": x for name, x in metrics.items()}
 
 
 def default_run_dir(name: str, config: Any, launch: Launch) -> str:
