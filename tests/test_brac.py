@@ -368,7 +368,7 @@ def test_rows_of_a_program_have_clones_and_share_a_dataset(clones):
     [
         ({"behavior": "nowhere"}, [3], "nowhere is not a run directory"),
         ({}, [3, 5], r"has no seed 5 but \[3, 4\]: clone the same seeds"),
-        ({"hidden": (16,)}, [3], r"has hidden=\(8,\), the policy \(16,\): make them equal"),
+        ({"hidden": (16,)}, [3], r"has hidden=\[8\], the policy \[16\]: make them equal"),
         ({"env": "pendulum"}, [3], "is of bc on tiny:balance: give a run of bc on"),
     ],
 )

@@ -304,17 +304,18 @@ def load_clones(run_dir: str, env: envs.Env, hidden: tuple[int, ...], seeds: Ite
     """
     folder = rundir.expanded(run_dir)
     saved = rundir.read_description(folder)
-    task, layers = saved["config"]["env"], tuple(saved["config"].get("hidden", ()))
+    task, layers = saved["config"]["env"], saved["config"].get("hidden")
     if saved["algo"] != "bc" or envs.canonical(task) != envs.canonical(env.name):
         raise ValueError(
             f"behavior={run_dir} is of {saved['algo']} on {task}: give a run of bc on {env.name}"
         )
-    if layers != hidden:
+    if layers != [*hidden]:
         raise ValueError(
-            f"behavior={run_dir} has hidden={layers}, the policy {hidden}: make them equal"
+            f"behavior={run_dir} has hidden={layers}, the policy {[*hidden]}: make them equal"
         )
-    row_of = {seed: row for row, seed in enumerate(saved["rows"]["seeds"])}
-    if len(row_of) < len(saved["rows"]["seeds"]):
+    of_rows = saved["rows"].get("seeds", [])
+    row_of = {seed: row for row, seed in enumerate(of_rows)}
+    if len(row_of) < len(of_rows):
         raise ValueError(
             f"behavior={run_dir} has several policies of each seed, for it is a sweep: give a run "
             "of bc with one value"
