@@ -179,6 +179,9 @@ def test_small_differences_have_their_decimals(tmp_path, capsys):
     ]
     head, cells = report.difference_table(rows)
     assert head[-1] == "difference of the IQMs [95 % interval]"
+    for count, rough in ((5, False), (4, True)):
+        rows[0]["n"] = [8, count]
+        assert ("rough with 4 seeds" in report.difference_table(rows)[0][-1]) == rough
     assert [x[3] for x in cells] == ["-0.03 [-0.04, 0.00]", "0.0 [-10.0, 10.0]", "- [-, -]"]
 
 

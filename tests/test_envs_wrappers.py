@@ -463,6 +463,10 @@ def spoiled(**changes):
             {"reset": lambda key: jnp.zeros(1)},
             r"what reset returns is float32\[1\], and \(obs, state",
         ),
+        (
+            {"step": lambda key, state, action: (jnp.zeros(3), state, 0.0, False)},
+            r"what step returns is \(.*\), and \(obs, state, reward, terminated, info\)",
+        ),
     ],
 )
 def test_a_users_environment_is_checked_when_it_is_loaded(monkeypatch, changes, message):

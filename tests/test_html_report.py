@@ -226,6 +226,8 @@ def test_a_charts_line_is_the_median_of_the_seeds_with_a_value():
     assert (line.get_color(), line.get_linestyle()) == ("red", "--")
     assert {tuple(x) for x in band.get_paths()[0].vertices} == {(0, 1), (0, 9), (10, 4), (10, 6)}
     assert axis.get_yscale() == "linear"
+    statistics.draw_metric(axis, [(("red", "-"), steps, values**3 - 1.0)])  # from 0 on
+    assert axis.get_yscale() == "linear"
     statistics.draw_metric(axis, [(("red", "-"), steps, values**3)])
     assert axis.get_yscale() == "log"
 

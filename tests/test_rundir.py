@@ -127,6 +127,23 @@ def test_returns_are_shown_with_two_decimals_below_ten():
     assert report.estimate(None, (None, None)) == "- [-, -]"
 
 
+def test_the_digest_of_a_tree_is_of_names_types_and_shapes_too():
+    bytes_alike = [
+        {"a": np.zeros(4, np.float32)},
+        {"b": np.zeros(4, np.float32)},
+        {"a": np.zeros(4, np.int32)},
+        {"a": np.zeros((2, 2), np.float32)},
+    ]
+    assert len({rundir.digest(tree) for tree in bytes_alike}) == 4
+    assert rundir.digest(bytes_alike[0]) == rundir.digest({"a": np.zeros(4, np.float32)})
+
+
+def test_metrics_that_are_not_finite_are_absent(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"global_step": 1, "a": [null, Infinity, 2]}\n')
+    values = rundir.read_metrics(tmp_path, 3)["a"][1]
+    np.testing.assert_array_equal(values, [[np.nan, np.nan, 2.0]])
+
+
 def test_a_damaged_description_is_named(tmp_path):
     (tmp_path / "meta.json").touch()
     with pytest.raises(ValueError, match=r"meta.json is damaged"):
