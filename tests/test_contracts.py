@@ -468,7 +468,9 @@ def test_command_line_end_to_end(lab, trained, tmp_path, signals):
     with open(run_dir / "metrics.jsonl") as file:
         lines = [json.loads(line) for line in file]
     assert [line["global_step"] for line in lines] == [0, 96, 96, 192, 192, 192]
-    assert all(f"eval/{policy}_return" in lines[-1] for policy in others)
+    for policy in others:
+        assert f"eval/{policy}_return" in lines[-2]
+        assert f"final/{policy}_return" in lines[-1]
     check_means(lines[1], arrays(lab.train(lab.start(), 3)[1]), 3)
 
     env = lab.module.make_env(lab.config)
