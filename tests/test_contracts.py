@@ -398,6 +398,14 @@ def test_a_policy_is_the_same_whatever_is_swept(lab, trained):
             assert_same(*({"action": act(*args)} for act in acts))
 
 
+def test_a_policy_draws_its_actions_unless_it_is_greedy(lab, trained):
+    algo = build(lab.name, lab.config)
+    policy, obs = algo.policy_of(row(trained[0], 0)), jnp.full((64, 4), 0.1)
+    act = lambda greedy: np.unique(algo.act(policy, obs, jax.random.key(0), greedy), axis=0)
+    assert len(act(False)) > 1
+    assert lab.name in RANDOM or len(act(True)) == 1
+
+
 # --- the file as a program ---
 
 

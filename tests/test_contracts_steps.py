@@ -56,6 +56,21 @@ def test_the_first_gradient_is_as_long_as_the_clip(name):
     assert optax.global_norm(moment) == pytest.approx(1e-4, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", ["ppo", "bpo"])
+def test_the_first_moments_are_those_of_the_weighted_value_loss(name):
+    """A critic of 0 whose targets are 1, the reward: its last bias has a gradient of -2 vf_coef."""
+    plain = {"symlog_targets": False} if name == "bpo" else {}
+    changes = {"gamma": 0.0, "max_grad_norm": 1e6, "vf_coef": 0.3, "normalize_reward": False}
+    algo = tiny.build(name, config_of(name, **changes, **plain))
+    state = jax.jit(algo.init)(jax.random.key(0))
+    zero = jax.tree.map(jnp.zeros_like, state.params["critic"])
+    after, _ = jax.jit(algo.update)(state._replace(params=state.params | {"critic": zero}))
+    adam = after.opt_state["critic"][1]
+    mean, square = (x["params"]["Dense_0"]["bias"] for x in (adam.mu, adam.nu))
+    np.testing.assert_allclose(mean, 0.1 * -2.0 * 0.3, rtol=1e-5)
+    np.testing.assert_allclose(square, 0.001 * (2.0 * 0.3) ** 2, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", [x for x in tiny.ALGOS if x not in ("bcq", "brac", "bc")])
 def test_a_policy_reads_observations_by_its_statistics(name):
     """Where they have another mean, equally shifted observations get the same actions."""
