@@ -5,6 +5,7 @@ import json
 import math
 
 import pytest
+import tiny
 
 from algos import bnpo, common
 from algos.bnpo import DDPG_BRAIN, PPO_BRAIN
@@ -131,3 +132,11 @@ def test_minibatches_of_the_published_settings(preset, recalc_delay, optim_epoch
     of_a_round = (1 + recalc_delay * optim_epochs) / (recalc_delay + 1)
     expected = learning_repeat // optim_epochs * of_a_round
     assert config.brains[-1].turn_minibatches == pytest.approx(expected, rel=0.01)
+
+
+def test_a_brain_samples_from_one_episode_at_least():
+    """An episode has 32 steps here."""
+    config = tiny.config_of("bnpo")
+    sizes = {1: 1, 31: 1, 64: 2, 95: 2}
+    brains = {size: dataclasses.replace(config.brains[0], buffer_size=size) for size in sizes}
+    assert {size: config.window(brain) for size, brain in brains.items()} == sizes

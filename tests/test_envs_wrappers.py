@@ -451,6 +451,7 @@ def spoiled(**changes):
         ),
         ({"obs_shape": 3}, r"obs_shape is 3"),
         ({"privileged_size": 3}, r"privileged_size is 3, and an integer from 0 to 2"),
+        ({"privileged_size": -1}, r"privileged_size is -1, and an integer from 0 to 2"),
         ({"action_range": (-1, 1)}, r"action_range is .*, and None or numbers \[2, 1\]"),
         ({"discrete": None}, r"discrete is None, and True or False"),
         ({"step": None}, r"step is None, and a function"),
