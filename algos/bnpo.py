@@ -668,14 +668,19 @@ def build(config: Config, env: envs.Env) -> common.Algo:
                 log_prob = jnp.where(rows.relabel[:, None], new_log_prob, log_prob)
             return Batch(step, log_prob, nstep_targets(state, rows, traj, key))
 
-        def loss_fn(params, state, batch):
+        def judge(params, state, batch):
+            """Value [B, m] of the actor's policy, and its log-ratio [B] to the denominator."""
             step = batch.step
             policy = actor.apply(params["actor"], step.obs, state.noise)
             fixed_std = policy._replace(log_std=jax.lax.stop_gradient(policy.log_std))
             fixed_critic = jax.lax.stop_gradient(params["critic"])
             q = critic.apply(fixed_critic, step.obs, fixed_std if brain.mean_only else policy)
             log_ratio = log_prob_of(policy, step.action) - batch.log_prob
-            log_ratio = log_ratio.mean(-1) if config.ratio_reduce == "mean" else log_ratio.sum(-1)
+            return q, log_ratio.mean(-1) if config.ratio_reduce == "mean" else log_ratio.sum(-1)
+
+        def loss_fn(params, state, batch):
+            step = batch.step
+            q, log_ratio = judge(params, state, batch)
             ratio = ratio_of(log_ratio)
             pg_loss = policy_loss(brain, q, ratio, batch.target)
             value = critic.apply(params["critic"], step.obs, step.policy, step.action)
@@ -706,7 +711,15 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             aux |= {f"{name}_grad_norm": optax.global_norm(grads[name]) for name in grads}
             if not brain.natural_gradient:
                 return descend(state, grads), aux
-            loss_at = lambda x: loss_fn(state.params | {"actor": x}, state, batch)[1]["policy_loss"]
+            q, log_ratio = judge(state.params, state, batch)
+
+            def loss_at(x):
+                # PPO's baseline and DDPG's ratio have no gradient: they stay the old actor's.
+                new_q, new_log_ratio = judge(state.params | {"actor": x}, state, batch)
+                if brain.rule == "ppo":
+                    return policy_loss(brain, q, ratio_of(new_log_ratio), batch.target)
+                return policy_loss(brain, new_q, ratio_of(log_ratio), batch.target)
+
             policy_at = lambda x: actor.apply(x, batch.step.obs, state.noise)
             new = natural_step(loss_at, policy_at, state.params["actor"], grads["actor"])
             state = descend(state, {"critic": grads["critic"]})

@@ -1,11 +1,14 @@
 """The natural gradient of BNPO: Fisher products, conjugate gradients, the line search."""
 
+import dataclasses
 import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+import tiny
 from tiny import assert_allclose
 
 from algos import bnpo
@@ -125,3 +128,38 @@ def test_natural_step_does_not_depend_on_the_parametrisation():
         outcomes.append([new.mean - old.mean, new.log_std - old.log_std])
     for x, y in zip(*outcomes, strict=True):
         assert_allclose(x, y, rtol=0.05, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("rule", "slope"),
+    [("ppo", 1e3), ("ppo", -1e3), ("weighted_ddpg", 1e-3), ("weighted_ddpg", -1e-3)],
+)
+def test_the_line_search_moves_only_what_has_a_gradient(rule, slope):
+    """A steep critic does not refuse PPO's step, nor do large ratios one of a flat critic.
+
+    The value is `slope` times the sum of the means, which are 0 at first.
+    """
+    first = tiny.config_of("bnpo").brains[0]
+    brain = dataclasses.replace(first, rule=rule, natural_gradient=True, turn_minibatches=1.0)
+    config = tiny.config_of("bnpo", brains=(brain,), hidden=(), critic_lr=0.0)
+    algo = tiny.build("bnpo", config)
+    state = algo.init(jax.random.key(0))
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    layers = zeros["critic"]["params"]
+    size, actions = state.obs.shape[-1], state.replay.action.shape[-1]
+    layers["Dense_1"]["kernel"] = layers["Dense_1"]["kernel"].at[:actions].set(slope / size)
+    layers["Dense_2"]["kernel"] = layers["Dense_2"]["kernel"].at[size:].set(1.0)
+    state = state._replace(
+        params=zeros, target_params=state.target_params | {"critic": zeros["critic"]}
+    )
+    update = jax.jit(algo.update)
+    state = update(state)[0]._replace(
+        target_params=jax.tree.map(jnp.zeros_like, state.target_params)
+    )
+    new, metrics = update(state)
+    assert metrics["brain0/count"] == 1.0
+    no_noise = jax.tree.map(jnp.zeros_like, state.noise)
+    actor = bnpo.Actor(config, actions)
+    old, new = (actor.apply(x.params["actor"], state.obs, no_noise) for x in (state, new))
+    assert_allclose(old.mean, 0.0, atol=0.0)
+    assert bnpo.kl_divergence(old, new).mean() > 1e-5

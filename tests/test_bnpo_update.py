@@ -234,25 +234,20 @@ def actor_loss(config, k, actor_params, params, noise, relabel, target, batch):
     """Loss of brain k, and the log-ratios of its rows."""
     brain, (policy_of, q_of) = config.brains[k], networks(config)
     inputs, action, behaviour = batch
-    policy, old = policy_of(actor_params, inputs, noise), behaviour.log_prob(action)
+    policy, start = (policy_of(x, inputs, noise) for x in (actor_params, params["actor"]))
+    old = behaviour.log_prob(action)
     if config.ratio_denominator == "relabelled":
-        start = policy_of(params["actor"], inputs, noise).log_prob(action)
-        old = jnp.where(relabel, start, old)
-    log_ratio = (policy.log_prob(action) - old) / (2 if config.ratio_reduce == "mean" else 1)
+        old = jnp.where(relabel, start.log_prob(action), old)
+    # PPO moves the ratio, DDPG the value; the other one is that of the actor before the step.
+    moved, valued = (policy, start) if brain.rule == "ppo" else (start, policy)
+    log_ratio = (moved.log_prob(action) - old) / (2 if config.ratio_reduce == "mean" else 1)
     if brain.mean_only:
-        held = policy._replace(log_std=jax.lax.stop_gradient(policy.log_std))
-        q = q_of(params["critic"], inputs, held)
-    else:
-        q = q_of(params["critic"], inputs, policy)
+        valued = valued._replace(log_std=jax.lax.stop_gradient(valued.log_std))
+    q = q_of(params["critic"], inputs, valued)
     x, eps = jnp.minimum(jnp.exp(log_ratio), 100.0), brain.clip_eps
-    surrogate = lambda gain, x: jnp.minimum(x * gain, jnp.clip(x, 1 - eps, 1 + eps) * gain)
-    if brain.rule == "ppo":
-        gain = surrogate(jax.lax.stop_gradient((target - q).sum(-1)), x)
-    elif brain.rule == "ddpg":
-        gain = (q - target).sum(-1)
-    else:
-        gain = surrogate((q - target).sum(-1), jax.lax.stop_gradient(x))
-    return -gain.mean(), log_ratio
+    surrogate = lambda gain: jnp.minimum(x * gain, jnp.clip(x, 1 - eps, 1 + eps) * gain)
+    gain = (target - q if brain.rule == "ppo" else q - target).sum(-1)
+    return -(gain if brain.rule == "ddpg" else surrogate(gain)).mean(), log_ratio
 
 
 @cache
@@ -403,8 +398,10 @@ def test_one_brain_without_hindsight_is_ppo():
         assert_moments_follow(config, old, now, [grads])
 
 
-def test_a_natural_step_takes_the_place_of_adams():
-    config = frozen_config(brains=(replace(FROZEN_PPO, natural_gradient=True), FROZEN_DDPG))
+@pytest.mark.parametrize("rule", ["ppo", "weighted_ddpg"])
+def test_a_natural_step_takes_the_place_of_adams(rule):
+    brain = replace(FROZEN_PPO, rule=rule, natural_gradient=True)
+    config = frozen_config(brains=(brain, FROZEN_DDPG))
     state, new, _ = run(config)[0]
     rows = rows_of(config, 0, state, new)
     target, batch = reference(config, state, new, state.target_params, "actor0", rows)
