@@ -212,15 +212,13 @@ def make(
     it (`privileged_size` entries). Raises ValueError for an unknown name, option or value, and
     ImportError when an optional package is missing.
     """
-    if not isinstance(name, str):
-        raise ValueError(f"name={name!r}: a string is wanted, module:function for one of your own")
+    name = canonical(name)
     if not countable(num_envs):
         raise ValueError(f"num_envs={num_envs!r}: it should be an int from 1 to 2**31 - 1")
     if reset_mode is not None and reset_mode not in RESET_MODES:
         raise ValueError(f"reset_mode={reset_mode!r}: choose one of {', '.join(RESET_MODES)}")
     if max_steps is not None and not countable(max_steps):
         raise ValueError(f"max_steps={max_steps!r}: it should be an int from 1 to 2**31 - 1")
-    name = canonical(name)
     if name.startswith("atari/"):
         if max_steps is not None:
             raise ValueError(f"{name}: max_steps={max_steps} cannot be changed")
@@ -249,6 +247,8 @@ def cores() -> int:
 
 def canonical(name: str) -> str:
     """Full name: aliases resolved, options checked and sorted, defaults left out."""
+    if not isinstance(name, str):
+        raise ValueError(f"name={name!r}: a string is wanted, module:function for one of your own")
     if ":" in name:
         return name
     source, task, options = _parse(name)
@@ -317,7 +317,7 @@ def _factory(name: str) -> Callable:
         if all(part.isidentifier() for part in path.split(".")):
             function = getattr(importlib.import_module(path), attribute, None)
     except ModuleNotFoundError as error:
-        if error.name not in (path, path.split(".")[0]):
+        if not f"{path}.".startswith(f"{error.name}."):
             raise ImportError(f"{name}: {error}") from error
     if not callable(function):
         raise ValueError(
@@ -356,7 +356,7 @@ def _parse(name: str) -> tuple[str, str, dict[str, Any]]:
     source, _, task = ALIASES.get(base, base).partition("/")
     if task not in TASKS.get(source, ()):
         known = [*ALIASES, *(f"{source}/{task}" for source in TASKS for task in TASKS[source])]
-        own = base.isidentifier() and importlib.util.find_spec(base)
+        own = base in sys.modules or (base.isidentifier() and importlib.util.find_spec(base))
         hint = f" A function of your module is {base}:FUNCTION" if own else ""
         raise ValueError(
             f"unknown environment {name!r}; did you mean {_nearest(base, known)}?{hint}"

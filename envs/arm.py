@@ -75,7 +75,7 @@ class ArmState(NamedTuple):
 
 def make(task: str, engine: str | None = None) -> RawEnv:
     """Build "reacher-moving", or "reacher-static" whose target stays where it is."""
-    moving = task == "reacher-moving"
+    moving = {"reacher-moving": True, "reacher-static": False}[task]
     model = mujoco.MjModel.from_xml_string(MODEL)
     physics = engines.Physics(
         name=f"arm/{task}",

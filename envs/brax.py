@@ -39,7 +39,7 @@ MAX_STEPS = 1000  # Brax's default episode_length; its environments hold no limi
 
 # MJX runs the line search for its full count whether or not it has converged, and Brax leaves
 # MuJoCo's 50 in most models. These caps give nearly the same trajectories (docs/environments.md has
-# the agreement). They hold for C too, so that the engines agree.
+# the agreement). C stops when it has converged: it keeps the model's own number.
 LS_ITERATIONS = {
     "halfcheetah": 4,
     "hopper": 4,
@@ -96,9 +96,9 @@ def make(
         for option in SOLVER:
             setattr(model.opt, option, int(getattr(env.sys.opt, option)))
         model.opt.iterations = iterations or model.opt.iterations
-        model.opt.ls_iterations = (
-            ls_iterations or LS_ITERATIONS.get(task) or model.opt.ls_iterations
-        )
+        own = model.opt.ls_iterations
+        cap = own if engines.chosen(engine) == "c" else LS_ITERATIONS.get(task, own)
+        model.opt.ls_iterations = ls_iterations or cap
         simulation = engines.make(engine, physics_of(task, model, env._n_frames))
         replace_pipeline(env, model, simulation)
         frame, poses = lambda pipeline: simulation.frame(pipeline.simulation), simulation.poses

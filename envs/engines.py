@@ -60,10 +60,16 @@ class Engine(NamedTuple):
     poses: Callable  # frames (numpy leaves [T, ...]) -> qpos, mocap_pos, mocap_quat, each [T, ...]
 
 
+def chosen(engine: str | None) -> str:
+    """The name of the engine that runs; None: c on a CPU, else mjx. ValueError for other names."""
+    if engine not in (None, "c", "mjx", "warp"):
+        raise ValueError(f"engine={engine!r}: choose c, mjx or warp")
+    return engine or ("c" if jax.default_backend() == "cpu" else "mjx")
+
+
 def make(engine: str | None, physics: Physics) -> Engine:
-    """The engine of that name; None: c on a CPU, else mjx."""
-    device = jax.default_backend()
-    engine = engine or ("c" if device == "cpu" else "mjx")
+    """The engine of that name; None: the default, see `chosen`."""
+    device, engine = jax.default_backend(), chosen(engine)
     if engine == "c" and device != "cpu":
         raise ValueError(f"{physics.name}: engine=c needs a CPU, and this is a {device}: use mjx")
     if engine == "warp" and device != "gpu":

@@ -185,11 +185,17 @@ def check(raw: RawEnv, name: str) -> None:
     require(fine, "obs_shape", shape, f"a tuple of ints with the product {size}")
     fine = isinstance(raw.privileged_size, int) and 0 <= raw.privileged_size < size
     require(fine, "privileged_size", raw.privileged_size, f"an integer from 0 to {size - 1}")
-    fine = raw.action_range is None or np.shape(raw.action_range) == (2, raw.action_size)
-    require(fine, "action_range", raw.action_range, f"None or numbers [2, {raw.action_size}]")
+    fine = raw.action_range is None or ranges(raw.action_range, raw.action_size)
+    wanted = f"None or finite numbers [2, {raw.action_size}], the smaller ones first,"
+    require(fine, "action_range", raw.action_range, wanted)
     for field in ("reset", "step"):
         value = getattr(raw, field)
         require(callable(value), field, value, "a function")
+    for field in ("frame", "render"):
+        value = getattr(raw, field)
+        require(value is None or callable(value), field, value, "None or a function")
+    fine = raw.goals is None or isinstance(raw.goals, Goals)
+    require(fine, "goals", raw.goals, "None or envs.Goals")
 
     key = jax.eval_shape(lambda: jax.random.key(0))
     start = jax.eval_shape(arrays_of(raw.reset, "reset"), key)
@@ -227,6 +233,15 @@ def check(raw: RawEnv, name: str) -> None:
 def countable(x: Any) -> bool:
     """True for a positive integer that fits into 32 bits."""
     return isinstance(x, int) and not isinstance(x, bool) and 0 < x < 2**31
+
+
+def ranges(x: Any, size: int) -> bool:
+    """True for finite numbers [2, size], each of the first row below that of the second."""
+    try:
+        x = np.asarray(x, np.float64)
+    except (ValueError, TypeError):  # rows of different lengths, or no numbers
+        return False
+    return x.shape == (2, size) and bool(np.isfinite(x).all() and (x[0] < x[1]).all())
 
 
 def describe(tree: Any) -> str:

@@ -12,10 +12,11 @@ parameters. It measures:
   value     target critic at the first target actor beside Monte Carlo returns of that actor, summed
             over the parts of the reward; critic and actor beside their targets, on replayed steps
   circle    mean reward and share of paid steps, by the place of the target, in the same episodes
-  rewarded  share of replayed steps with a positive reward to learn from, before and after a shift
-            of the goal, and share of those that the task pays for as well
+  rewarded  shares of all replayed steps: with a positive reward to learn from, before and after a
+            shift of the goal; paid by the task; and both
   cosine    between the gradients of PPO's and of DDPG's rule for the weights of the mean, on the
-            same steps; and of each rule on two halves of the steps, which is 1 without noise
+            same steps, with the first brain's clip range; and of each rule on two halves of the
+            steps, which is 1 without noise
 
 Behind each number stands the 95 % bootstrap interval of its IQM over seeds.
 """
@@ -132,12 +133,15 @@ def make_diagnose(config: bnpo.Config, num_envs: int, num_rows: int) -> Callable
             (obs, env_state), (noise, key) = carry, x
             inputs = bnpo.normalize(state.obs_stats, obs)
             policy = actor.apply(targets["actor0"], inputs, no_noise)
-            obs, env_state, *_, info = env.step(key, env_state, policy.sample(noise))
+            obs, env_state, *_, info = long.step(key, env_state, policy.sample(noise))
             return (obs, env_state), (q_of(targets, inputs, policy), info["final_observation"])
 
+        # One episode holds all steps, whatever the task's own time limit.
+        limit = max(env.max_steps, T + TAIL)
+        long = envs.make(config.env, num_envs, stagger=False, max_steps=limit)
         noise = jax.random.normal(key_noise, (T + TAIL, num_envs, env.action_size))
         xs = noise, jax.random.split(key_env, T + TAIL)
-        q, arrived = jax.lax.scan(step, env.reset(key_reset), xs)[1]
+        q, arrived = jax.lax.scan(step, long.reset(key_reset), xs)[1]
         reward, paid = reward_at(arrived).sum(-1), reward_at(arrived, "env")[..., 0] > 0.0
         add = lambda later, reward: (reward + config.gamma * later,) * 2
         total = jax.lax.scan(add, jnp.zeros(num_envs), reward, reverse=True)[1][:T].ravel()
@@ -186,7 +190,8 @@ def make_diagnose(config: bnpo.Config, num_envs: int, num_rows: int) -> Callable
                 log_ratio = bnpo.log_prob_of(policy, action[part])
                 log_ratio -= bnpo.log_prob_of(old, action[part])
                 q = q_of(params, inputs[part], policy)
-                ratio = bnpo.ratio_of(log_ratio.mean(-1))
+                reduce = jnp.mean if config.ratio_reduce == "mean" else jnp.sum
+                ratio = bnpo.ratio_of(reduce(log_ratio, -1))
                 return bnpo.policy_loss(brain, q, ratio, target[part])
 
             weights = params["actor"]["params"]
@@ -194,7 +199,7 @@ def make_diagnose(config: bnpo.Config, num_envs: int, num_rows: int) -> Callable
             return jnp.concatenate([x.ravel() for x in jax.tree.leaves(jax.grad(loss)(weights))])
 
         every, first, second = slice(None), slice(num_rows // 2), slice(num_rows // 2, None)
-        ppo, ddpg = bnpo.PPO_BRAIN, bnpo.DDPG_BRAIN
+        ppo, ddpg = (dataclasses.replace(config.brains[0], rule=x) for x in ("ppo", "ddpg"))
         q = q_of(params, inputs, behaviour)
         difference = (q - q_of(targets, inputs, behaviour)).sum(-1)
         rewarded = own.reward[:, 0].sum(-1) > 0.0

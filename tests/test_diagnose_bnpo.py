@@ -111,6 +111,59 @@ def test_monte_carlo_and_circle(state):
         assert found[f"{name}, reward learned from"] == pytest.approx(2.0)
 
 
+def counting():
+    """`seek` with a time limit of 5 steps, whose reward is the number of the step."""
+    raw = tiny.seek()
+
+    def reset(key):
+        obs, state = raw.reset(key)
+        return obs.at[1].set(0.0), (state, jnp.float32(0.0))
+
+    def step(key, state, action):
+        obs, inner, reward, _, info = raw.step(key, state[0], action)
+        t = state[1] + 1.0
+        return obs.at[1].set(t), (inner, t), reward, False, info
+
+    def compute_reward(achieved, goal, kind):
+        return jnp.concatenate([achieved, 0.0 * goal], -1)
+
+    goals = raw.goals._replace(compute_reward=compute_reward)
+    return raw._replace(reset=reset, step=step, goals=goals, max_steps=5)
+
+
+def test_monte_carlo_stays_in_one_episode(state):
+    config = dataclasses.replace(CONFIG, env="test_diagnose_bnpo:counting")
+    found = measure(jax.jit(diagnose_bnpo.make_diagnose(config, NUM_ENVS, NUM_ROWS)), state)
+    reward = np.arange(1.0, config.num_steps + diagnose_bnpo.TAIL + 1.0)
+    returns = [reward[t:] @ config.gamma ** np.arange(len(reward) - t) for t in range(len(reward))]
+    expected = np.mean(returns[: config.num_steps])
+    assert found["value/Monte Carlo"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_ratio_is_reduced_as_in_the_run(state):
+    """Of 1.15 in each of two dimensions: their mean is within the clip range, their product not."""
+    same = jax.tree.map(lambda x: jnp.broadcast_to(x[:1, :1, :1], x.shape), state.replay)
+    inputs = bnpo.normalize(state.obs_stats, same.obs[0, 0, 0])
+    policy = bnpo.Actor(CONFIG, 2).apply(state.params["actor"], inputs, NO_NOISE)
+    # log pi(a) - log b(a) of the mean a is half the squared distance of the means, in stds.
+    moved = policy._replace(
+        mean=policy.mean + jnp.sqrt(2.0 * jnp.log(1.15)) * jnp.exp(policy.log_std)
+    )
+    wide = lambda x, like: jnp.broadcast_to(x, like.shape)
+    replay = same._replace(
+        policy=jax.tree.map(wide, moved, same.policy),
+        action=wide(policy.mean + 1e-3, same.action),
+        reward=jnp.full_like(same.reward, 1000.0),
+    )
+    state, found = state._replace(replay=replay), []
+    for reduce in ("mean", "sum"):
+        config = dataclasses.replace(CONFIG, ratio_reduce=reduce)
+        diagnose = jax.jit(diagnose_bnpo.make_diagnose(config, NUM_ENVS, NUM_ROWS))
+        found.append(measure(diagnose, state)["cosine/PPO, PPO"])
+    assert found[0] == pytest.approx(1.0, abs=1e-3)
+    assert np.isnan(found[1])  # the gradient is 0
+
+
 def test_monte_carlo_samples(diagnose, state):
     """Rewards change if only the std does."""
     found = []

@@ -137,6 +137,7 @@ def test_parity_with_brax(task, backend, engine):
     ours, source = ([x[finite] for x in y] for y in (result.outputs, result.rollout.outputs))
     errors = [np.abs(x - y) / (1 + np.abs(y)) for x, y in zip(ours[:2], source[:2], strict=True)]
     if engine == "c":
+        errors[0] = errors[0].max(-1)  # the quantiles are over steps
         # Brax stops the solver of ant and humanoid after one iteration, where the engines differ;
         # elsewhere float32 and float64 differ, most where a limit or contact is just touched
         tolerance = 2e-2 if task in ("ant", "humanoid") else 1e-4
@@ -154,7 +155,9 @@ def test_parity_with_brax(task, backend, engine):
 
 
 def test_the_line_search_cap_is_what_runs():
-    assert brax_model("hopper").opt.ls_iterations == brax.LS_ITERATIONS["hopper"] == 4
+    """On MJX; C stops by itself, and keeps the model's own number."""
+    assert brax_model("hopper", engine="mjx").opt.ls_iterations == brax.LS_ITERATIONS["hopper"] == 4
+    assert brax_model("hopper").opt.ls_iterations == 50
 
 
 def brax_model(task, **options):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import envs
-from envs import engines, gym, wrappers
+from envs import arm, engines, gym, wrappers
 
 pytestmark = pytest.mark.xdist_group("gym")
 
@@ -314,6 +314,8 @@ def test_a_model_that_mjx_cannot_run():
 def test_warp_needs_a_gpu():
     with pytest.raises(ValueError, match="engine=warp needs an NVIDIA GPU, and this is a cpu"):
         envs.make("Hopper-v5?engine=warp", 1)
+    with pytest.raises(ValueError, match="engine='MJX': choose c, mjx or warp"):
+        arm.make("reacher-static", "MJX")
 
 
 def test_warp_that_is_missing_is_said_in_one_line(monkeypatch):

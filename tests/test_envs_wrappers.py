@@ -367,6 +367,8 @@ def test_a_users_factory_gets_the_whole_stack(user_module):
         (":factory", "no such function"),
         ("user_module:nothing?max_steps=5", "a function of your own takes no options"),
         (len, "a string is wanted, module:function for one of your own"),
+        ("envs.nothing.more:factory", "no such function"),
+        ("__main__", "A function of your module is __main__:FUNCTION"),
         ("..user_module:factory", "no such function"),
         ("user_module:__name__", "no such function"),
         ("user_module:number", "must return envs.RawEnv"),
@@ -452,7 +454,18 @@ def spoiled(**changes):
         ({"obs_shape": 3}, r"obs_shape is 3"),
         ({"privileged_size": 3}, r"privileged_size is 3, and an integer from 0 to 2"),
         ({"privileged_size": -1}, r"privileged_size is -1, and an integer from 0 to 2"),
-        ({"action_range": (-1, 1)}, r"action_range is .*, and None or numbers \[2, 1\]"),
+        *(
+            ({"action_range": x}, r"action_range is .*, and None or finite numbers \[2, 1\], the")
+            for x in (
+                (-1, 1),
+                [[0.0], [1.0, 2.0]],
+                [["a"], ["b"]],
+                [[1.0], [-1.0]],
+                [[0], [np.inf]],
+            )
+        ),
+        ({"render": 4}, "render is 4, and None or a function"),
+        ({"goals": ()}, r"goals is \(\), and None or envs.Goals"),
         ({"discrete": None}, r"discrete is None, and True or False"),
         ({"step": None}, r"step is None, and a function"),
         ({"reward": lambda x: jnp.complex64(x)}, r"the reward is complex64\[\], and a number"),
