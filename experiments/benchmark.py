@@ -235,7 +235,8 @@ def serve(work: str, env: str, num_seeds: int, num_updates: int, changes: dict[s
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; one line and exit status 2 for what cannot be measured."""
     parser = cli.Parser(__doc__)
-    parser.add_argument("--envs", nargs="+", default=[], help="tasks")
+    tasks = "cartpole", "hopper", "ant"
+    parser.add_argument("--envs", nargs="+", default=tasks, help="tasks")
     parser.add_argument("--algos", nargs="+", default=("ppo", "bpo"), help="online algorithms")
     parser.add_argument("--presets", nargs="+", default=[], help="on top of the task's own")
     parser.add_argument(
@@ -292,8 +293,7 @@ def cases(args: argparse.Namespace):
             except (RuntimeError, OSError) as error:
                 yield contest._asdict() | {"error": str(error)}
         return
-    tasks = args.envs or ("cartpole", "hopper", "ant")
-    for algo, env, num_seeds in itertools.product(args.algos, tasks, args.seeds):
+    for algo, env, num_seeds in itertools.product(args.algos, args.envs, args.seeds):
         print(f"{algo} on {env}, {num_seeds} seeds", file=sys.stderr)
         case = {"algo": algo, "env": env, "presets": args.presets, "num_seeds": num_seeds}
         yield in_own_process(case, args.budget, args.limit)

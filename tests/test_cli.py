@@ -339,8 +339,23 @@ def test_a_run_is_never_overwritten(whole):
     before = content(whole[0])
     status, said = run(*FLAGS, "--verbose", "0", "--run-dir", str(whole[0]))
     assert (status, said.count("\n")) == (2, 1)
-    assert "already holds a run" in said
+    assert "already holds a run (checkpoints): --resume it or choose" in said
     assert content(whole[0]) == before
+
+
+def test_a_run_without_a_checkpoint_is_not_overwritten_either(tmp_path):
+    (tmp_path / "config.json").write_text("mine")
+    _, said = run(*FLAGS, "--verbose", "0", "--run-dir", str(tmp_path))
+    assert "(config.json): --resume it, which starts again, as it has no checkpoint, or" in said
+
+
+def test_a_field_with_the_name_of_a_flag_is_named():
+    @dataclasses.dataclass(frozen=True)
+    class Own(ppo.Config):
+        seed: int = 0  # of the networks
+
+    with pytest.raises(ValueError, match=r"Config\.seed: the launcher has a flag of this name"):
+        cli.parse("ppo", Own, {}, [])
 
 
 def test_two_launches_never_share_a_directory(tmp_path, monkeypatch):

@@ -257,6 +257,12 @@ def test_a_damaged_value_of_a_policy_is_named_with_its_file(copy, changes, messa
         policies.load_policy(copy / "policy_s000.npz")
 
 
+def test_a_policy_of_another_file_warns(copy):
+    rewrite(copy / "policy_s000.npz", lambda meta: meta | {"source": "of another ppo.py"})
+    with pytest.warns(UserWarning, match="algos/ppo.py has changed since it exported"):
+        policies.load_policy(copy / "policy_s000.npz")
+
+
 def test_a_policy_of_a_newer_version_is_refused(copy):
     path = copy / "policy_s000.npz"
     rewrite(path, lambda meta: meta | {"format": 2})

@@ -206,3 +206,13 @@ def test_the_generator_of_keys_is_fixed():
         assert jax.config.values["jax_default_prng_impl"] == rundir.PRNG
     finally:
         jax.config.update("jax_default_prng_impl", before)
+
+
+def test_what_an_update_does_not_report_as_it_should_is_named():
+    scalar = jax.ShapeDtypeStruct((), "float32")
+    program.check_metrics({"health/finite": scalar, "losses/x": scalar})
+    wrong = jax.ShapeDtypeStruct((2,), "float32")
+    with pytest.raises(ValueError, match=r"'losses/x' has shape \[2\]: make it a scalar"):
+        program.check_metrics({"health/finite": scalar, "losses/x": wrong})
+    with pytest.raises(ValueError, match=r"no metric 'health/finite': add those of common\.run_"):
+        program.check_metrics({"losses/x": scalar})

@@ -579,3 +579,11 @@ def test_a_notebook_gets_its_signal_handlers_back(tmp_path, monkeypatch, main_th
             call(*flags)
     assert [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert warnings.showwarning is showwarning
+
+
+def test_a_run_that_goes_on_with_another_file_says_so(tmp_path, capsys):
+    resumed = session_of(resume=str(tmp_path), run_dir=str(tmp_path))
+    rundir.write_json(tmp_path / "meta.json", {"source": "of another ppo.py"})
+    for said in ("algos/ppo.py has changed: from here on the new file learns\n", ""):
+        resumed.write_description([])
+        assert capsys.readouterr().err == said

@@ -21,8 +21,10 @@ import envs
 from algos import common
 from algos.launch import rundir
 
-# Names of the algorithms, which are those of their files.
-ALGOS = sorted({x.stem for x in Path(__file__).parents[1].glob("*.py")} - {"__init__", "common"})
+# Names of the algorithms, which are those of the files that can be launched.
+ALGOS = sorted(
+    x.stem for x in Path(__file__).parents[1].glob("*.py") if "launch.main(" in x.read_text()
+)
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,14 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
     """Read the command line: defaults, the task's preset, named presets, then flags.
 
     Returns `(config, launch)`; checking the config is left to the caller. Raises ValueError in one
-    line for what cannot be read.
+    line for what cannot be read, or if a field has the name of a flag of the launcher.
     """
+    of_launch = {field.name for field in dataclasses.fields(Launch)}
+    for field in dataclasses.fields(config_type):
+        if field.name in of_launch:
+            raise ValueError(
+                f"Config.{field.name}: the launcher has a flag of this name, rename it"
+            )
     argv = dashed(sys.argv[1:] if argv is None else [*map(str, argv)])
     check_values(argv, config_type)
     argv = with_sweeps(argv, config_type)

@@ -8,6 +8,7 @@ without its run directory and without the task's simulator.
 import dataclasses
 import importlib
 import reprlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def save_policy(
     `record` says where it comes from: seed, step, return.
     """
     meta = {"format": FORMAT, "algo": algo, "config": dataclasses.asdict(config)}
+    meta["source"] = rundir.source_digest(algo)
     rundir.save_arrays(Path(path), arrays, meta | interface | record)
 
 
@@ -122,13 +124,20 @@ def load_algo(
 def read_policy(path: str | Path) -> tuple[envs.Env, Any, Any]:
     """Environments, Algo and parameters of an exported policy.
 
-    ValueError if there is none, or if its seed had died.
+    Warns if the algorithm's file, which has the networks, is not the one that exported it.
+    ValueError if there is no policy, or if its seed had died.
     """
     path = rundir.expanded(path)
     about = describe_policy(path)
     # A file without a format has no interface, so its task is loaded.
     interface = about if "format" in about else None
     env, algo = load_algo(about["algo"], about["config"], interface, str(path))
+    if about.get("source") not in (None, rundir.source_digest(about["algo"])):
+        warnings.warn(
+            f"algos/{about['algo']}.py has changed since it exported this policy: if its networks "
+            "have, the policy acts differently",
+            stacklevel=2,
+        )
     template = jax.eval_shape(lambda key: algo.policy_of(algo.init(key)), jax.random.key(0))
     policy = rundir.load_tree(path, template)[0]
     if not all(np.isfinite(x).all() for x in jax.tree.leaves(policy)):

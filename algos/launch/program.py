@@ -161,8 +161,9 @@ def make_program(algorithm: ModuleType, config: Any, launch: Launch, rows: Rows)
             state, metrics = algo.update(state, *data)
             return state, {k: reduction(k)(sums[k], metrics[k]) for k in sums}
 
-        names = jax.eval_shape(algo.update, state, *data)[1]
-        sums = {k: jnp.float32(-np.inf if reduction(k) is max_of else 0) for k in names}
+        shapes = jax.eval_shape(algo.update, state, *data)[1]
+        check_metrics(shapes)
+        sums = {k: jnp.float32(-np.inf if reduction(k) is max_of else 0) for k in shapes}
         return jax.lax.fori_loop(0, num_updates, step, (state, sums))
 
     acts = {"": algo.act, **algo.further}
@@ -202,6 +203,15 @@ def make_program(algorithm: ModuleType, config: Any, launch: Launch, rows: Rows)
         stateful=env.stateful,
         interface=policies.interface_of(env),
     )
+
+
+def check_metrics(metrics: dict[str, Any]) -> None:
+    """ValueError unless the metrics of an update are scalars and say whether the run is finite."""
+    for name, x in metrics.items():
+        if x.shape:
+            raise ValueError(f"update's metric {name!r} has shape {[*x.shape]}: make it a scalar")
+    if "health/finite" not in metrics:
+        raise ValueError("update has no metric 'health/finite': add those of common.run_metrics")
 
 
 def strong(x: jax.Array) -> jax.Array:

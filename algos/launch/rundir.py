@@ -473,6 +473,12 @@ def digest(tree: Any) -> str:
     return sha.hexdigest()
 
 
+def source_digest(name: str) -> str:
+    """SHA-256 of the file of an algorithm."""
+    path = Path(__file__).parents[1] / f"{name}.py"
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def check_data(run_dir: Path, digests: list[str]) -> None:
     """ValueError if a run learned from other data than these."""
     path = run_dir / "meta.json"

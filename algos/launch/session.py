@@ -178,9 +178,11 @@ class Session:
             raise ValueError(f"{self.run_dir} is a file: choose another --run-dir")
         found = rundir.files(self.run_dir)
         if self.lead and not self.launch.resume and found:
+            saved = rundir.checkpoints(self.run_dir)
+            again = "" if saved else ", which starts again, as it has no checkpoint,"
             raise ValueError(
-                f"{self.run_dir} already holds a run ({found[0].name}): --resume it or choose "
-                "another --run-dir"
+                f"{self.run_dir} already holds a run ({found[0].name}): --resume it{again} or "
+                "choose another --run-dir"
             )
 
     def open(self, program: Program, held: contextlib.ExitStack) -> None:
@@ -218,9 +220,15 @@ class Session:
         rundir.write_json(self.run_dir / "config.json", description)
         made_with = logs.surroundings() | {"data": digests}
         made_with["num_devices"] = len(self.devices()) * jax.process_count()
+        made_with["source"] = source = rundir.source_digest(self.name)
         path, meta = self.run_dir / "meta.json", made_with
         if self.launch.resume and path.exists():
             first = rundir.read_json(path)
+            last = [first, *first.get("resumed", [])][-1]
+            if last.get("source", source) != source:
+                self.log.say(
+                    f"algos/{self.name}.py has changed: from here on the new file learns", 0
+                )
             meta = first | {"resumed": [*first.get("resumed", []), made_with]}
         meta = {"id": secrets.token_hex(6)} | meta  # a resumed run keeps its own
         rundir.write_json(path, meta)
