@@ -6,6 +6,7 @@ works offline. Drag turns the camera, the wheel zooms, space pauses.
 """
 
 import base64
+import contextlib
 import json
 import os
 import subprocess
@@ -32,7 +33,8 @@ def render(model: mujoco.MjModel, frames: dict, path: Path, dt: float, gif: bool
     stride = max(1, round(1 / (FPS * dt)))
     frames = {field: np.asarray(value)[::stride] for field, value in frames.items()}
     picture = path.with_suffix(".gif")
-    backends = [os.environ["MUJOCO_GL"]] if "MUJOCO_GL" in os.environ else ["egl", "osmesa"]
+    chosen = os.environ.get("MUJOCO_GL")
+    backends = [chosen] if chosen else ["egl", "osmesa"]
     if gif and any(_render_gif(gl, model, frames, picture, dt * stride) for gl in backends):
         return picture
     return write_html(model, frames, path.with_suffix(".html"), dt * stride)
@@ -42,10 +44,21 @@ def write_gif(images, path: Path, dt: float) -> Path:
     """Write Pillow images as a looping GIF, dt seconds apart."""
     milliseconds = max(20, round(1000 * dt / 10) * 10)  # viewers slow down anything shorter
     first, *rest = images
-    first.save(
-        path, save_all=True, append_images=rest, duration=milliseconds, loop=0, optimize=True
-    )
+    timing = {"duration": milliseconds, "loop": 0}
+    with whole(path) as file:
+        first.save(file, save_all=True, append_images=rest, optimize=True, **timing)
     return path
+
+
+@contextlib.contextmanager
+def whole(path: Path):
+    """A path to write to in its place: the file appears at `path` once it is complete."""
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _poses(model, frames):
@@ -110,7 +123,8 @@ def write_html(model: mujoco.MjModel, frames: dict, path: Path, dt: float) -> Pa
         "dt": dt,
         "extent": float(model.stat.extent),
     }
-    path.write_text(PAGE.read_text().replace("SCENE", json.dumps(scene)))
+    with whole(path) as file:
+        file.write_text(PAGE.read_text().replace("SCENE", json.dumps(scene)))
     return path
 
 

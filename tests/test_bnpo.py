@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import assert_allclose
@@ -520,3 +521,12 @@ def test_initial_weights():
     critic = bnpo.Critic(config, 9).init(jax.random.key(0), obs, policy)["params"]
     last = critic[f"Dense_{len(critic) - 1}"]["kernel"]
     assert 2.5e-3 < jnp.abs(last).max() <= 3e-3
+
+
+def test_parameter_noise_may_be_held_for_several_episodes():
+    """For 16 steps, which are two episodes."""
+    algo = tiny.build("bnpo", tiny.config_of("bnpo", param_noise_interval=16))
+    state = algo.init(jax.random.key(0))
+    noise = jax.jit(lambda update: algo.update(state._replace(update=update))[0].noise)
+    redrawn = [any(bool(x.any()) for x in noise(jnp.int32(i))) for i in range(3)]
+    assert redrawn == [True, False, True]

@@ -163,3 +163,34 @@ def test_the_line_search_moves_only_what_has_a_gradient(rule, slope):
     old, new = (actor.apply(x.params["actor"], state.obs, no_noise) for x in (state, new))
     assert_allclose(old.mean, 0.0, atol=0.0)
     assert bnpo.kl_divergence(old, new).mean() > 1e-5
+
+
+def test_natural_step_of_a_policy_that_does_not_move():
+    """F is 0, and only the damping is left."""
+    policy_of = lambda x: Gaussian(jnp.full((7, 1), 0.0 * x), jnp.zeros((7, 1)))
+    new = bnpo.natural_step(jnp.negative, policy_of, 0.0, -1.0)
+    assert_allclose(new, math.sqrt(2.0 * 1e-3 / 1e-3), rtol=1e-4)
+
+
+def test_natural_step_takes_a_small_gain():
+    """The full step gains a twentieth of what its gradient predicts."""
+    policy_of = lambda mean: Gaussian(jnp.full((7, 1), mean), jnp.zeros((7, 1)))
+    loss = lambda mean: (mean - math.sqrt(2e-3) / 1.9) ** 2
+    new = bnpo.natural_step(loss, policy_of, 0.0, jax.grad(loss)(0.0), 1e-3, 1e-9)
+    assert_allclose(new, math.sqrt(2e-3), rtol=1e-3)
+
+
+def test_natural_step_with_twice_the_kl_is_halved():
+    policy_of = lambda x: Gaussian(jnp.full((7, 1), x + 207.0 * x**3), jnp.zeros((7, 1)))
+    new = bnpo.natural_step(jnp.negative, policy_of, 0.0, -1.0, 1e-3, 1e-9)
+    assert_allclose(new, math.sqrt(2e-3) / 2, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("halvings", "share"), [(9, 0.5**9), (10, 0.0)])
+def test_natural_step_is_halved_nine_times(halvings, share):
+    """They lead into a narrow valley; where ten would, nothing moves."""
+    policy_of = lambda mean: Gaussian(jnp.full((7, 1), mean), jnp.zeros((7, 1)))
+    full = math.sqrt(2e-3)
+    loss = lambda mean: (mean - 0.75 * full / 2**halvings) ** 2
+    new = bnpo.natural_step(loss, policy_of, 0.0, jax.grad(loss)(0.0), 1e-3, 1e-9)
+    assert_allclose(new, share * full, rtol=1e-3, atol=1e-8)

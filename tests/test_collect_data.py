@@ -477,3 +477,27 @@ def test_minari_is_named_if_it_is_missing(tmp_path, monkeypatch, capsys):
         run("--mixture", path, *argv)
     assert 'pip install -e ".[minari]"' in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["mixture.json"]
+
+
+def test_the_seed_changes_the_data(tmp_path):
+    (tmp_path / "mixture.json").write_text("[{}]")
+    argv = ["--mixture", tmp_path / "mixture.json", "--env", "tiny:counter", "--steps", 8, "--out"]
+    for seed in (0, 1):
+        run(*argv, tmp_path / f"{seed}.npz", "--seed", seed)
+    one, other = (datasets.read(tmp_path / f"{seed}.npz")[0] for seed in (0, 1))
+    assert (one.action != other.action).all()
+
+
+def test_a_stream_that_ends_with_its_episode_is_not_cut():
+    env = envs.make("probe/termination-continuous", 1, stagger=False)
+    dataset, _ = collect(env, 1, 8)
+    assert dataset.terminated.tolist() == [False] * 7 + [True]
+    assert not dataset.truncated.any()
+
+
+def test_broken_steps_are_counted(tmp_path):
+    (tmp_path / "mixture.json").write_text("[{}]")
+    argv = ["--env", "test_broken_physics:breakable", "--steps", 40, "--out", tmp_path / "data.npz"]
+    run("--mixture", tmp_path / "mixture.json", *argv)
+    dataset, meta = datasets.read(tmp_path / "data.npz")
+    assert meta["parts"][0]["broken"] == 40 - len(dataset.obs) > 0

@@ -450,3 +450,31 @@ def test_force_replaces(tmp_path):
     out.write_text("old")
     compare.main([str(run), "--out", str(out), "--force"])
     assert out.read_bytes().startswith(b"\x89PNG")
+
+
+SWEPT = {"labels": ("gamma=0.9", "gamma=0.99")}
+
+
+def test_further_seeds_of_an_unfinished_run_stay_apart(tmp_path, capsys):
+    runs = [write_run(tmp_path / "run", done=False), write_run(tmp_path / "run_s4", seeds=(4, 5))]
+    compare.main([*map(str, runs)])
+    assert [row[2] for row in table_of(capsys)] == ["4/4", "2/2"]
+
+
+def test_the_values_of_a_sweep_are_compared(tmp_path):
+    run = rundir.read_run(write_run(tmp_path / "run", **SWEPT, seeds=(1, 2)))
+    run = run._replace(final=np.array([[1.0], [1.0], [5.0], [5.0]]))
+    (row,) = report.differences(report.entries([run]))
+    assert (row["iqm"], row["n"]) == (4.0, [2, 2])
+
+
+def test_scores_are_drawn_within_each_task():
+    scores = np.array([[0.0, 0.2], [0.4, 1.0]])
+    assert report.score_summary("a", scores)["interval"] == list(report.iqm_interval(*scores))
+
+
+def test_the_band_of_a_sweep_is_that_of_one_value(tmp_path, drawn):
+    run = write_run(tmp_path / "run", **SWEPT, seeds=range(4))
+    compare.main([str(run), "--out", str(tmp_path / "x.png")])
+    (legend,) = drawn[0][0].figure.legends
+    assert legend.get_title().get_text() == "line: IQM over seeds; band: lowest and highest seed"

@@ -413,3 +413,14 @@ def test_ant_may_stand_and_explore(algo):
     ant = brax.brax_envs.get_environment("ant")
     cost = ant._ctrl_cost_weight * ant.action_size * np.mean(np.clip(noise, -1, 1) ** 2)
     assert cost < ant._healthy_reward
+
+
+def test_a_picture_that_fails_leaves_no_file(tmp_path):
+    class Broken:
+        def save(self, path, **_):
+            path.write_bytes(b"GIF")
+            raise OSError("No space left")
+
+    with pytest.raises(OSError, match="No space left"):
+        viewer.write_gif([Broken()], tmp_path / "a.gif", 0.1)
+    assert not list(tmp_path.iterdir())

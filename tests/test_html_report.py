@@ -451,3 +451,30 @@ def test_launches_that_add_seeds_are_one_curve(tmp_path, monkeypatch):
     nan = np.nan
     np.testing.assert_array_equal(values, [[0, 1, 5], [1, 2, nan], [nan, nan, 7]])
     assert "2 runs; 3 of 3 seeds are alive." in page.texts
+
+
+def test_the_title_names_all_algorithms(tmp_path):
+    page = write_page(tmp_path, *(write_run(tmp_path / x, algo=x) for x in ("ppo", "bpo")))
+    assert page.texts.count("ppo, bpo on gymnax/CartPole-v1") == 2
+
+
+def test_an_unfinished_run_has_the_seconds_so_far(tmp_path):
+    facts = dict(write_page(tmp_path, write_run(tmp_path / "run", done=False)).tables["facts"][0])
+    assert (facts["steps"], facts["train, s"]) == ("200, unfinished", "2.0")
+
+
+def test_every_resume_is_named(tmp_path):
+    run = write_run(tmp_path / "run")
+    resumed = [{"command": "first"}, {"command": "second"}]
+    rundir.write_json(run / "meta.json", {"num_devices": 2, "device": "cpu", "resumed": resumed})
+    facts = dict(write_page(tmp_path, run).tables["facts"][0])
+    assert facts["resumed by"] == "first; second"
+
+
+def test_swept_values_are_among_the_settings(tmp_path):
+    runs = [write_run(tmp_path / x, algo=x) for x in ("ppo", "bpo")]
+    saved = rundir.read_json(runs[0] / "config.json")
+    saved["launch"]["sweep"] = ["gamma=0.9,0.95"]
+    rundir.write_json(runs[0] / "config.json", saved)
+    rows = {row[0]: row[1:] for row in write_page(tmp_path, *runs).tables["facts"][1][1:]}
+    assert rows["gamma"] == ['"0.9,0.95"', "0.99"]

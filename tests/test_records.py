@@ -138,3 +138,13 @@ def test_seconds_are_those_of_their_parts(tmp_path, monkeypatch):
     assert (seconds["compile"], seconds["train"]) == (2000.0, 80.0)
     assert seconds["wall"] == seconds["compile"] + seconds["train"] + seconds["eval"]
     assert seconds["wall"] > saved["wall"] + 1000.0
+
+
+def test_a_resumed_run_keeps_its_id_and_its_history(tmp_path):
+    ids = []
+    for flags in ({}, {"resume": str(tmp_path)}, {"resume": str(tmp_path)}):
+        begun = session_of(run_dir=str(tmp_path), **flags)
+        ids.append(begun.write_description([])["id"])
+    saved = strict_json(tmp_path / "meta.json")
+    assert {*ids} == {saved["id"]}
+    assert len(saved["resumed"]) == 2

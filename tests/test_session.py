@@ -362,6 +362,16 @@ def test_an_evaluation_that_lacks_memory_ends_the_run(tmp_path, monkeypatch):
     assert said.startswith("error: INTERNAL: Out of memory: start a smaller run")
 
 
+def test_a_lack_of_memory_before_the_run_is_one_line(tmp_path, monkeypatch):
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.")
+
+    monkeypatch.setattr(session, "make_program", fail)
+    status, said = run(*FLAGS, "--verbose", "0", "--run-dir", str(tmp_path / "run"))
+    assert (status, said.count("\n")) == (1, 1)
+    assert said.startswith("error: RESOURCE_EXHAUSTED: Out of memory: start a smaller run")
+
+
 def test_errors_of_the_program_are_no_lack_of_memory(tmp_path, monkeypatch):
     def fail(*_):
         raise jax.errors.JaxRuntimeError("INTERNAL: broken")

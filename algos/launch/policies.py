@@ -129,6 +129,12 @@ def read_policy(path: str | Path) -> tuple[envs.Env, Any, Any]:
     """
     path = rundir.expanded(path)
     about = describe_policy(path)
+    with jax.enable_x64(False):  # the caller's program may use double precision
+        return restore(path, about)
+
+
+def restore(path: Path, about: dict[str, Any]) -> tuple[envs.Env, Any, Any]:
+    """Environments, Algo and parameters of the exported policy that `about` describes."""
     # A file without a format has no interface, so its task is loaded.
     interface = about if "format" in about else None
     env, algo = load_algo(about["algo"], about["config"], interface, str(path))
@@ -171,7 +177,8 @@ def load_policy(path: Path | str) -> Callable:
     def act(obs, key=None):
         if key is not None and not is_one_key(key):
             raise ValueError(f"key is {reprlib.repr(key)}: jax.random.key(SEED) is wanted")
-        return np.array(play(check_obs(obs, wanted), key))
+        with jax.enable_x64(False):
+            return np.array(play(check_obs(obs, wanted), key))
 
     return act
 

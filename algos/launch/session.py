@@ -81,19 +81,14 @@ def main(name: str, argv: list[str] | None = None) -> None:
             raise SystemExit(0) from None
         except (ValueError, OSError, ImportError, MemoryError) as error:
             end(launch, 2, f"error: {error}")
+        except jax.errors.JaxRuntimeError as error:
+            out_of_memory(launch, error)
         try:
             session.run()
         except OSError as error:  # such as a full disk
             end(launch, 1, f"error: {error}: {session.advice}")
         except (jax.errors.JaxRuntimeError, MemoryError) as error:
-            if not re.search("RESOURCE_EXHAUSTED|Out of memory", str(error)):
-                raise
-            reason = str(error).partition("\n")[0].rstrip(".")
-            advice = (
-                "start a smaller run: fewer seeds, environments or evaluation episodes, narrower "
-                "networks, or a smaller replay buffer"
-            )
-            end(launch, 1, f"error: {reason}: {advice}")
+            out_of_memory(launch, error)
         except KeyboardInterrupt:
             said = f"stopped at once; {session.advice}"
             if argv is None:
@@ -130,6 +125,18 @@ def end(launch: Launch | None, status: int, text: str) -> NoReturn:
         raise
     print(" ".join(text.splitlines()), file=sys.stderr)  # MuJoCo's messages have several
     raise SystemExit(status) from None
+
+
+def out_of_memory(launch: Launch | None, error: Exception) -> NoReturn:
+    """End in an `except` block: one line if the memory is full, else the error as it is."""
+    if not re.search("RESOURCE_EXHAUSTED|Out of memory", str(error)):
+        raise
+    reason = str(error).partition("\n")[0].rstrip(".")
+    advice = (
+        "start a smaller run: fewer seeds, environments or evaluation episodes, narrower "
+        "networks, or a smaller replay buffer; or end the program that holds the memory"
+    )
+    end(launch, 1, f"error: {reason}: {advice}")
 
 
 class Session:
