@@ -181,7 +181,9 @@ def relative(spread, of_pi):
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         log = np.log(np.asarray(spread, np.float64) / np.asarray(of_pi, np.float64))
-        half = 1.96 * log.std(ddof=1) / np.sqrt(len(log))
+    if not np.isfinite(log).all():
+        return [None] * 3
+    half = 1.96 * log.std(ddof=1) / np.sqrt(len(log))
     return rundir.jsonable(np.exp(log.mean() + np.array([0.0, -half, half])))
 
 

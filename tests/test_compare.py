@@ -327,7 +327,9 @@ def test_nothing_overlaps_or_is_cut_off_in_a_column(tmp_path, monkeypatch, drawn
     monkeypatch.setattr(Figure, "savefig", savefig)
     tasks = ("cartpole", "pendulum", "asterix", "breakout", "space_invaders")
     runs = [
-        write_run(tmp_path / a / x, env=x, algo=a) for x in tasks for a in ("ppo", "bpo", "sac")
+        write_run(tmp_path / a / x, env=x, algo=a, seeds=range(count))
+        for x in tasks
+        for a, count in (("ppo", 6), ("bpo", 3), ("sac", 3))  # so that the legend says most
     ]
     labels = ["Proximal policy optimisation", "BPO", "Soft actor-critic"]
     ranges = tmp_path / "ranges.json"
@@ -397,7 +399,8 @@ def test_scores_that_cannot_be_compared_are_refused(tmp_path):
         ),
         (["--json", "x.png", "--csv", "../{here}/x.png"], "x.png is to be written twice"),
         (["--json", "{old}/x.json"], "old.png is no folder that can be written to"),
-        (["--labels", "_ppo"], "label '_ppo': it must not begin with _"),
+        (["--labels", "_ppo"], "label '_ppo': it must not be empty or begin with _"),
+        (["--labels", " "], "label ' ': it must not be empty or begin with _"),
         (["--normalise", "{text}"], "cartpole is to have [low, high], two numbers, not '19'"),
         (["--normalise", "{twice}"], "twice.json: gymnax/CartPole-v1 is there twice"),
         (["--json=~nosuchuser/x"], "argument --json: ~nosuchuser/x: Could not determine home"),
@@ -478,3 +481,20 @@ def test_the_band_of_a_sweep_is_that_of_one_value(tmp_path, drawn):
     compare.main([str(run), "--out", str(tmp_path / "x.png")])
     (legend,) = drawn[0][0].figure.legends
     assert legend.get_title().get_text() == "line: IQM over seeds; band: lowest and highest seed"
+
+
+def test_a_label_is_one_cell(tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+    compare.main([str(run), "--labels", "a|b\nc"])
+    assert r"| a\|b c | gymnax/CartPole-v1 |" in capsys.readouterr().out
+
+
+def test_steps_of_two_kinds_are_refused_under_one_label(tmp_path, capsys):
+    runs = [write_run(tmp_path / x, env=x) for x in ("cartpole", "pendulum")]
+    saved = rundir.read_json(runs[1] / "config.json")
+    saved["config"]["dataset"] = "data.npz"
+    rundir.write_json(runs[1] / "config.json", saved)
+    argv = [*map(str, runs), "--labels", "ours", "--out", str(tmp_path / "x.png")]
+    with pytest.raises(SystemExit):
+        compare.main(argv)
+    assert "steps of ours are gradient steps" in capsys.readouterr().err

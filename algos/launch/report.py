@@ -83,8 +83,8 @@ def relabel(entries: list[Entry], labels: list[str]) -> list[Entry]:
     if len(labels) != len(known):
         raise ValueError(f"{len(labels)} labels for {len(known)} curves: {', '.join(known)}")
     for label in labels:
-        if label.startswith("_"):  # matplotlib leaves it out of the legend
-            raise ValueError(f"label {label!r}: it must not begin with _")
+        if not label.strip() or label.startswith("_"):  # matplotlib leaves it out of the legend
+            raise ValueError(f"label {label!r}: it must not be empty or begin with _")
     names = dict(zip(known, labels, strict=True))
     renamed = [entry._replace(label=names[entry.label]) for entry in entries]
     taken: set[tuple[str, str]] = set()
@@ -286,11 +286,11 @@ def names(entries: list[Entry]) -> dict[str, str]:
 
 def unit_of_steps(entries: list[Entry]) -> str:
     """What the runs count as steps; ValueError if they differ."""
-    offline = {entry.label for entry in entries if "dataset" in entry.run.config}
-    others = {entry.label for entry in entries} - offline
+    offline = [entry.label for entry in entries if "dataset" in entry.run.config]
+    others = [entry.label for entry in entries if "dataset" not in entry.run.config]
     if offline and others:
         raise ValueError(
-            f"steps of {offline.pop()} are gradient steps, those of {others.pop()} environment "
+            f"steps of {offline[0]} are gradient steps, those of {others[0]} environment "
             "steps: choose --x seconds"
         )
     return "gradient steps" if offline else "environment steps"
@@ -426,13 +426,16 @@ def figure(
             for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
         }
         below = 0.0
-        for ncols in range(len(lines), 0, -1):  # as many columns as the width allows
+        titles = legend_title, legend_title.replace("; ", ";\n")
+        # As many columns as the width allows; where the title is wider, it gets several lines.
+        for text, ncols in itertools.product(titles, range(len(lines), 0, -1)):
             place: dict[str, Any] = {"loc": "outside lower center", "ncols": ncols}
-            legend = fig.legend(lines.values(), map(plain, lines), title=legend_title, **place)
+            legend = fig.legend(lines.values(), map(plain, lines), title=text, **place)
             below = legend.get_window_extent().height / fig.dpi
-            if legend.get_window_extent().width < fig.bbox.width or ncols == 1:
+            if legend.get_window_extent().width < fig.bbox.width:
                 break
-            legend.remove()
+            if (text, ncols) != (titles[-1], 1):
+                legend.remove()
         fig.suptitle(plain(title))
         fig.set_figheight(num_rows * height + below + 0.25 * bool(title))
         kind = path.suffix[1:]
@@ -618,5 +621,6 @@ def difference_estimate(middle: float | None, interval: Iterable[float | None]) 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:
     """Markdown of the rows of cells."""
-    lines = [f"| {' | '.join(cells)} |\n" for cells in (head, *rows)]
+    plain = lambda cell: cell.replace("|", r"\|").replace("\n", " ")
+    lines = [f"| {' | '.join(map(plain, cells))} |\n" for cells in (head, *rows)]
     return "".join((lines[0], f"|{'---|' * len(head)}\n", *lines[1:]))
