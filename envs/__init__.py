@@ -356,6 +356,7 @@ def _parse(name: str) -> tuple[str, str, dict[str, Any]]:
     source, _, task = ALIASES.get(base, base).partition("/")
     if task not in TASKS.get(source, ()):
         known = [*ALIASES, *(f"{source}/{task}" for source in TASKS for task in TASKS[source])]
+        # A loaded module may have no spec that can be found, as __main__.
         own = base in sys.modules or (base.isidentifier() and importlib.util.find_spec(base))
         hint = f" A function of your module is {base}:FUNCTION" if own else ""
         raise ValueError(

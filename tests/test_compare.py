@@ -498,3 +498,10 @@ def test_steps_of_two_kinds_are_refused_under_one_label(tmp_path, capsys):
     with pytest.raises(SystemExit):
         compare.main(argv)
     assert "steps of ours are gradient steps" in capsys.readouterr().err
+
+
+def test_a_legend_that_never_fits_is_drawn_once(tmp_path):
+    with report.figure(tmp_path / "x.png", 1, 1, 2.0, "") as (axis,):
+        for name in "ab":
+            axis.plot([0, 1], label=80 * name)
+    assert len(axis.figure.legends) == 1

@@ -130,25 +130,20 @@ def read_policy(path: str | Path) -> tuple[envs.Env, Any, Any]:
     path = rundir.expanded(path)
     about = describe_policy(path)
     with jax.enable_x64(False):  # the caller's program may use double precision
-        return restore(path, about)
-
-
-def restore(path: Path, about: dict[str, Any]) -> tuple[envs.Env, Any, Any]:
-    """Environments, Algo and parameters of the exported policy that `about` describes."""
-    # A file without a format has no interface, so its task is loaded.
-    interface = about if "format" in about else None
-    env, algo = load_algo(about["algo"], about["config"], interface, str(path))
-    if about.get("source") not in (None, rundir.source_digest(about["algo"])):
-        warnings.warn(
-            f"algos/{about['algo']}.py has changed since it exported this policy: if its networks "
-            "have, the policy acts differently",
-            stacklevel=2,
-        )
-    template = jax.eval_shape(lambda key: algo.policy_of(algo.init(key)), jax.random.key(0))
-    policy = rundir.load_tree(path, template)[0]
-    if not all(np.isfinite(x).all() for x in jax.tree.leaves(policy)):
-        raise ValueError(f"{path} is of a dead seed: its parameters are not finite")
-    return env, algo, policy
+        # A file without a format has no interface, so its task is loaded.
+        interface = about if "format" in about else None
+        env, algo = load_algo(about["algo"], about["config"], interface, str(path))
+        if about.get("source") not in (None, rundir.source_digest(about["algo"])):
+            warnings.warn(
+                f"algos/{about['algo']}.py has changed since it exported this policy: if its "
+                "networks have, the policy acts differently",
+                stacklevel=2,
+            )
+        template = jax.eval_shape(lambda key: algo.policy_of(algo.init(key)), jax.random.key(0))
+        policy = rundir.load_tree(path, template)[0]
+        if not all(np.isfinite(x).all() for x in jax.tree.leaves(policy)):
+            raise ValueError(f"{path} is of a dead seed: its parameters are not finite")
+        return env, algo, policy
 
 
 def act_of(env: envs.Env, algo: Any, policy: Any) -> Callable:

@@ -425,17 +425,16 @@ def figure(
             for axis in axes[:count]
             for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
         }
-        below = 0.0
         titles = legend_title, legend_title.replace("; ", ";\n")
         # As many columns as the width allows; where the title is wider, it gets several lines.
         for text, ncols in itertools.product(titles, range(len(lines), 0, -1)):
+            for too_wide in fig.legends[:]:
+                too_wide.remove()
             place: dict[str, Any] = {"loc": "outside lower center", "ncols": ncols}
             legend = fig.legend(lines.values(), map(plain, lines), title=text, **place)
-            below = legend.get_window_extent().height / fig.dpi
             if legend.get_window_extent().width < fig.bbox.width:
                 break
-            if (text, ncols) != (titles[-1], 1):
-                legend.remove()
+        below = sum(legend.get_window_extent().height for legend in fig.legends) / fig.dpi
         fig.suptitle(plain(title))
         fig.set_figheight(num_rows * height + below + 0.25 * bool(title))
         kind = path.suffix[1:]
@@ -621,6 +620,6 @@ def difference_estimate(middle: float | None, interval: Iterable[float | None]) 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:
     """Markdown of the rows of cells."""
-    plain = lambda cell: cell.replace("|", r"\|").replace("\n", " ")
-    lines = [f"| {' | '.join(map(plain, cells))} |\n" for cells in (head, *rows)]
+    one_cell = lambda text: text.replace("|", r"\|").replace("\n", " ")
+    lines = [f"| {' | '.join(map(one_cell, cells))} |\n" for cells in (head, *rows)]
     return "".join((lines[0], f"|{'---|' * len(head)}\n", *lines[1:]))

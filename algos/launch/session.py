@@ -216,6 +216,7 @@ class Session:
     def write_description(self, digests: list[str]) -> dict[str, Any]:
         """config.json, from which the launch can be run again, and meta.json with its history.
 
+        Says so if the algorithm's file has changed since the launch that this one resumes.
         Returns config.json, the run's id and what this launch is made with.
         """
         description = {
