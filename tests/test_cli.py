@@ -349,6 +349,12 @@ def test_a_run_without_a_checkpoint_is_not_overwritten_either(tmp_path):
     assert "(config.json): --resume it, which starts again, as it has no checkpoint, or" in said
 
 
+def test_a_module_without_a_launch_is_no_algorithm(tmp_path):
+    (tmp_path / "networks.py").write_text("import flax\n")
+    (tmp_path / "mine.py").write_text('launch.main("mine")\n')
+    assert cli.launchable(tmp_path) == ["mine"]
+
+
 def test_a_field_with_the_name_of_a_flag_is_named():
     @dataclasses.dataclass(frozen=True)
     class Own(ppo.Config):

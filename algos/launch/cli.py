@@ -21,10 +21,13 @@ import envs
 from algos import common
 from algos.launch import rundir
 
-# Names of the algorithms, which are those of the files that can be launched.
-ALGOS = sorted(
-    x.stem for x in Path(__file__).parents[1].glob("*.py") if "launch.main(" in x.read_text()
-)
+
+def launchable(folder: Path) -> list[str]:
+    """Names of the files of a folder that end in a launch: other modules are no algorithms."""
+    return sorted(x.stem for x in folder.glob("*.py") if "launch.main(" in x.read_text())
+
+
+ALGOS = launchable(Path(__file__).parents[1])
 
 
 @dataclass(frozen=True)
