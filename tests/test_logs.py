@@ -2,8 +2,10 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
+import time
 import types
 import warnings
 
@@ -268,6 +270,20 @@ def test_a_console_that_goes_away_is_not_written_to_again(tmp_path):
     assert broken.attempts == 1
     assert log.console.stream is None
     assert [line["global_step"] for line in lines_of(tmp_path)] == [64]
+
+
+def test_progress_is_a_line_now_and_then_where_no_terminal_is(tmp_path, monkeypatch, capsys):
+    """As under nohup or a batch system: between evaluations there may be an hour."""
+    monkeypatch.setattr(logs, "LINE_SECONDS", 0.2)
+    log = make_log(tmp_path)
+    with log.progress(10_000, 1_000):
+        log.advance(1_000)
+        time.sleep(0.3)
+        log.advance(1_000)
+        log.advance(1_000)
+    head, line = capsys.readouterr().err.splitlines()
+    assert head.startswith("greedy return")
+    assert re.fullmatch(r" 30%\|.*\| 3\.00k/10\.0k \[00:00<00:\d\d, .*steps/s\]", line)
 
 
 def test_a_process_may_have_no_console_from_the_start(tmp_path, monkeypatch):

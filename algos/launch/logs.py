@@ -27,6 +27,7 @@ from algos.launch import report
 from algos.launch.rundir import jsonable
 
 WIDTH = 78  # columns of a line on the console
+LINE_SECONDS = 60.0  # between two lines of progress where no terminal can show a bar
 
 
 class Console:
@@ -150,25 +151,28 @@ class Log:
 
     @contextlib.contextmanager
     def progress(self, total: int, done: int):
-        """Progress bar over steps, with speed and time left; terminals only."""
+        """Progress over steps, with speed and time left: a bar, or lines where no terminal is."""
         self.say("greedy return: IQM over seeds [worst seed, best seed]")
-        hidden = self.verbose < 1 or not self.console.isatty()
+        live = self.console.isatty()
         self.bar = tqdm.tqdm(
             total=total,
             initial=done,
             unit=" steps",
             unit_scale=True,
-            disable=hidden,
+            disable=self.verbose < 1,
             leave=False,
-            file=self.console,
+            file=self.console if live else io.StringIO(),
+            mininterval=0.1 if live else LINE_SECONDS,
+            miniters=1,
             ncols=WIDTH,
         )
         with self.bar:
             yield
 
     def advance(self, steps: int) -> None:
-        """Move the progress bar."""
-        self.bar.update(steps)
+        """Move the progress bar; print it as a line if it is due and no terminal shows it."""
+        if self.bar.update(steps) and not self.console.isatty():
+            self.say(str(self.bar))
 
     def evaluation(
         self,
