@@ -66,7 +66,7 @@ class Config:
     learning_rate: NonNegativeFloat = 5e-4  # learning rate of the policy and of the temperature
 
     # objective
-    target_entropy_mult: float = 1.0  # the entropy's target is minus this times action_size
+    target_entropy_mult: float = 1.0  # target entropy, in nats: minus this times action_size
 
     # network
     hidden: tuple[PositiveInt, ...] = (200, 200)  # fully connected hidden layers of the policy
@@ -171,7 +171,7 @@ def make_env(config: Config) -> envs.Env:
 def build(config: Config, env: envs.Env) -> common.Algo:
     """Compose network and optimiser into the pure functions of a run."""
     actor = Actor(config, env.action_size)
-    optimizer = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-7)
+    optimizer = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-7)  # no learning rate: see descend
     target_entropy = -config.target_entropy_mult * env.action_size
 
     def data(seeds):
@@ -226,8 +226,8 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         """One step of the optimiser on each network in `grads`."""
         params, opt_state = dict(state.params), dict(state.opt_state)
         rate = config.learning_rate
-        for name in grads:
-            direction, opt_state[name] = optimizer.update(grads[name], opt_state[name])
+        for name, grad in grads.items():
+            direction, opt_state[name] = optimizer.update(grad, opt_state[name], params[name])
             params[name] = jax.tree.map(lambda p, u: p - rate * u, params[name], direction)
         return state._replace(params=params, opt_state=opt_state)
 
@@ -297,7 +297,7 @@ def config_for(env: str, *presets: str, **changes) -> Config:
     return launch.config_for(Config, PRESETS, env, presets, changes)
 
 
-# Fields that may be arrays, so that a sweep is one more vmap.
+# Fields that may be arrays, so that a sweep is one more vmap: no `if`, shape or `act` reads them.
 TRACEABLE = ("learning_rate", "target_entropy_mult")
 
 # --- presets ---

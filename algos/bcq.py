@@ -85,7 +85,7 @@ class Config:
 
     # objective
     gamma: UnitFloat = 0.99  # discount
-    min_weight: UnitFloat = 0.75  # weight of the smallest value; the largest gets the rest
+    min_weight: UnitFloat = 0.75  # weight of the smallest Q_i; the largest gets the rest
     # largest change of a decoded action in each dimension; actions are in [-1, 1]
     max_perturbation: Annotated[float, Interval(ge=0, le=2)] = 0.15
 
@@ -257,7 +257,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     A = env.action_size
     encoder, decoder = Encoder(config, A), Decoder(config, A)
     perturbation, critic = MLP(config.hidden, A), Critic(config)
-    optimizer = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-7)
+    optimizer = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-7)  # no learning rate: see descend
     learning_rate = {
         "critic": config.critic_lr,
         "perturbation": config.learning_rate,
@@ -349,8 +349,8 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     def descend(state, grads):
         """One step of the optimiser on each network in `grads`."""
         params, opt_state = dict(state.params), dict(state.opt_state)
-        for name in grads:
-            direction, opt_state[name] = optimizer.update(grads[name], opt_state[name])
+        for name, grad in grads.items():
+            direction, opt_state[name] = optimizer.update(grad, opt_state[name], params[name])
             move = lambda p, u, rate=learning_rate[name]: p - rate * u
             params[name] = jax.tree.map(move, params[name], direction)
         return state._replace(params=params, opt_state=opt_state)
@@ -428,7 +428,7 @@ def config_for(env: str, *presets: str, **changes) -> Config:
     return launch.config_for(Config, PRESETS, env, presets, changes)
 
 
-# Fields that may be arrays, so that a sweep is one more vmap.
+# Fields that may be arrays, so that a sweep is one more vmap: no `if`, shape or `act` reads them.
 TRACEABLE = (
     "critic_lr", "learning_rate", "vae_lr", "polyak_tau", "gamma", "min_weight", "max_perturbation",
 )  # fmt: skip

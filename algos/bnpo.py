@@ -535,7 +535,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     num_heads = reward_of(goals, kind, obs_like).shape[-1] if from_goals else 1
     actor, critic = Actor(config, A), Critic(config, num_heads)
     no_noise = tuple(map(jnp.zeros, itertools.pairwise((env.obs_size, *config.hidden, A))))
-    optimizer = optax.chain(
+    optimizer = optax.chain(  # no learning rate: see descend
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
     )
@@ -699,9 +699,9 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             """One step of Adam on each network in `grads`; the actor's Adam is the brain's own."""
             params, opt_state = dict(state.params), dict(state.opt_state)
             learning_rate = {"actor": brain.learning_rate, "critic": config.critic_lr}
-            for name in grads:
+            for name, grad in grads.items():
                 adam = f"actor{k}" if name == "actor" else name
-                direction, opt_state[adam] = optimizer.update(grads[name], opt_state[adam])
+                direction, opt_state[adam] = optimizer.update(grad, opt_state[adam], params[name])
                 move = lambda p, u, rate=learning_rate[name]: p - rate * u
                 params[name] = jax.tree.map(move, params[name], direction)
             return state._replace(params=params, opt_state=opt_state)
@@ -836,7 +836,7 @@ def config_for(env: str, *presets: str, **changes) -> Config:
     return launch.config_for(Config, PRESETS, env, presets, changes)
 
 
-# Fields that may be arrays, so that a sweep is one more vmap.
+# Fields that may be arrays, so that a sweep is one more vmap: no `if`, shape or `act` reads them.
 TRACEABLE = ("critic_lr", "max_grad_norm", "gamma", "gae_lambda")
 
 # --- presets ---

@@ -453,7 +453,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     actor = Actor(config, *sizes)
     critic = Critic(config, env.obs_shape)
     nets = {"q": ActionCritic(config, *sizes, False), "qhat": ActionCritic(config, *sizes, True)}
-    optimizer = optax.chain(
+    optimizer = optax.chain(  # no learning rate: see descend
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.scale_by_adam(b1=0.9, b2=0.999, eps=config.adam_eps),
     )
@@ -537,13 +537,13 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         log_pi = actor.apply(state.params["actor"], obs).log_prob(traj.action)
         log_ratio = jnp.clip(log_pi - traj.log_prob, -20.0, 20.0)
         reward = traj.reward * reward_scale(state)
-        reward = jnp.where(traj.valid, reward, value)  # broken physics: V has nothing to learn
+        reward = jnp.where(traj.valid, reward, value)  # physics not finite: V is its own target
         steps = reward, value, next_value, traj.terminated, traj.done, log_ratio
         estimator = trajectory_estimator if config.clip_traj else step_estimator
         advantage, target = estimator(
             *steps, config.gamma, config.gae_lambda, config.clip_rho, config.clip_c
         )
-        # An advantage of 0 would favour broken steps while V is too high: they get the mean.
+        # Not finite: the mean advantage, because 0 would favour such steps while V is too high.
         mean = (advantage * traj.valid).sum() / jnp.maximum(traj.valid.sum(), 1)
         advantage = jnp.where(traj.valid, advantage, mean)
         batch = Batch(obs, traj.action, traj.log_prob, advantage, target, value, log_ratio)
@@ -648,8 +648,8 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         """One step of the optimiser on each network in `grads`."""
         params, opt_state = dict(state.params), dict(state.opt_state)
         rate = learning_rate(state)
-        for name in grads:
-            direction, opt_state[name] = optimizer.update(grads[name], opt_state[name])
+        for name, grad in grads.items():
+            direction, opt_state[name] = optimizer.update(grad, opt_state[name], params[name])
             params[name] = jax.tree.map(lambda p, u: p - rate * u, params[name], direction)
         return state._replace(params=params, opt_state=opt_state)
 
@@ -806,7 +806,7 @@ def config_for(env: str, *presets: str, **changes) -> Config:
     return launch.config_for(Config, PRESETS, env, presets, changes)
 
 
-# Fields that may be arrays, so that a sweep is one more vmap.
+# Fields that may be arrays, so that a sweep is one more vmap: no `if`, shape or `act` reads them.
 TRACEABLE = (
     "learning_rate", "max_grad_norm", "gamma", "gae_lambda", "clip_eps", "ent_coef", "vf_coef",
     "clip_rho", "clip_c", "symlog_reg_coef",

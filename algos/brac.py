@@ -14,10 +14,10 @@ networks Qbar_i, and takes one step of Adam on each loss, in this order:
     alpha loss       = -alpha E[D(s) - target_divergence]                  (if train_alpha)
     temperature loss = T E[-log pi(d | s) + m A]                           (if train_temperature)
 
-The losses train the Q_i, pi, g, alpha and T. In each, y and all other parameters are constants. a',
-c and d are new draws from the current policy, each tanh(u) with u Gaussian, and mix Q is the
-weighted sum l min_i Q_i + (1 - l) max_i Q_i. p is 0 for policy regularisation and usually 1 for a
-value penalty, t counts gradient steps from 0, A is the number of action dimensions, and -m A is the
+The losses train the Q_i, pi, g, alpha and T in turn. In each, y and all other parameters are
+constants. a', c and d are new draws from the current policy, each tanh(u) with u Gaussian, and
+mix Q = l min_i Q_i + (1 - l) max_i Q_i. p is 0 for policy regularisation and usually 1 for a value
+penalty, t counts gradient steps from 0, A is the number of action dimensions, and -m A is the
 target entropy. In the fields l is `min_weight`, p `value_penalty` and m `target_entropy_mult`.
 
 D is estimated from draws x of pi and, with a critic g, from the behaviour policy's action a
@@ -106,14 +106,14 @@ class Config:
     train_alpha: bool = False  # train alpha so that the divergence meets its target
     target_divergence: NonNegativeFloat = 0.0  # the divergence's target, with train_alpha
     divergence_steps: PositiveInt = 3  # gradient steps of the divergence's critic per policy step
-    warm_start: int = 20_000  # the policy loss leaves the critics out up to this gradient step
+    warm_start: int = 20_000  # last gradient step (from 0) without critics in its policy loss
 
     # objective
     gamma: UnitFloat = 0.99  # discount
-    min_weight: UnitFloat = 1.0  # weight of the smallest value; the largest gets the rest
+    min_weight: UnitFloat = 1.0  # weight of the smallest Q_i; the largest gets the rest
     temperature: NonNegativeFloat = 0.0  # weight of the entropy
     train_temperature: bool = False  # train the temperature so that the entropy meets its target
-    target_entropy_mult: float = 1.0  # the entropy's target is minus this times action_size
+    target_entropy_mult: float = 1.0  # target entropy, in nats: minus this times action_size
 
     # networks
     hidden: tuple[PositiveInt, ...] = (200, 200)  # hidden layers of the policy and of the clone
@@ -372,7 +372,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     A = env.action_size
     actor, critic = Actor(config, A), Critic(config, config.num_critics)
     divergence_critic = Critic(config, 1)
-    optimizer = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-7)
+    optimizer = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-7)  # no learning rate: see descend
     target_entropy = -config.target_entropy_mult * A
     learning_rate = {
         "critic": config.critic_lr,
@@ -479,7 +479,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         value = critic.apply(state.params["critic"], batch.obs, jnp.tanh(u))
         mixed = mix(value, config.min_weight)
         divergence = divergence_of(state, batch, policy, u, key_divergence)
-        warm = state.opt_state["actor"].count <= config.warm_start  # Adam counts gradient steps
+        warm = optax.tree.get(state.opt_state["actor"], "count") <= config.warm_start
         loss = policy_loss(mixed, log_prob, divergence, temperature, alpha, warm)
         return loss, {
             "losses/policy_loss": loss,
@@ -520,8 +520,8 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     def descend(state, grads):
         """One step of the optimiser on each network in `grads`."""
         params, opt_state = dict(state.params), dict(state.opt_state)
-        for name in grads:
-            direction, opt_state[name] = optimizer.update(grads[name], opt_state[name])
+        for name, grad in grads.items():
+            direction, opt_state[name] = optimizer.update(grad, opt_state[name], params[name])
             move = lambda p, u, rate=learning_rate[name]: p - rate * u
             params[name] = jax.tree.map(move, params[name], direction)
         return state._replace(params=params, opt_state=opt_state)
@@ -610,7 +610,7 @@ def config_for(env: str, *presets: str, **changes) -> Config:
     return launch.config_for(Config, PRESETS, env, presets, changes)
 
 
-# Fields that may be arrays, so that a sweep is one more vmap.
+# Fields that may be arrays, so that a sweep is one more vmap: no `if`, shape or `act` reads them.
 TRACEABLE = (
     "critic_lr", "learning_rate", "multiplier_lr", "polyak_tau", "alpha", "value_penalty", "gamma",
     "min_weight", "temperature", "target_entropy_mult",

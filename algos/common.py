@@ -29,7 +29,7 @@ class Algo(NamedTuple):
     init: Callable  # key -> state
     update: Callable  # state, *shared, *own -> state, metrics: dict of scalars
     act: Callable  # policy, obs [N, obs_size], key, greedy: bool -> action [N] or [N, action_size]
-    policy_of: Callable  # state -> policy: actor parameters plus observation statistics
+    policy_of: Callable  # state -> policy: what `act` needs, such as parameters and statistics
     data: Callable = lambda seeds: ((), ())  # seeds [R] -> shared arrays, own arrays [R, ...]
     further: Mapping[str, Callable] = {}  # name -> function like `act`, evaluated and reported too
 

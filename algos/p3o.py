@@ -25,8 +25,8 @@ Differences from ppo.py:
    segment keeps this old value.
 4. The gradient of all parameters is clipped by one norm. For images, actor and critic share their
    hidden layers.
-5. The optimiser is RMSprop as in PyTorch. Of U updates, update u = 1, ..., U has
-   1 - u / (U + 1) of the learning rate.
+5. The optimiser is RMSprop as in PyTorch. With `anneal_lr`, update u = 1, ..., U has the learning
+   rate times 1 - u / (U + 1).
 6. Hidden layers start with gain sqrt(2), and so does the critic's last layer (1 for images). Large
    images (Atari) have three convolutions. Bytes are divided by 255.
 7. Advantages are not standardised.
@@ -289,20 +289,20 @@ def kl_divergence(p, q):
 
 
 def estimates(policy, value, segments, config):
-    """Policy, log pi(a | s), V, the value target R and A = R - V of the T steps; arrays [B, T].
+    """Policy, log pi(a | s), V, value target R and advantage A of the T steps; arrays [B, T].
 
     `policy` and `value` are those of the T + 1 observations. Every done step counts as terminated
     here, because the reward of a truncated step already includes the value of its successor. R and
-    A get no gradient.
+    A = R - V get no gradient.
     """
     policy = jax.tree.map(lambda x: x[:, :-1], policy)
     value, next_value = value[:, :-1], value[:, 1:]
     valid = segments.valid
-    reward = jnp.where(valid, segments.reward, value)  # broken physics: V has nothing to learn
+    reward = jnp.where(valid, segments.reward, value)  # physics not finite: V is its own target
     steps = reward, value, next_value, segments.done, segments.done
     advantage = gae(*(x.T for x in steps), config.gamma, config.gae_lambda).T  # gae scans axis 0
     target = jax.lax.stop_gradient(advantage + value)
-    # An advantage of 0 would favour broken steps while V is too high: they get the mean.
+    # Not finite: the mean advantage, because 0 would favour such steps while V is too high.
     mean = (advantage * valid).sum() / jnp.maximum(valid.sum(), 1)
     advantage = jax.lax.stop_gradient(jnp.where(valid, advantage, mean))
     return policy, policy.log_prob(segments.action), value, target, advantage
@@ -393,7 +393,7 @@ def make_env(config: Config) -> envs.Env:
 def build(config: Config, env: envs.Env) -> common.Algo:
     """Compose environments, networks and optimiser into the pure functions of a run."""
     network = ActorCritic(config, env.obs_shape, env.action_size, env.discrete)
-    optimizer = optax.chain(
+    optimizer = optax.chain(  # no learning rate: see descend
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.scale_by_rms(config.rms_decay, config.rms_eps, eps_in_sqrt=False),
     )
@@ -482,7 +482,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     def descend(state, grads):
         """One step of the optimiser on all parameters."""
         rate = learning_rate(state)
-        direction, opt_state = optimizer.update(grads, state.opt_state)
+        direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, direction)
         return state._replace(params=params, opt_state=opt_state)
 
@@ -500,7 +500,8 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     def replay_steps(state, key):
         """The update's gradient steps on replayed segments; returns sums of their metrics too.
 
-        The launcher divides them by `replay/count`, and leaves them out where it is 0.
+        The launcher divides all `replay/` metrics by `replay/count`, and leaves them out where
+        it is 0. A metric of the update, not of a gradient step, goes into another group.
         """
         filled, count = jnp.minimum(state.update + 1, S), jnp.asarray(counts)[state.update]
 
@@ -511,7 +512,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
             state, aux = gradient_step(state, segments, replayed=True)
             return state, jax.tree.map(jnp.add, sums, aux)
 
-        # for its keys; the shape of the segments does not matter
+        # only for the names: any number of segments will do
         aux = jax.eval_shape(lambda: gradient_step(state, state.replay, replayed=True)[1])
         sums = {k: jnp.zeros(()) for k in aux}
         state, sums = jax.lax.fori_loop(0, count, step, (state, sums))
@@ -568,7 +569,7 @@ def config_for(env: str, *presets: str, **changes) -> Config:
     return launch.config_for(Config, PRESETS, env, presets, changes)
 
 
-# Fields that may be arrays, so that a sweep is one more vmap.
+# Fields that may be arrays, so that a sweep is one more vmap: no `if`, shape or `act` reads them.
 TRACEABLE = ("learning_rate", "max_grad_norm", "gamma", "gae_lambda", "ent_coef", "vf_coef")
 
 # --- presets ---
@@ -584,9 +585,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     # sources of tasks, for those that have no preset of their own
     "gym": {**PHYSICS, "log_std_init": -1.0},
     **dict.fromkeys(("brax", "playground"), PHYSICS),
+    "atari": {"total_timesteps": 28_000_000, "hidden": (512,), "activation": "relu"},
     # tasks
     "cartpole": {"normalize_reward": True},
-    "atari": {"total_timesteps": 28_000_000, "hidden": (512,), "activation": "relu"},
     **dict.fromkeys(("breakout", "asterix", "freeway", "space_invaders"), MINATAR),
     # ablations, on top of a task's preset
     "a2c": {"replay_ratio": 0.0},

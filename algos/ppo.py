@@ -4,7 +4,7 @@ Schulman et al. 2017, https://arxiv.org/abs/1707.06347. One update collects a ro
 the current policy, pi_old, and takes several epochs of minibatch gradient steps on
 
     delta_t  = r_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)
-    A_t      = delta_t + gamma lambda (1 - done_t) A_{t+1}                            (GAE)
+    A_t      = delta_t + gamma lambda (1 - done_t) A_{t+1},  A_T = 0                  (GAE)
     target_t = V(s_t) + A_t
     ratio_t  = pi(a_t | s_t) / pi_old(a_t | s_t)
     loss     = -E[min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)]
@@ -282,7 +282,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     """Compose environments, networks and optimiser into the pure functions of a run."""
     actor = Actor(config, env.obs_shape, env.action_size, env.discrete)
     critic = Critic(config, env.obs_shape)
-    optimizer = optax.chain(
+    optimizer = optax.chain(  # no learning rate: see descend
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.scale_by_adam(b1=0.9, b2=0.999, eps=config.adam_eps),
     )
@@ -349,12 +349,12 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         obs, next_obs = (normalize(state.obs_stats, x) for x in (traj.obs, traj.next_obs))
         value, next_value = (critic.apply(state.params["critic"], x) for x in (obs, next_obs))
         reward = traj.reward * (state.reward_scale.factor() if config.normalize_reward else 1.0)
-        reward = jnp.where(traj.valid, reward, value)  # broken physics: V has nothing to learn
+        reward = jnp.where(traj.valid, reward, value)  # physics not finite: V is its own target
         advantage = gae(
             reward, value, next_value, traj.terminated, traj.done, config.gamma, config.gae_lambda
         )
         target = advantage + value
-        # An advantage of 0 would favour broken steps while V is too high: they get the mean.
+        # Not finite: the mean advantage, because 0 would favour such steps while V is too high.
         mean = (advantage * traj.valid).sum() / jnp.maximum(traj.valid.sum(), 1)
         advantage = jnp.where(traj.valid, advantage, mean)
         batch = Batch(obs, traj.action, traj.log_prob, advantage, target)
@@ -389,8 +389,8 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         """One step of the optimiser on each network in `grads`."""
         params, opt_state = dict(state.params), dict(state.opt_state)
         rate = learning_rate(state)
-        for name in grads:
-            direction, opt_state[name] = optimizer.update(grads[name], opt_state[name])
+        for name, grad in grads.items():
+            direction, opt_state[name] = optimizer.update(grad, opt_state[name], params[name])
             params[name] = jax.tree.map(lambda p, u: p - rate * u, params[name], direction)
         return state._replace(params=params, opt_state=opt_state)
 
@@ -414,7 +414,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
 
         metrics = {name: x.mean() for name, x in aux.items()}
         metrics |= common.run_metrics(info, (state.params, metrics["losses/value_loss"]))
-        # the critic's error before the gradient steps, target - V, is the advantage
+        # advantage = target - V, the critic's error before the gradient steps
         unexplained = batch.advantage.var() / (batch.target.var() + 1e-8)
         metrics["losses/explained_variance"] = 1.0 - unexplained
         metrics["charts/learning_rate"] = jnp.asarray(learning_rate(state))
@@ -457,7 +457,7 @@ def config_for(env: str, *presets: str, **changes) -> Config:
     return launch.config_for(Config, PRESETS, env, presets, changes)
 
 
-# Fields that may be arrays, so that a sweep is one more vmap.
+# Fields that may be arrays, so that a sweep is one more vmap: no `if`, shape or `act` reads them.
 TRACEABLE = (
     "learning_rate", "max_grad_norm", "gamma", "gae_lambda", "clip_eps", "ent_coef", "vf_coef",
 )  # fmt: skip
@@ -476,7 +476,7 @@ MINATAR = {
     "num_minibatches": 8, "learning_rate": 1e-3, "anneal_lr": True, "ent_coef": 0.01,
     "hidden": (128,), "activation": "relu",
 }
-PAPER = {  # published values of fields that tasks' presets change; those below set the others
+PAPER = {  # a named preset follows the task's, so it sets all that a task's preset may change
     "shuffle": "rows", "learning_rate": 3e-4, "anneal_lr": False, "adam_eps": 1e-5, "gamma": 0.99,
     "gae_lambda": 0.95, "clip_eps": 0.2, "anneal_clip": False, "ent_coef": 0.0, "vf_coef": 0.5,
     "normalize_obs": False, "normalize_reward": False, "noise_interval": 1, "hidden": (64, 64),
@@ -490,6 +490,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "log_std_init": -1.0,
     },
     **dict.fromkeys(("brax", "playground"), PHYSICS),
+    "arm": FAST,
     # tasks
     "cartpole": {
         "total_timesteps": 100_000, "num_envs": 8, "num_steps": 32, "num_epochs": 20,
@@ -506,7 +507,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "inverted_double_pendulum": {**FAST, "total_timesteps": 300_000},
     **dict.fromkeys(("CartpoleBalance", "CartpoleSwingup", "ReacherEasy", "CheetahRun"), FAST),
     "reacher": {**PHYSICS, "gamma": 0.95},
-    "arm": FAST,
     "ant": {  # with an initial std of 1, actions cost more than standing still earns
         **FAST, "total_timesteps": 20_000_000, "num_envs": 512, "num_steps": 32, "num_epochs": 4,
         "num_minibatches": 4, "learning_rate": 5e-4, "gamma": 0.97, "hidden": (256, 256),

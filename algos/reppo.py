@@ -12,11 +12,13 @@ the policy ascends the expectation of Q over its own actions; elsewhere it retur
     critic = cross-entropy of the histogram of Q(s_t, a_t) to that of G_t             (HL-Gauss)
     actor  = E[L(s) if KL(s) < bound else beta KL(s)]
     L(s)   = alpha log pi(a | s) - Q(s, a),  a ~ pi(. | s)
+    duals  = alpha (E[-log pi(a | s)] + m A) + beta (bound - E[KL(s)])
 
-Two multipliers are learned as well: alpha keeps the mean entropy above a target, beta keeps the
-mean KL below the bound. s'_t is the true successor of s_t, taken before any reset. A time limit
-(truncated) therefore bootstraps from V'_t, a terminal state (terminated) does not; both end the
-trace.
+The duals loss trains the multipliers alpha and beta alone, which are constants in the actor's loss:
+alpha keeps the mean entropy above -m A (A: action dimensions), beta the mean KL below the bound.
+G and pi_old are constants too. s'_t is the true successor of s_t, taken before any reset. A time
+limit (truncated) therefore bootstraps from V'_t, a terminal state (terminated) does not; both end
+the trace.
 
 Differences from ppo.py:
 
@@ -25,7 +27,7 @@ Differences from ppo.py:
 3. Q is the mean of a histogram over a fixed support. The critic also predicts the reward and its
    own features of the next state (auxiliary loss), and it alone sees privileged observations.
 4. Observation statistics change at every step. Observations are stored normalised, not clipped.
-5. A network skips a gradient step that is not finite; the step is counted. The losses leave out
+5. If the gradient of a network is not finite, its step is skipped and counted. The losses leave out
    transitions whose physics was not finite.
 
     python algos/reppo.py --env pendulum --num-seeds 16
@@ -87,7 +89,7 @@ class Config:
     kl_samples: PositiveInt = 16  # samples for the KL of a state
     kl_coef_init: PositiveFloat = 0.01  # initial multiplier of the KL (beta)
     temperature_init: PositiveFloat = 0.01  # initial multiplier of the entropy (alpha)
-    target_entropy_mult: float = 0.5  # the entropy's target is minus this times action_size
+    target_entropy_mult: float = 0.5  # target entropy, in nats: minus this times action_size
 
     # critic
     critic_loss: Literal["hl_gauss", "mse"] = "hl_gauss"  # histogram, or scalar with squared error
@@ -203,7 +205,7 @@ class Critic(nn.Module):
         if config.critic_loss == "mse":
             logits, value = None, nn.Dense(1)(Block(config, width)(x))[..., 0]
         else:
-            # Q starts at 0: a trained bias, initially the histogram of 0, dominates the logits.
+            # Q starts at 0: a trained vector, initially the histogram of 0, dominates the logits.
             zero = self.param("zero_code", lambda _: hl_gauss(jnp.zeros(()), *support))
             logits = nn.Dense(config.num_bins)(Block(config, width)(x)) + 40.0 * zero
             value = (jax.nn.softmax(logits) * jnp.linspace(*support)).sum(-1)
@@ -346,7 +348,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     """Compose environments, networks and optimiser into the pure functions of a run."""
     actor = Actor(config, env.obs_size - env.privileged_size, env.action_size)
     critic = Critic(config)
-    optimizer = optax.chain(
+    optimizer = optax.chain(  # no learning rate: see descend
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
     )
@@ -487,14 +489,14 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         """One step of the optimiser on each network in `grads` whose gradient is finite."""
         params, opt_state = dict(state.params), dict(state.opt_state)
         rate = learning_rate(state)
-        for name in grads:
-            direction, new_opt_state = optimizer.update(grads[name], opt_state[name])
+        for name, grad in grads.items():
+            direction, new_opt_state = optimizer.update(grad, opt_state[name], params[name])
             if name == "actor":
                 duals = jax.tree.map(lambda u: config.dual_lr_mult * u, direction["duals"])
                 direction = direction | {"duals": duals}
             new_params = jax.tree.map(lambda p, u: p - rate * u, params[name], direction)
             new, old = (new_params, new_opt_state), (params[name], opt_state[name])
-            finite = common.all_finite(grads[name])
+            finite = common.all_finite(grad)
             params[name], opt_state[name] = optax.tree.where(finite, new, old)
         return state._replace(params=params, opt_state=opt_state)
 
@@ -579,7 +581,7 @@ def config_for(env: str, *presets: str, **changes) -> Config:
     return launch.config_for(Config, PRESETS, env, presets, changes)
 
 
-# Fields that may be arrays, so that a sweep is one more vmap.
+# Fields that may be arrays, so that a sweep is one more vmap: no `if`, shape or `act` reads them.
 TRACEABLE = (
     "learning_rate", "max_grad_norm", "dual_lr_mult", "gamma", "td_lambda", "kl_bound",
     "kl_coef_init", "temperature_init", "target_entropy_mult", "reward_scale",
@@ -598,7 +600,7 @@ CPU = {
 # in small runs a scalar critic learns faster than the published histogram
 CPU_DMC = {**CPU, **UNIT, "total_timesteps": 1_000_000, "critic_loss": "mse"}
 BRAX = {**UNIT, "reward_scale": 0.1, "reward_range": (0.0, 0.0)}
-PAPER = {  # every field that a task's preset may have changed, except rewards and support
+PAPER = {  # a named preset follows the task's: all that one may change, but rewards and support
     "total_timesteps": 50_000_000, "num_envs": 1024, "num_steps": 128, "num_epochs": 4,
     "num_minibatches": 128, "learning_rate": 3e-4, "anneal_lr": False, "dual_lr_mult": 1.0,
     "critic_loss": "hl_gauss", "kl_bound": 0.1, "target_entropy_mult": 0.5, "hidden": (512, 512),

@@ -12,11 +12,13 @@ the policy ascends the expectation of Q over its own actions; elsewhere it retur
     critic = cross-entropy of the histogram of Q(s_t, a_t) to that of G_t             (HL-Gauss)
     actor  = E[L(s) if KL(s) < bound else beta KL(s)]
     L(s)   = sum_a pi(a | s) (alpha log pi(a | s) - Q(s, a))
+    duals  = alpha (E[H(pi)] - m log A) + beta (bound - E[KL(s)])
 
-Two multipliers are learned as well: alpha keeps the mean entropy above a target, beta keeps the
-mean KL below the bound. s'_t is the true successor of s_t, taken before any reset. A time limit
-(truncated) therefore bootstraps from V'_t, a terminal state (terminated) does not; both end the
-trace.
+The duals loss trains the multipliers alpha and beta alone, which are constants in the actor's loss:
+alpha keeps the mean entropy above m log A (A: number of actions), beta the mean KL below the bound.
+G and pi_old are constants too. s'_t is the true successor of s_t, taken before any reset. A time
+limit (truncated) therefore bootstraps from V'_t, a terminal state (terminated) does not; both end
+the trace.
 
 Differences from reppo.py, which is the published algorithm:
 
@@ -24,7 +26,8 @@ Differences from reppo.py, which is the published algorithm:
 2. The critic takes the observation alone and has a histogram for each action. Only the histogram of
    the action taken is trained. The action is an input of the auxiliary prediction instead.
 3. The target of the mean entropy is `target_entropy_mult` times log(number of actions).
-4. The loss, the critic and the layers have no variants. There are no privileged observations.
+4. The variants (`kl_mode`, `critic_loss`, `norm` and others) are left out, and so are privileged
+   observations.
 
     python algos/reppo_discrete.py --env cartpole --num-seeds 16
     python algos/reppo_discrete.py --env breakout --num-seeds 4
@@ -182,7 +185,7 @@ class Critic(nn.Module):
         features = nn.Dense(width)(Block(width)(obs))
         x = nn.swish(features)
         support = config.vmin, config.vmax, config.num_bins
-        # Q starts at 0: a trained bias, initially the histogram of 0, dominates the logits.
+        # Q starts at 0: a trained vector, initially the histogram of 0, dominates the logits.
         zero = self.param("zero_code", lambda _: hl_gauss(jnp.zeros(A), *support))
         logits = nn.Dense(A * config.num_bins)(Block(width)(x))
         logits = logits.reshape((*obs.shape[:-1], A, config.num_bins)) + 40.0 * zero
@@ -318,7 +321,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     """Compose environments, networks and optimiser into the pure functions of a run."""
     actor = Actor(config, env.action_size)
     critic = Critic(config, env.action_size)
-    optimizer = optax.chain(
+    optimizer = optax.chain(  # no learning rate: see descend
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
     )
@@ -450,14 +453,14 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         """One step of the optimiser on each network in `grads` whose gradient is finite."""
         params, opt_state = dict(state.params), dict(state.opt_state)
         rate = learning_rate(state)
-        for name in grads:
-            direction, new_opt_state = optimizer.update(grads[name], opt_state[name])
+        for name, grad in grads.items():
+            direction, new_opt_state = optimizer.update(grad, opt_state[name], params[name])
             if name == "actor":
                 duals = jax.tree.map(lambda u: config.dual_lr_mult * u, direction["duals"])
                 direction = direction | {"duals": duals}
             new_params = jax.tree.map(lambda p, u: p - rate * u, params[name], direction)
             new, old = (new_params, new_opt_state), (params[name], opt_state[name])
-            finite = common.all_finite(grads[name])
+            finite = common.all_finite(grad)
             params[name], opt_state[name] = optax.tree.where(finite, new, old)
         return state._replace(params=params, opt_state=opt_state)
 
@@ -535,7 +538,7 @@ def config_for(env: str, *presets: str, **changes) -> Config:
     return launch.config_for(Config, PRESETS, env, presets, changes)
 
 
-# Fields that may be arrays, so that a sweep is one more vmap.
+# Fields that may be arrays, so that a sweep is one more vmap: no `if`, shape or `act` reads them.
 TRACEABLE = (
     "learning_rate", "max_grad_norm", "dual_lr_mult", "gamma", "td_lambda", "kl_bound",
     "kl_coef_init", "temperature_init", "target_entropy_mult", "reward_scale",

@@ -68,7 +68,7 @@ class Config:
     # batch
     num_envs: PositiveInt = 16  # parallel environments per seed
     num_steps: PositiveInt = 8  # length of a rollout in each environment
-    updates_per_step: PositiveFloat = 0.5  # gradient steps per environment step
+    updates_per_step: PositiveFloat = 0.5  # gradient steps per environment step (UTD ratio)
     batch_size: PositiveInt = 256  # transitions in a minibatch
 
     # replay buffer
@@ -82,7 +82,7 @@ class Config:
     # objective
     gamma: UnitFloat = 0.99  # discount
     temperature_init: PositiveFloat = 1.0  # initial weight of the entropy (alpha)
-    target_entropy_mult: float = 1.0  # the entropy's target is minus this times action_size
+    target_entropy_mult: float = 1.0  # target entropy, in nats: minus this times action_size
 
     # observations and rewards
     normalize_obs: bool = False  # standardise observations by running statistics
@@ -274,7 +274,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     """Compose environments, networks and optimiser into the pure functions of a run."""
     actor = Actor(config, env.action_size)
     critic = Critic(config)
-    optimizer = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-7)
+    optimizer = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-7)  # no learning rate: see descend
     T, N, S = config.num_steps, config.num_envs, config.num_slots
     target_entropy = -config.target_entropy_mult * env.action_size
 
@@ -398,8 +398,8 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         """One step of the optimiser on each network in `grads`."""
         params, opt_state = dict(state.params), dict(state.opt_state)
         rate = config.learning_rate
-        for name in grads:
-            direction, opt_state[name] = optimizer.update(grads[name], opt_state[name])
+        for name, grad in grads.items():
+            direction, opt_state[name] = optimizer.update(grad, opt_state[name], params[name])
             params[name] = jax.tree.map(lambda p, u: p - rate * u, params[name], direction)
         return state._replace(params=params, opt_state=opt_state)
 
@@ -422,7 +422,8 @@ def build(config: Config, env: envs.Env) -> common.Algo:
     def learn(state, key):
         """The update's gradient steps; returns sums of their metrics too.
 
-        The launcher divides them by `losses/count`, and leaves them out where it is 0.
+        The launcher divides all `losses/` metrics by `losses/count`, and leaves them out where
+        it is 0. A metric of the update, not of a gradient step, goes into another group.
         """
         # `update` is the same for all seeds, so `vmap` does not batch the loop.
         count = jnp.where(state.update < config.random_updates, 0, config.gradient_steps)
@@ -479,7 +480,7 @@ def config_for(env: str, *presets: str, **changes) -> Config:
     return launch.config_for(Config, PRESETS, env, presets, changes)
 
 
-# Fields that may be arrays, so that a sweep is one more vmap.
+# Fields that may be arrays, so that a sweep is one more vmap: no `if`, shape or `act` reads them.
 TRACEABLE = (
     "learning_rate", "polyak_tau", "gamma", "temperature_init", "target_entropy_mult",
     "reward_scale",
