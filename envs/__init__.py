@@ -246,7 +246,10 @@ def cores() -> int:
 
 
 def canonical(name: str) -> str:
-    """Full name: aliases resolved, options checked and sorted, defaults left out."""
+    """Full name: aliases resolved, options checked and sorted.
+
+    Defaults are left out, except of `engine`, which depends on the device, and of `max_steps`.
+    """
     if not isinstance(name, str):
         raise ValueError(f"name={name!r}: a string is wanted, module:function for one of your own")
     if ":" in name:

@@ -98,7 +98,7 @@ def read_mixture(path: Path) -> list[Part]:
         raise ValueError(f"{path} is not a mixture: {error}") from None
     if not parts:
         raise ValueError(f"{path} has no parts")
-    find = lambda part: str(path.parent / part.policy) if part.policy else ""
+    find = lambda part: str(path.parent / rundir.expanded(part.policy)) if part.policy else ""
     return [dataclasses.replace(part, policy=find(part)) for part in parts]
 
 
@@ -182,8 +182,11 @@ def make_collect(env: envs.Env, act: Callable) -> Callable:
             )
             next_obs = info["final_observation"]
             next_action = act(next_obs, key_next, part)
-            row = Dataset(obs, action, reward, next_obs, next_action, terminated, truncated)
-            row = Dataset(*(x if x.dtype == bool else x.astype(jnp.float32) for x in row))
+            numbers = obs, action, reward, next_obs, next_action
+            numbers = (
+                x.astype(jnp.float32) for x in numbers
+            )  # an observation may be of integers or flags
+            row = Dataset(*numbers, terminated, truncated)
             ended = (terminated | truncated)[:, None]
             carry = fresh, env_state, jnp.where(ended, act(fresh, key_fresh, part), next_action)
             return carry, (*row, info["env_nan"])
@@ -310,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
     """Collect from the command line."""
     parser = cli.Parser(__doc__)
     parser.add_argument(
-        "policy", nargs="?", default="", metavar="POLICY", help="policy_sNNN.npz of a run"
+        "policy", nargs="?", type=cli.path, metavar="POLICY", help="policy_sNNN.npz of a run"
     )
     parser.add_argument("--type", choices=TYPES, help="mixture to collect; default: pure")
     parser.add_argument(
@@ -339,7 +342,7 @@ def run(args: argparse.Namespace, held: contextlib.ExitStack) -> None:
     if bool(args.policy) == bool(args.mixture) or (args.mixture and args.type):
         raise ValueError("give POLICY, with or without --type, or --mixture")
     kind = args.type or "pure"
-    parts = read_mixture(args.mixture) if args.mixture else parts_of(kind, args.policy)
+    parts = read_mixture(args.mixture) if args.mixture else parts_of(kind, str(args.policy))
     out = output_of(args.out, args.format)
     check_absent(out)
     counts = counts_of(args.steps, parts)

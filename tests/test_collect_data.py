@@ -1,8 +1,10 @@
 """Collecting datasets: shares, noise, what a row holds at the end of an episode, resuming."""
 
+import functools
 import json
 import re
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +58,8 @@ def test_mixture_of_a_file(tmp_path):
     path.write_text('[{"share": 2}, {"share": 3.5, "policy": "a/policy_s001.npz", "eps": 0.2}]')
     policy = str(tmp_path / "a" / "policy_s001.npz")
     assert collect_data.read_mixture(path) == [Part(2), Part(3.5, policy, eps=0.2)]
+    path.write_text('[{"policy": "~/policy_s001.npz"}]')
+    assert collect_data.read_mixture(path) == [Part(1, str(Path.home() / "policy_s001.npz"))]
 
 
 @pytest.mark.parametrize(
@@ -369,22 +373,26 @@ def test_parts_draw_apart_and_play_whole_episodes(tmp_path):
     assert [part["returns"] for part in meta["parts"]] == 2 * [{"mean": 4.0, "std": 0.0}]
 
 
-def integers():
-    """`counter`, whose observations are integers."""
+def counter_of(dtype):
+    """`counter`, whose observations have another type."""
     raw = tiny.counter()
-    whole = lambda obs, *rest: (obs.astype(jnp.int32), *rest)
+    cast = lambda obs, *rest: (obs.astype(dtype), *rest)
     return raw._replace(
-        reset=lambda key: whole(*raw.reset(key)), step=lambda *args: whole(*raw.step(*args))
+        reset=lambda key: cast(*raw.reset(key)), step=lambda *args: cast(*raw.step(*args))
     )
 
 
-def test_integer_observations_are_stored_as_floats(tmp_path):
+integers, flags = (functools.partial(counter_of, dtype) for dtype in (jnp.int32, bool))
+
+
+@pytest.mark.parametrize(("task", "seen"), [("integers", [0, 1, 2, 3]), ("flags", [0, 1, 1, 1])])
+def test_other_observations_are_stored_as_floats(tmp_path, task, seen):
     (tmp_path / "mixture.json").write_text("[{}]")
-    argv = ["--env", "test_collect_data:integers", "--steps", 8, "--out", tmp_path / "data.npz"]
+    argv = ["--env", f"test_collect_data:{task}", "--steps", 8, "--out", tmp_path / "data.npz"]
     run("--mixture", tmp_path / "mixture.json", *argv)
     dataset = datasets.read(tmp_path / "data.npz")[0]
     assert dataset.obs.dtype == dataset.next_obs.dtype == np.float32
-    assert dataset.obs[:, 0].tolist() == [0.0, 1.0, 2.0, 3.0] * 2
+    assert dataset.obs[:, 0].tolist() == seen * 2
 
 
 def test_a_part_that_is_none_is_refused(tmp_path):

@@ -166,6 +166,9 @@ def harmed(path, harm):
         np.savez(path, x=np.zeros(3), __meta__="{}")
     elif harm == "pickled":
         np.savez(path, **{name: np.array([{}]) for name in (*Dataset._fields, "__meta__")})
+    elif harm == "one array":
+        with path.open("wb") as file:
+            np.save(file, np.zeros(3))
     elif harm == "missing":
         path.unlink()
     elif harm == "a folder":
@@ -185,6 +188,7 @@ def harmed(path, harm):
         ("foreign", "damaged or not ours"),
         ("other arrays", "no __meta__|no action, next_action"),
         ("pickled", "damaged or not ours"),
+        ("one array", r"not ours \(it is no .npz of plain arrays\)"),
         ('{"of": 1}', "its metadata names no env"),
         ('["env"]', "no __meta__"),
         ("missing", "does not exist, or is not a file"),
@@ -425,6 +429,8 @@ def test_hdf5_without_a_part_is_refused_by_its_name(tmp_path, layout, name, mess
             r"an episode has 5 observations, 4 actions and 9",
         ),
         ("minari", "episode_1/terminations", np.full(4, 2.0), "terminations has values beside 0"),
+        ("minari", "episode_1/terminations", [0, 1, 0, 0], "episode_1 goes on after a step that"),
+        ("minari", "episode_1/truncations", [0, 1, 0, 0], "episode_1 goes on after a step that"),
     ],
 )
 def test_hdf5_that_does_not_fit_together_is_refused(tmp_path, layout, name, value, message):
@@ -450,9 +456,17 @@ def test_minaris_folder_needs_no_home_where_it_is_named(tmp_path, monkeypatch):
         datasets.minari_root()
 
 
+def test_hdf5_of_another_layout_is_refused(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "data.hdf5", "w") as file:
+        file["data/demo_0/actions"] = file["episode_x"] = np.zeros((5, 1))
+    with pytest.raises(ValueError, match="it has neither observations, as D4RL's files, nor"):
+        datasets.load(str(tmp_path / "data.hdf5"), ENV)
+
+
 def test_episodes_are_read_in_the_order_of_their_numbers():
     names = [f"episode_{i}" for i in (0, 1, 10, 2)]
-    one = {"observations": [[0.0]], "actions": [[0.0]], "terminations": [True]}
+    one = {"observations": [[0.0]], "actions": [[0.0]], "terminations": [1], "truncations": [0]}
     file = {name: one | {"rewards": [int(name[8:])]} for name in names}
     wrap = lambda group: {k: np.array(v) for k, v in group.items()}
     episodes = datasets.minari_episodes({name: wrap(group) for name, group in file.items()})

@@ -12,6 +12,7 @@ and `action`.
 
 import difflib
 import os
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -223,11 +224,16 @@ def read_hdf5(path: Path) -> Dataset:
 
 def minari_episodes(file: Mapping[str, Any]):
     """Episodes of Minari's layout: a group each, with one observation more than actions."""
-    names = [name for name in file if name.startswith("episode_")]
+    names = [name for name in file if re.fullmatch(r"episode_\d+", name)]
+    if not names:
+        raise ValueError("it has neither observations, as D4RL's files, nor episode_0, as Minari's")
     for name in sorted(names, key=lambda name: int(name[8:])):
         group = file[name]
         obs, action, reward = columns(group, "observations", "actions", "rewards")
-        yield obs, action, reward, bool(flags(group, "terminations", len(action))[-1])
+        ends = [flags(group, x, len(action)) for x in ("terminations", "truncations")]
+        if any(x[:-1].any() for x in ends):
+            raise ValueError(f"{name} goes on after a step that ends it: an episode is one group")
+        yield obs, action, reward, bool(ends[0][-1])
 
 
 def flat_episodes(file: Mapping[str, Any]):

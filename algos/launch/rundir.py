@@ -51,8 +51,10 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except Exception as error:  # damage may show in numpy, zipfile, zlib or tokenize
-        # numpy takes anything else for a pickle, and its message says how to load one: do not.
-        reason = "it is no .npz of plain arrays" if "pickle" in str(error) else error
+        # numpy takes anything else for a pickle, and its message says how to load one: do not. It
+        # returns the array of a .npy, which `with` refuses.
+        known = "pickle" in str(error) or isinstance(error, TypeError)
+        reason = "it is no .npz of plain arrays" if known else error
         raise ValueError(f"{path} is damaged or not ours ({reason})") from None
 
 
