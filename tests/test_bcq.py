@@ -172,7 +172,7 @@ def test_weights_start_uniform_and_biases_at_zero():
 
 BY_HAND = config_of(
     gradient_steps=3, batch_size=5, polyak_tau=0.25, max_perturbation=0.4, critic_lr=1e-2,
-    learning_rate=5e-3, vae_lr=2e-3, min_weight=0.6,
+    learning_rate=5e-3, vae_lr=2e-3, min_weight=0.6, gamma=0.9,
 )  # fmt: skip
 
 
@@ -199,7 +199,7 @@ def test_gradient_steps_by_hand():
             one, two = critic.apply(targets["critic"], row.next_obs, action)
             return 0.6 * jnp.minimum(one, two) + 0.4 * jnp.maximum(one, two)
 
-        return row.reward + 0.99 * (1.0 - row.terminated) * jax.lax.map(mixed, noise).max()
+        return row.reward + 0.9 * (1.0 - row.terminated) * jax.lax.map(mixed, noise).max()
 
     def q_loss(p, batch, y):
         one, two = critic.apply(p, batch.obs, batch.action)

@@ -11,6 +11,7 @@ import tiny
 from test_bpo_update import CHAIN, FROZEN, actor_of, q_network, run, shifted
 from tiny import run_update
 
+import envs
 from algos import bpo, common, ppo
 
 ONE_STEP = {"num_epochs": 1, "num_minibatches": 1}
@@ -52,8 +53,10 @@ def test_annealing_shortens_the_steps_and_a_rollout_starts_from_refreshed_enviro
 @pytest.mark.parametrize("name", ["ppo", "bpo", "reppo", "reppo_discrete"])
 def test_the_first_gradient_is_as_long_as_the_clip(name):
     _, after, _ = run_update(name, **ONE_STEP, max_grad_norm=1e-3)
-    moment = after.opt_state["critic"][1].mu  # a tenth of the first gradient
-    assert optax.global_norm(moment) == pytest.approx(1e-4, rel=1e-3)
+    adam = after.opt_state["critic"][1]
+    assert optax.global_norm(adam.mu) == pytest.approx(0.1 * 1e-3, rel=1e-3)
+    root = jax.tree.map(jnp.sqrt, adam.nu)
+    assert optax.global_norm(root) == pytest.approx(0.001**0.5 * 1e-3, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["ppo", "bpo"])
@@ -104,13 +107,41 @@ def test_advantages_are_standardised_in_each_minibatch(module, monkeypatch):
     assert metrics["losses/std"] == pytest.approx(1.0, rel=1e-3)
 
 
-def test_minibatches_are_shuffled():
+@pytest.mark.parametrize("name", ["ppo", "reppo", "reppo_discrete"])
+def test_minibatches_are_shuffled(name):
     """Without steps, a second epoch has other minibatches of the same rollout."""
     changes = {"learning_rate": 0.0, "num_minibatches": 4}
-    once, twice = (run_update("ppo", num_epochs=n, **changes)[2] for n in (1, 2))
-    assert twice["losses/value_loss"] == pytest.approx(once["losses/value_loss"], rel=1e-4)
+    once, twice = (run_update(name, num_epochs=n, **changes)[2] for n in (1, 2))
+    mean = "losses/value_loss" if name == "ppo" else "losses/value_error"
+    assert twice[mean] == pytest.approx(once[mean], rel=1e-4)
     ratio = twice["losses/critic_grad_norm"] / once["losses/critic_grad_norm"]
     assert abs(ratio - 1.0) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["ppo", "bpo"])
+def test_minibatches_are_of_rows_or_of_transitions(name):
+    changes = {"learning_rate": 0.0, "num_minibatches": 4}
+    norms = [
+        run_update(name, shuffle=unit, **ONE_STEP | changes)[2]["losses/critic_grad_norm"]
+        for unit in ("rows", "transitions")
+    ]
+    assert abs(norms[0] / norms[1] - 1.0) > 1e-4
+
+
+@pytest.mark.parametrize("name", [*SKELETON, "sac"])
+def test_each_environment_has_noise_of_its_own(name):
+    """All see the same; `env_nan` counts the actions that are those of the first environment."""
+    kind = "tiny:counter_discrete" if name == "reppo_discrete" else "tiny:counter"
+    env = envs.make(kind, 4, stagger=False)
+
+    def step(key, state, action):
+        *rest, info = env.step(key, state, action)
+        same = (action == action[:1]).reshape(4, -1).all(1)
+        return *rest, info | {"env_nan": same}
+
+    algo = tiny.module_of(name).build(tiny.config_of(name, env=kind), env._replace(step=step))
+    metrics = jax.jit(lambda key: algo.update(algo.init(key))[1])(jax.random.key(0))
+    assert 8 <= metrics["health/env_nan"] < 32
 
 
 # --- bpo ---

@@ -256,8 +256,9 @@ def test_update_by_hand():
     RMSprop as PyTorch has it: the mean square starts at 0 and epsilon is added to its root.
     """
     config = config_of(
-        **COUNTER, replay_fraction=1 / 6, sample_mult=1, replay_ratio=3.0, ent_coef=0.1
-    )
+        **COUNTER, replay_fraction=1 / 6, sample_mult=1, replay_ratio=3.0, ent_coef=0.1,
+        rms_decay=0.9, rms_eps=1e-3, max_grad_norm=0.3,
+    )  # fmt: skip
     assert config.num_slots == config.warmup_slots == 1
     (before, after), (metrics,) = states_of(config, 1)
     network = p3o.ActorCritic(config, (2,), 2, True)
@@ -271,12 +272,12 @@ def test_update_by_hand():
         loss_fn = lambda p: loss(*network.apply(p, after.replay.obs), after.replay, config)  # noqa: B023
         grads, aux = jax.jit(jax.grad(loss_fn, has_aux=True))(params)
         norm = math.sqrt(sum((x**2).sum() for x in jax.tree.leaves(grads)))
-        grads = jax.tree.map(lambda g: g * min(1.0, 0.5 / norm), grads)  # noqa: B023
-        square = jax.tree.map(lambda v, g: 0.99 * v + 0.01 * g**2, square, grads)
+        grads = jax.tree.map(lambda g: g * min(1.0, 0.3 / norm), grads)  # noqa: B023
+        square = jax.tree.map(lambda v, g: 0.9 * v + 0.1 * g**2, square, grads)
         params = jax.tree.map(
-            lambda p, v, g: p - rate * g / (jnp.sqrt(v) + 1e-5), params, square, grads
+            lambda p, v, g: p - rate * g / (jnp.sqrt(v) + 1e-3), params, square, grads
         )
-        assert norm > 0.5 or i
+        assert norm > 0.3 or i
         aux["replay/grad_norm" if i else "losses/grad_norm"] = norm
         sums |= {name: sums.get(name, 0.0) + x for name, x in aux.items()}
     tiny.assert_close(after.params, params, rtol=1e-3, atol=1e-5)

@@ -236,8 +236,9 @@ def test_observations_are_normalised_by_one_snapshot():
 def test_what_an_update_is_made_of():
     """`counter` pays 1 a step and is cut after 4: all observations of 8 steps are known."""
     config = tiny.config_of(
-        "ppo", env="tiny:counter_discrete", learning_rate=0.0, num_epochs=1, num_minibatches=1
-    )
+        "ppo", env="tiny:counter_discrete", learning_rate=0.0, num_epochs=1, num_minibatches=1,
+        gae_lambda=0.7,
+    )  # fmt: skip
     assert config.normalize_obs
     assert config.normalize_reward
     algo = ppo.build(config, envs.make(config.env, 4, stagger=False))

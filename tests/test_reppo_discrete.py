@@ -229,6 +229,14 @@ def test_unconstrained_policy_becomes_the_softmax_of_its_values():
     assert_close(metrics["losses/actor_grad_norm"], alpha * metrics["losses/entropy"], rtol=1e-4)
 
 
+def test_a_gated_state_does_not_climb():
+    """Every KL is above a bound of -1, so without weight on the KL nothing moves the policy."""
+    alone = {"temperature_init": 1e-20, "kl_coef_init": 1e-20, "kl_bound": -1.0}
+    metrics = run_update(**alone)[2]
+    assert metrics["losses/gated_fraction"] == 1
+    assert metrics["losses/actor_grad_norm"] < 1e-6
+
+
 @pytest.mark.parametrize(("bound", "rises"), [(-1.0, True), (1.0, False)])
 def test_kl_coefficient_follows_the_bound(bound, rises):
     before, after, _ = run_update(kl_bound=bound)
