@@ -128,6 +128,19 @@ def test_minibatches_are_of_rows_or_of_transitions(name):
     assert abs(norms[0] / norms[1] - 1.0) > 1e-4
 
 
+@pytest.mark.parametrize("name", tiny.ALGOS)
+def test_an_optimiser_may_see_the_parameters(name, monkeypatch):
+    kind = "scale_by_rms" if name == "p3o" else "scale_by_adam"
+    scale, decay = getattr(optax, kind), optax.add_decayed_weights(0.1)
+    chained = lambda *args, **kwargs: optax.chain(scale(*args, **kwargs), decay)
+    monkeypatch.setattr(optax, kind, chained)
+    algo = tiny.build(name, tiny.config_of(name))
+    shared, own = algo.data(np.array([0]))
+    data = *shared, *jax.tree.map(lambda x: x[0], own)
+    state = jax.eval_shape(algo.init, jax.random.key(0))
+    assert jax.eval_shape(algo.update, state, *data)[0].opt_state == state.opt_state
+
+
 @pytest.mark.parametrize("name", [*SKELETON, "sac"])
 def test_each_environment_has_noise_of_its_own(name):
     """All see the same; `env_nan` counts the actions that are those of the first environment."""
