@@ -182,10 +182,8 @@ def make_collect(env: envs.Env, act: Callable) -> Callable:
             )
             next_obs = info["final_observation"]
             next_action = act(next_obs, key_next, part)
-            numbers = obs, action, reward, next_obs, next_action
-            numbers = (
-                x.astype(jnp.float32) for x in numbers
-            )  # an observation may be of integers or flags
+            # an observation may be of integers or flags
+            numbers = (x.astype(jnp.float32) for x in (obs, action, reward, next_obs, next_action))
             row = Dataset(*numbers, terminated, truncated)
             ended = (terminated | truncated)[:, None]
             carry = fresh, env_state, jnp.where(ended, act(fresh, key_fresh, part), next_action)
