@@ -479,6 +479,7 @@ def build(config: Config, env: envs.Env) -> common.Algo:
         value = critic.apply(state.params["critic"], batch.obs, jnp.tanh(u))
         mixed = mix(value, config.min_weight)
         divergence = divergence_of(state, batch, policy, u, key_divergence)
+        # Adam counts the gradient steps
         warm = optax.tree.get(state.opt_state["actor"], "count") <= config.warm_start
         loss = policy_loss(mixed, log_prob, divergence, temperature, alpha, warm)
         return loss, {
