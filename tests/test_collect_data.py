@@ -395,6 +395,13 @@ def test_other_observations_are_stored_as_floats(tmp_path, task, seen):
     assert dataset.obs[:, 0].tolist() == seen * 2
 
 
+def test_a_policy_may_be_in_the_home_directory(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(SystemExit):
+        run("~/policy_s000.npz", "--out", tmp_path / "data.npz")
+    assert str(tmp_path / "policy_s000.npz") in capsys.readouterr().err
+
+
 def test_a_part_that_is_none_is_refused(tmp_path):
     datasets.write(tmp_path / "0.npz", tiny.transitions(4), {"env": "tiny:balance"})
     with pytest.raises(ValueError, match="is of another command"):

@@ -274,16 +274,27 @@ def test_a_console_that_goes_away_is_not_written_to_again(tmp_path):
 
 def test_progress_is_a_line_now_and_then_where_no_terminal_is(tmp_path, monkeypatch, capsys):
     """As under nohup or a batch system: between evaluations there may be an hour."""
-    monkeypatch.setattr(logs, "LINE_SECONDS", 0.2)
+    monkeypatch.setattr(logs, "LINE_SECONDS", 0.6)
     log = make_log(tmp_path)
     with log.progress(10_000, 1_000):
-        log.advance(1_000)
-        time.sleep(0.3)
-        log.advance(1_000)
-        log.advance(1_000)
+        for seconds in (0.2, 0.6, 0.0):  # only the second is late enough
+            time.sleep(seconds)
+            log.advance(1_000)
     head, line = capsys.readouterr().err.splitlines()
     assert head.startswith("greedy return")
-    assert re.fullmatch(r" 30%\|.*\| 3\.00k/10\.0k \[00:00<00:\d\d, .*steps/s\]", line)
+    assert re.fullmatch(r" 30%\|.*\| 3\.00k/10\.0k \[00:0\d<00:\d\d, .*steps/s\]", line)
+
+
+def test_progress_is_a_bar_alone_where_a_terminal_is(tmp_path, monkeypatch):
+    log, terminal = make_log(tmp_path), io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    log.console.stream = terminal
+    with log.progress(10_000, 0):
+        time.sleep(0.2)
+        log.advance(1_000)
+    shown = terminal.getvalue()
+    assert "1.00k/10.0k" in shown
+    assert "steps/s]\n" not in shown
 
 
 def test_a_process_may_have_no_console_from_the_start(tmp_path, monkeypatch):
