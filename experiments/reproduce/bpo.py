@@ -8,6 +8,9 @@ groups:
   v5        2M steps of Gymnasium's MuJoCo tasks, beside the authors' numbers: PPO and BPO with
             ppo_bpo_zero, and with other clips on Hopper. BPO trains on each step 140 times: about
             1,000 steps/s on 2 CPU cores
+  default   1.5M steps of Hopper and Walker2d: PPO and BPO with the authors' general configuration
+            for MuJoCo. The secondary source of their numbers names it for one row of Walker2d,
+            and none for the other row and for Hopper
   normalized
             PPO and BPO on Hopper with normalised observations and rewards. The RL Zoo has the
             authors' settings of PPO for another task, and normalises there
@@ -59,6 +62,10 @@ GROUPS: dict[str, list[Job]] = {
         *(ppo(task, GSDE) for task in AUTHORS),
         *(bpo(task, GSDE, "_zero") for task in AUTHORS),
         *(bpo(v5("Hopper"), GSDE, end) for end in CLIPS),
+    ],
+    "default": [
+        *(ppo(v5(task), "mujoco_ppo") for task in ("Hopper", "Walker2d")),
+        *(bpo(v5(task), "mujoco_ppo", "_zero") for task in ("Hopper", "Walker2d")),
     ],
     "normalized": [
         ppo(v5("Hopper"), GSDE, NORMALIZED),
