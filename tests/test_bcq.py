@@ -41,6 +41,10 @@ def shifted(params, by=1.0):
     return jax.tree.map(lambda x: x + by, params)
 
 
+def scaled(params, by):
+    return jax.tree.map(lambda x: by * x, params)
+
+
 # --- draws ---
 
 
@@ -285,23 +289,36 @@ def test_what_plays_is_not_a_target_network():
     tiny.assert_same(algo.policy_of(away), algo.policy_of(state))
 
 
-def test_metrics_of_the_policy():
+def test_metrics_of_a_step():
     """Of one gradient step that changes nothing, from the same draws."""
     still = {"critic_lr": 0.0, "learning_rate": 0.0, "vae_lr": 0.0}
-    config = config_of(gradient_steps=1, batch_size=5, max_perturbation=0.4, **still)
-    state, rows = first_state(config), rows_of(12)
-    _, metrics = update_of(config)(state, rows)
+    config = config_of(gradient_steps=1, batch_size=40, max_perturbation=0.4, **still)
+    state, rows = first_state(config), rows_of(60)
+    # A decoder whose actions reach the bounds in some rows.
+    vae = state.params["vae"] | {"decoder": scaled(state.params["vae"]["decoder"], 2.0)}
+    params = state.params | {"vae": vae}
+    _, metrics = update_of(config)(state._replace(params=params), rows)
     _, key_index, key_steps = jax.random.split(state.key, 3)
-    index = jax.random.randint(key_index, (1, 5), 0, 12)[0]
-    key = jax.random.split(jax.random.split(key_steps, 1)[0], 3)[1]
-    latent = jnp.clip(jax.random.normal(key, (5, 2)), -0.5, 0.5)
-    obs, params = rows.obs[index], state.params
-    drawn = bcq.Decoder(config, 1).apply(params["vae"]["decoder"], obs, latent)
+    index = jax.random.randint(key_index, (1, 40), 0, 60)[0]
+    keys = jax.random.split(jax.random.split(key_steps, 1)[0], 3)
+    obs, data = rows.obs[index], rows.action[index]
+    decode = lambda latent: bcq.Decoder(config, 1).apply(vae["decoder"], obs, latent)
+    drawn = decode(jnp.clip(jax.random.normal(keys[1], (40, 2)), -0.5, 0.5))
     step = 0.4 * jnp.tanh(bcq.MLP(config.hidden, 1).apply(params["perturbation"], obs, drawn))
     action = jnp.clip(drawn + step, -1.0, 1.0)
-    assert_close(metrics["losses/perturbation"], abs(action - drawn).mean(), rtol=1e-4)
-    q = bcq.Critic(config).apply(params["critic"], obs, rows.action[index])
-    assert_close(metrics["losses/q_data"], q.mean(), rtol=1e-4)
+    mean, log_std = bcq.Encoder(config, 1).apply(vae["encoder"], obs, data)
+    std = jnp.exp(log_std)
+    error = decode(mean + std * jax.random.normal(keys[2], (40, 2))) - data
+    expected = {
+        "perturbation": abs(action - drawn).mean(),
+        "saturated_fraction": (abs(action) > 0.99).mean(),
+        "q_data": bcq.Critic(config).apply(params["critic"], obs, data).mean(),
+        "reconstruction_error": (error**2).mean(),
+        "latent_kl": (0.5 * (mean**2 + std**2 - 1.0) - log_std).mean(),
+    }
+    assert 0.05 < expected["saturated_fraction"] < 0.95
+    for name, value in expected.items():
+        assert_close(metrics[f"losses/{name}"], value, rtol=1e-4, err_msg=name)
 
 
 # --- a program of several values ---

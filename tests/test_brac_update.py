@@ -236,7 +236,8 @@ def test_divergences_of_an_update(divergence):
     algo, rows = tiny.build("brac", config), rows_of()
     state, clone = algo.init(jax.random.key(0)), actor_of(config, 7)
     outside = {"temperature": jnp.float32(-0.3), "alpha": jnp.float32(600.0)}  # of their ranges
-    state = state._replace(params=state.params | outside)
+    wide = {"actor": scaled(state.params["actor"], 4.0)}  # some actions reach the bounds
+    state = state._replace(params=state.params | outside | wide)
     _, metrics = jax.jit(algo.update)(state, rows, clone if config.cloned else None)
     _, key_index, key_steps = jax.random.split(state.key, 3)
     index = jax.random.randint(key_index, (1, 1, 16), 0, 64)[0, 0]
@@ -247,6 +248,9 @@ def test_divergences_of_an_update(divergence):
     draw = lambda policy, key, *draws: policy.mean + policy.std * normal(key, (*draws, 16, 1))
     key_draw, key_divergence = jax.random.split(keys[1])
     u = draw(policy, key_draw)
+    saturated = (abs(np.tanh(u)) > 0.99).mean()
+    assert 0.0 < saturated < 1.0
+    assert_close(metrics["losses/saturated_fraction"], saturated)
     assert_close(metrics["losses/entropy"], -policy.log_prob(u).mean(), rtol=1e-4)
     values = lambda a: brac.Critic(config, 2).apply(state.params["critic"], obs, a)
     assert_close(metrics["losses/q_data"], values(action).mean(), rtol=1e-4)  # of both critics
@@ -255,15 +259,16 @@ def test_divergences_of_an_update(divergence):
         key_own, key_clone = jax.random.split(key_divergence)
         x = jnp.tanh(draw(policy, key_own, 4))
         y = jnp.tanh(draw(actor.apply(clone, obs), key_clone, 4))
-        wanted = brac.squared_mmd(x, y).mean()
+        wanted = brac.squared_mmd(x, y)
     else:
         g = lambda a: brac.Critic(config, 1).apply(state.params["divergence"], obs, a)[0]
-        wanted = (g(jnp.tanh(u)) - g(action)).mean()
+        wanted = g(jnp.tanh(u)) - g(action)
         own = jnp.tanh(draw(policy, jax.random.split(keys[2])[0]))
         bound = metrics["losses/gradient_penalty"] - metrics["losses/divergence_loss"]
         assert_close(bound, (g(own) - g(action)).mean(), rtol=1e-4)
-    assert_close(metrics["losses/divergence"], wanted, rtol=1e-4)
-    assert_close(metrics["losses/policy_loss"], 500.0 * wanted, rtol=1e-4)  # warm
+    assert_close(metrics["losses/divergence"], wanted.mean(), rtol=1e-4)
+    assert_close(metrics["losses/divergence_std"], wanted.std(), rtol=1e-4)
+    assert_close(metrics["losses/policy_loss"], 500.0 * wanted.mean(), rtol=1e-4)  # warm
     assert_close([metrics["losses/temperature"], metrics["losses/alpha"]], [0.0, 500.0])
 
 

@@ -181,6 +181,18 @@ def test_what_the_targets_are_made_of(temperature):
     assert_close(variance, target.var(), rtol=1e-3)
 
 
+@pytest.mark.parametrize("reward_scale", [1.0, -1.0])
+def test_share_of_targets_outside_the_support(reward_scale):
+    """+-1 + gamma E[Q] is beyond either end of [-1, 1] where E[Q] has the sign of the reward."""
+    changes = {"temperature_init": 1e-20, "vmin": -1.0, "vmax": 1.0, "reward_scale": reward_scale}
+    config, state, _, metrics = counter_update(**changes)
+    policy = reppo_discrete.Actor(config, 2).apply(state.params["actor"]["net"], SUCCESSOR)
+    q = reppo_discrete.Critic(config, 2).apply(state.params["critic"], SUCCESSOR).value
+    outside = (jax.nn.softmax(policy.logits) * q * reward_scale).sum(-1) > 0
+    assert 0 < outside.mean() < 1
+    assert_close(metrics["health/target_clip_fraction"], outside.mean())
+
+
 def only_left(state):
     """The policy takes action 0 with a probability of 1 - e^-30."""
     head = state.params["actor"]["net"]["params"]["Dense_0"]

@@ -259,6 +259,17 @@ def test_what_the_targets_are_made_of(td_lambda):
     assert_close(metrics["losses/explained_variance"], explained, rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("critic_loss", "reward_scale", "share"),
+    [("hl_gauss", 1.0, 0.75), ("hl_gauss", -1.0, 0.75), ("mse", 1.0, 0.0)],
+)
+def test_share_of_targets_outside_the_support(critic_loss, reward_scale, share):
+    """An episode has targets near +-1.62, 1.56, 1.4 and 1; a scalar critic has no support."""
+    changes = {"critic_loss": critic_loss, "reward_scale": reward_scale, "td_lambda": 0.8}
+    _, metrics, _ = counter_update(vmin=-1.2, vmax=1.2, **changes)
+    assert metrics["health/target_clip_fraction"] == share
+
+
 def test_the_entropy_of_the_next_state_is_a_bonus():
     """The target is 10 + gamma alpha H + V(successor) / 2, where the sample of H has std 1."""
     predict, metrics, params = counter_update(temperature_init=2.0, reward_scale=10.0)
