@@ -89,13 +89,20 @@ def read_mixture(path: Path) -> list[Part]:
     """The parts in a file; paths of policies are relative to it."""
     try:
         listed = json.loads(path.read_text())
-        if not isinstance(listed, list):
-            raise ValueError("a list of parts is wanted")
-        parts = [Part(**part) for part in listed]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a mixture: {error}") from None
+    if not isinstance(listed, list) or not all(isinstance(part, dict) for part in listed):
+        raise ValueError(f"{path} is not a mixture: a list of parts is wanted")
+    known = [field.name for field in dataclasses.fields(Part)]
+    wrong = sorted({name for part in listed for name in part} - {*known})
+    if wrong:
+        raise ValueError(f"{path}: a part has no {', '.join(wrong)}, but {', '.join(known)}")
+    parts = [Part(**part) for part in listed]
+    try:
         for part in parts:
             common.check(part)
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a mixture: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if not parts:
         raise ValueError(f"{path} has no parts")
     find = lambda part: str(path.parent / rundir.expanded(part.policy)) if part.policy else ""
@@ -129,16 +136,20 @@ def task_of(parts: list[Part], env: str) -> str:
 # --- collection ---
 
 
-def actor_of(parts: list[Part], action_size: int) -> Callable:
+def actor_of(parts: list[Part], env: envs.Env) -> Callable:
     """act(obs [N, obs_size], key, part) -> action [N, action_size], in [-1, 1].
 
     Which of the parts acts is an argument, so that one compiled program serves all.
     """
 
     def uniform(obs, key):
-        return jax.random.uniform(key, (len(obs), action_size), minval=-1.0, maxval=1.0)
+        return jax.random.uniform(key, (len(obs), env.action_size), minval=-1.0, maxval=1.0)
 
-    load_act = lambda path: policies.act_of(*policies.read_policy(Path(path)))
+    def load_act(path):
+        known, algo, policy = policies.read_policy(path)
+        policies.check_task(path, known, env)
+        return policies.act_of(known, algo, policy)
+
     paths = list(dict.fromkeys(part.policy for part in parts))
     acts = [load_act(path) if path else uniform for path in paths]
     policy_of = jnp.array([paths.index(part.policy) for part in parts])
@@ -148,7 +159,7 @@ def actor_of(parts: list[Part], action_size: int) -> Callable:
         key_policy, key_noise, key_uniform, key_replace = jax.random.split(key, 4)
         action = jax.lax.switch(policy_of[part], acts, obs, key_policy)
         action = jnp.clip(action, -1.0, 1.0) + std[part] * jax.random.normal(
-            key_noise, (len(obs), action_size)
+            key_noise, (len(obs), env.action_size)
         )
         bound = jnp.where(std[part] > 0.0, MAX_ACTION, 1.0)
         replace = jax.random.bernoulli(key_replace, eps[part], (len(obs), 1))
@@ -343,13 +354,14 @@ def run(args: argparse.Namespace, held: contextlib.ExitStack) -> None:
     parts = read_mixture(args.mixture) if args.mixture else parts_of(kind, str(args.policy))
     out = output_of(args.out, args.format)
     check_absent(out)
+    rundir.check_new([out], force=True)  # the folder can be written to
     counts = counts_of(args.steps, parts)
     program.setup_jax(1)
     task = task_of(parts, args.env)
     env = envs.make(task, 1)
     if env.discrete:
         raise ValueError(f"{task} has discrete actions, and datasets have continuous ones")
-    act = actor_of(parts, env.action_size)
+    act = actor_of(parts, env)
     make_env = functools.partial(envs.make, task, stagger=False, reset_mode="fresh")
     evaluate = make_evaluate(make_env(EVAL_EPISODES), act)
     collect = make_collect(make_env(max(1, round(max(counts) / STREAM))), act)
@@ -360,7 +372,11 @@ def run(args: argparse.Namespace, held: contextlib.ExitStack) -> None:
     check_absent(out)  # again: another process may have just written it
     collected, returns = zip(*collect_parts(plan, folder, evaluate, collect), strict=True)
     dataset = Dataset(*map(np.concatenate, zip(*collected, strict=True)))
-    datasets.check(dataset, str(out), env)
+    try:
+        datasets.check(dataset, str(out), env)
+    except ValueError:  # the parts would give the same error again
+        shutil.rmtree(folder)
+        raise
     listed = [
         part | {"returns": numbers, "broken": part["count"] - len(found.obs)}
         for part, numbers, found in zip(plan["parts"], returns, collected, strict=True)

@@ -34,9 +34,10 @@ def evaluate_run(run: rundir.Run, episodes: int, seed: int) -> rundir.Run:
         raise ValueError(f"{run.path}: no seed is alive")
     paths = [run.path / f"policy_s{row:03d}.npz" for row in alive]
     # One Algo serves all rows: what may be swept changes training, never how to act.
-    _, algo, template = policies.read_policy(paths[0])
+    known, algo, template = policies.read_policy(paths[0])
     trees, metas = zip(*(rundir.load_tree(path, template) for path in paths), strict=True)
     env = envs.make(run.config["env"], episodes, stagger=False, reset_mode="cached")
+    policies.check_task(paths[0], known, env)
     keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.asarray(alive))
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *trees)
     play = jax.jit(lambda keys: evaluation.begin(env, keys))(keys)

@@ -27,6 +27,8 @@ def to_onnx(path: Path) -> Any:
         import onnx
     except ImportError as error:
         raise ImportError(f'{error}: pip install -e ".[onnx]"') from None
+    if about["algo"] == "bcq":
+        raise ValueError(f"{path}: no ONNX for BCQ, which draws its greedy actions at random")
     env, algo, policy = policies.read_policy(path)
     obs = policies.interface_of(env)["obs"]
     try:

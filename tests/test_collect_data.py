@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import tiny
 from scipy import stats
 
 import envs
+from algos import sac
 from algos.launch import datasets, policies, rundir
 from experiments import collect_data
 from experiments.collect_data import Part
@@ -68,7 +70,8 @@ def test_mixture_of_a_file(tmp_path):
         ("[", "is not a mixture"),
         ("[]", "has no parts"),
         ('{"policy": "p"}', "is not a mixture: a list of parts is wanted"),
-        ('[{"shar": 2}]', "is not a mixture: .*shar"),
+        ("[3]", "is not a mixture: a list of parts is wanted"),
+        ('[{"shar": 2}]', "a part has no shar, but share, policy, eps, std"),
         ('[{"share": 0}]', "share=0: it should be greater than 0"),
         ('[{"share": "2"}]', "share='2': it should be a valid number"),
         ('[{"policy": 3}]', "policy=3: it should be a valid string"),
@@ -98,9 +101,11 @@ N = 20_000
 def actions_of(monkeypatch, part):
     """Actions of a part whose policy always does (0.25, -2)."""
     constant = lambda obs, key: jnp.tile(jnp.array([0.25, -2.0]), (len(obs), 1))
-    monkeypatch.setattr(policies, "read_policy", lambda path: ())
-    monkeypatch.setattr(policies, "act_of", lambda: constant)
-    act = collect_data.actor_of([Part(1), Part(1, "p"), part], 2)
+    env = SimpleNamespace(action_size=2)
+    monkeypatch.setattr(policies, "read_policy", lambda path: (env, None, None))
+    monkeypatch.setattr(policies, "check_task", lambda path, known, env: None)
+    monkeypatch.setattr(policies, "act_of", lambda *policy: constant)
+    act = collect_data.actor_of([Part(1), Part(1, "p"), part], env)
     return np.asarray(act(jnp.zeros((N, 3)), jax.random.key(0), 2))
 
 
@@ -135,24 +140,24 @@ def test_noise_is_added_and_clipped(monkeypatch, std):
 # --- rows ---
 
 
-def collect(env, size, count):
+def collect(env, count):
     """Rows of uniform actions, and by how much the progress bar moved."""
     moved: list[int] = []
-    act = collect_data.actor_of([Part(1)], size)
+    act = collect_data.actor_of([Part(1)], env)
     rows = collect_data.make_collect(env, act)(0, count, jax.random.key(0), moved.append)
     return rows, sum(moved)
 
 
 @pytest.mark.parametrize(
-    ("task", "size", "terminates"),
-    [("tiny:counter", 2, False), ("probe/termination-continuous", 1, True)],
+    ("task", "terminates"),
+    [("tiny:counter", False), ("probe/termination-continuous", True)],
 )
-def test_rows_of_a_collection(task, size, terminates, monkeypatch):
+def test_rows_of_a_collection(task, terminates, monkeypatch):
     """250 steps, 3 streams of 84 from 5 environments: what follows a row, at an end and before."""
     monkeypatch.setattr(collect_data, "CHUNK", 20)
     monkeypatch.setattr(collect_data, "STREAM", 80)
     env = envs.make(task, 5, stagger=False)
-    dataset, moved = collect(env, size, 250)
+    dataset, moved = collect(env, 250)
     assert moved == 250
     datasets.check(dataset, "data", env)
     assert len(np.unique(dataset.action, axis=0)) == len(dataset.obs) == 250
@@ -197,7 +202,7 @@ def test_broken_physics_is_left_out(monkeypatch):
 
     env = make._replace(reset=reset, step=step)
     monkeypatch.setattr(collect_data, "STREAM", 20)
-    dataset, _ = collect(env, 2, 40)
+    dataset, _ = collect(env, 40)
     assert len(dataset.obs) == 32
     assert not dataset.terminated.any()
     row = np.arange(32)
@@ -323,6 +328,45 @@ def test_a_policy_is_known_by_its_content(tmp_path):
     assert collect_data.finished(tmp_path / "0.npz", of("q.npz"))
     with pytest.raises(ValueError, match="is of another command: delete it or choose another"):
         collect_data.finished(tmp_path / "0.npz", of("other.npz"))
+
+
+def test_a_task_that_has_changed_is_refused(tmp_path, capsys):
+    """A policy of `counter` from when it had other sizes; nothing is written."""
+    config, env = tiny.config_of("sac", env="tiny:counter"), envs.make("probe/value-continuous", 4)
+    algo, path = sac.build(config, env), tmp_path / "policy_s000.npz"
+    policy = rundir.flatten(algo.policy_of(algo.init(jax.random.key(0))))
+    policies.save_policy(path, policy, "sac", config, policies.interface_of(env), {"seed": 0})
+    with pytest.raises(SystemExit):
+        run(path, "--steps", 8, "--out", tmp_path / "data.npz")
+    assert re.search(
+        r"policy_s000.npz is for observations of size 1 and actions of size 1, but tiny:counter "
+        r"has observations of size 2 and actions of size 2: train a policy",
+        capsys.readouterr().err,
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["policy_s000.npz"]
+
+
+def test_parts_that_cannot_be_put_together_are_deleted(tmp_path, monkeypatch, capsys):
+    """The same command, after the task was mended, collects them again."""
+
+    def refuse(*_):
+        raise ValueError("the dataset has no rows")
+
+    (tmp_path / "mixture.json").write_text("[{}]")
+    argv = ["--mixture", tmp_path / "mixture.json", "--env", "tiny:counter", "--steps", 8]
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "check", refuse)
+        with pytest.raises(SystemExit):
+            run(*argv, "--out", tmp_path / "data.npz")
+    assert capsys.readouterr().err.endswith("error: the dataset has no rows\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["mixture.json"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(mixture, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        run("--mixture", mixture, "--out", tmp_path / "file" / "data.npz")
+    assert "file is no folder that can be written to" in capsys.readouterr().err
 
 
 def test_one_process_writes_a_dataset(mixture, tmp_path, monkeypatch, capsys):
@@ -505,7 +549,7 @@ def test_the_seed_changes_the_data(tmp_path):
 
 def test_a_stream_that_ends_with_its_episode_is_not_cut():
     env = envs.make("probe/termination-continuous", 1, stagger=False)
-    dataset, _ = collect(env, 1, 8)
+    dataset, _ = collect(env, 8)
     assert dataset.terminated.tolist() == [False] * 7 + [True]
     assert not dataset.truncated.any()
 

@@ -387,9 +387,10 @@ def test_hdf5_is_known_by_its_suffix_and_by_its_first_bytes(tmp_path):
     ("layout", "name", "message"),
     [
         ("flat", "timeouts", "has no timeouts, so nobody knows where episodes were cut"),
-        ("flat", "terminals", "terminals"),
+        ("flat", "terminals", ": it has no terminals"),
         ("minari", "episode_1/terminations", "terminations"),
         ("minari", "episode_1/observations", "observations have the parts goal, place: an array"),
+        ("minari", "episode_1/rewards", ": episode_1 has no rewards"),
     ],
 )
 def test_hdf5_without_a_part_is_refused_by_its_name(tmp_path, layout, name, message):

@@ -90,10 +90,12 @@ def test_ranked_with_nobody_alive():
 
 def write_policies(path, seeds, env="cartpole"):
     """Policies of untrained networks, as a launch exports them."""
-    algo = tiny.build("ppo", tiny.config_of("ppo", env=env))
+    config, interface = tiny.config_of("ppo", env=env), policies.interface_of(envs.make(env, 1))
+    algo = tiny.build("ppo", config)
     for i in seeds:
         policy = jax.jit(lambda key: algo.policy_of(algo.init(key)))(jax.random.key(i))
-        rundir.save_arrays(path / f"policy_s{i:03d}.npz", rundir.flatten(policy), {"step": 150})
+        file = path / f"policy_s{i:03d}.npz"
+        policies.save_policy(file, rundir.flatten(policy), "ppo", config, interface, {"step": 150})
 
 
 def test_render_cartpole(tmp_path, capsys):
@@ -248,6 +250,26 @@ def test_what_cannot_be_evaluated_is_one_line(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         evaluate.main([str(tmp_path / "run")])
     assert "need ale-py" in capsys.readouterr().err
+
+
+def test_a_task_that_has_changed_is_refused(tmp_path, capsys):
+    """By its sizes, before anything compiles: policies of CartPole in a run of another task."""
+    run = write_run(tmp_path / "run")
+    write_policies(run, range(4))
+    final = np.zeros((4, 6))
+    rundir.write_final(run, {"returns": final, "lengths": final})
+    described = json.loads((run / "config.json").read_text())
+    described["config"]["env"] = "pendulum"
+    rundir.write_json(run / "config.json", described)
+    message = (
+        r"policy_s000.npz is for observations of size 4 and 2 discrete actions, but "
+        r"gymnax/Pendulum-v1 has observations of size 3 and actions of size 1: train a policy"
+    )
+    with pytest.raises(SystemExit):
+        evaluate.main([str(run)])
+    assert re.search(message, capsys.readouterr().err)
+    assert render.render_run(run) == []
+    assert re.search(f"not rendered: .*{message}", capsys.readouterr().err)
 
 
 # --- benchmark ---

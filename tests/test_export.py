@@ -64,7 +64,7 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
     pytest.importorskip("jax2onnx")
     missing = tmp_path / "policy_s001.npz"
     assert "does not exist; there: policy_s000" in refused(missing, "--out", tmp_path / "x.onnx")
-    assert "no ONNX for a policy of bcq" in refused(path, "--out", tmp_path / "x.onnx")
+    assert "no ONNX for BCQ" in refused(path, "--out", tmp_path / "x.onnx")
     (tmp_path / "old.onnx").write_text("mine")
     assert "exists: choose another name, or --force" in refused(
         path, "--out", tmp_path / "old.onnx"

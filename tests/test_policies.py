@@ -31,6 +31,9 @@ def test_a_policy_that_is_not_there(whole):
         policies.load_policy(whole[0])
     with pytest.raises(ValueError, match="not a run directory"):
         rundir.read_run(whole[0] / "plots")
+    checkpoint = next((whole[0] / "checkpoints").glob("*.npz"))
+    with pytest.raises(ValueError, match=r"npz is no policy: name policy_sNNN.npz or partial"):
+        policies.load_policy(checkpoint)
 
 
 def test_an_unfinished_run_says_why_it_has_no_policies(tmp_path):
@@ -232,7 +235,9 @@ def test_a_policy_of_an_older_version_can_be_loaded(copy):
     (copy / "config.json").write_text(json.dumps(saved))
     np.testing.assert_array_equal(policies.load_policy(path)(rows), expected)
     (copy / "config.json").unlink()
-    with pytest.raises(ValueError, match="not a run directory"):
+    with pytest.raises(
+        ValueError, match=r"is no policy: .* of an old version needs the config.json"
+    ):
         policies.load_policy(path)
 
 

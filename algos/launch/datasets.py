@@ -55,6 +55,7 @@ def load(source: str, env: envs.Env) -> Dataset:
             middle, half = middle_and_half(env)
             scaled = [(x - middle) / half for x in (dataset.action, dataset.next_action)]
             dataset = dataset._replace(action=scaled[0], next_action=scaled[1])
+        source += ", without the last steps of truncated episodes"  # so rows are counted
     else:
         dataset, meta = read(path)
         if canonical(str(meta["env"])) != env.name:
@@ -255,10 +256,15 @@ def flat_episodes(file: Mapping[str, Any]):
         yield obs[part], action[part], reward[part], bool(terminals[end])
 
 
-def columns(group: Mapping[str, Any], *names: str) -> list[np.ndarray]:
-    """Arrays of numbers in a group; ValueError for dicts and tuples, no rows, and other types."""
+def columns(group: Any, *names: str) -> list[np.ndarray]:
+    """Arrays of numbers in an HDF5 group.
+
+    ValueError for those that are missing, dicts and tuples, no rows, and other types.
+    """
     found = []
     for name in names:
+        if name not in group:
+            raise ValueError(f"{group.name.strip('/') or 'it'} has no {name}")
         if isinstance(group[name], Mapping):
             raise ValueError(f"{name} have the parts {', '.join(group[name])}: an array is needed")
         x = group[name][()]
@@ -270,8 +276,8 @@ def columns(group: Mapping[str, Any], *names: str) -> list[np.ndarray]:
     return found
 
 
-def flags(group: Mapping[str, Any], name: str, n: int) -> np.ndarray:
-    """Flags [n] of a group; ValueError for another shape and for values beside 0 and 1."""
+def flags(group: Any, name: str, n: int) -> np.ndarray:
+    """Flags [n] of an HDF5 group; ValueError for another shape and for values beside 0 and 1."""
     (x,) = columns(group, name)
     if x.shape != (n,):
         raise ValueError(f"{name} is {[*x.shape]}, and [{n}] is needed")

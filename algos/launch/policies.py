@@ -89,6 +89,11 @@ def describe_policy(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} {problem}; there: {found or nothing}")
     meta = rundir.load_arrays(path)[1]
     if "format" not in meta:
+        if not (path.parent / "config.json").exists():
+            raise ValueError(
+                f"{path} is no policy: name policy_sNNN.npz or partial_sNNN.npz. That of an old "
+                "version needs the config.json of its run beside it"
+            )
         return rundir.read_description(path.parent) | meta
     kinds = {"format": int, "algo": str, "config": dict, "obs": dict, "action": dict}
     for name, kind in kinds.items():
@@ -144,6 +149,21 @@ def read_policy(path: str | Path) -> tuple[envs.Env, Any, Any]:
         if not all(np.isfinite(x).all() for x in jax.tree.leaves(policy)):
             raise ValueError(f"{path} is of a dead seed: its parameters are not finite")
         return env, algo, policy
+
+
+def check_task(path: Path, known: envs.Env, env: envs.Env) -> None:
+    """ValueError if the task of a policy, read with `known`, has other sizes by now."""
+
+    def sizes(env):
+        size = env.action_size
+        actions = f"{size} discrete actions" if env.discrete else f"actions of size {size}"
+        return f"observations of size {interface_of(env)['obs']['size']} and {actions}"
+
+    if sizes(known) != sizes(env):
+        raise ValueError(
+            f"{path} is for {sizes(known)}, but {env.name} has {sizes(env)}: train a policy of the "
+            "task as it is now"
+        )
 
 
 def act_of(env: envs.Env, algo: Any, policy: Any) -> Callable:

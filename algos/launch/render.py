@@ -43,7 +43,11 @@ def draw(run: rundir.Run, say: Callable) -> list[Path]:
     if env.frame is None or env.render is None:
         raise ValueError(f"{env.name} has no drawing")
     files = [run.path / f"policy_s{row:03d}.npz" for row in rows.values()]
-    acts = [policies.act_of(*policies.read_policy(file)) for file in files]
+    acts = []
+    for file in files:
+        known, algo, policy = policies.read_policy(file)
+        policies.check_task(file, known, env)
+        acts.append(policies.act_of(known, algo, policy))
     frames, lengths = jax.device_get(play(env, acts, jax.random.key(0)))
     paths = []
     for i, (rank, row) in enumerate(rows.items()):
