@@ -28,7 +28,7 @@ MODEL = """
   </asset>
   <worldbody>
     <light pos="10 20 20" dir="-0.4 -0.7 -0.6"/>
-    <camera pos="0 -2 30" xyaxes="1 0 0 0 1 0"/>
+    <camera pos="0 0 37" xyaxes="1 0 0 0 1 0"/>
     <geom type="sphere" size="0.6" rgba="0.4 0.4 0.4 1"/>
     <body>
       <joint axis="1 0 0" damping="0.05"/>
