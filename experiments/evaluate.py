@@ -46,6 +46,13 @@ def evaluate_run(run: rundir.Run, episodes: int, seed: int) -> rundir.Run:
         while play.alive.any():
             play = advance(stacked, play=play)
             bar.update(min(SLICE, env.max_steps - bar.n))
+    broken = int(play.broken.sum())
+    if broken:
+        print(
+            f"{broken:,} steps had a reward or observation that is not finite: they end their "
+            "episodes with reward 0",
+            file=sys.stderr,
+        )
     final = np.full((len(run.seeds), episodes), np.nan)
     final[alive] = play.returns
     return run._replace(final=final, steps=np.array([metas[0]["step"]]))

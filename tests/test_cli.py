@@ -352,6 +352,7 @@ def test_a_run_without_a_checkpoint_is_not_overwritten_either(tmp_path):
 def test_a_module_without_a_launch_is_no_algorithm(tmp_path):
     (tmp_path / "networks.py").write_text("import flax\n")
     (tmp_path / "mine.py").write_text('launch.main("mine")\n')
+    (tmp_path / ".#mine.py").symlink_to("me@here.1234")  # as Emacs does while it edits
     assert cli.launchable(tmp_path) == ["mine"]
 
 
@@ -473,6 +474,15 @@ def test_resuming_a_complete_run_says_so(whole):
     assert "complete" in said
     assert "--total-timesteps" in said
     assert content(whole[0]) == before
+
+
+def test_the_preset_of_a_resumed_run_does_not_shorten_it(tmp_path):
+    flags = ["--env", "cartpole", "--preset", "cartpole_ppo"]
+    config, saved = parse(*flags, "--total-timesteps", "500000")
+    described = {"algo": "ppo", "config": vars(config), "launch": vars(saved), "rows": {}}
+    rundir.write_json(tmp_path / "config.json", described)
+    config, _ = parse("--resume", str(tmp_path), "--preset", "cartpole_ppo")
+    assert config.total_timesteps == 500_000
 
 
 def test_a_resumed_run_may_be_longer(copy):

@@ -69,6 +69,11 @@ def test_aggregates_leave_out_what_is_absent():
     assert logs.row_values(VALUES, 0) == {"eval/episodic_return": 1.0}
 
 
+def test_returns_of_further_policies_are_aggregated_too():
+    scalars = logs.aggregate({"eval/max_q_return": np.array([1.0, 3.0])}, ["", ""])
+    assert scalars["eval/max_q_return_max"] == 3.0
+
+
 def test_a_swept_value_has_aggregates_of_its_own():
     values = {"losses/value_loss": np.array([1.0, 3.0, 10.0, np.nan]), "time/train": 2.5}
     assert logs.aggregate(values, ["gamma=0.9", "gamma=0.9", "gamma=0.99", "gamma=0.99"]) == {
@@ -312,9 +317,9 @@ def test_a_warning_is_printed_once_whatever_libraries_do_to_the_filters(monkeypa
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # put back at the end
     warnings.simplefilter("always")
     logs.print_warnings_once()
-    for text in ("one", "two", "one"):
+    for text in ("one", "two\n  lines", "one"):
         warnings.warn(text, stacklevel=1)
-    assert capsys.readouterr().err == "warning: one\nwarning: two\n"
+    assert capsys.readouterr().err == "warning: one\nwarning: two lines\n"
 
 
 def test_a_run_knows_its_precision():

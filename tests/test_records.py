@@ -59,13 +59,13 @@ def test_the_last_episodes_are_not_one_part_repeated(whole):
 def test_an_evaluation_waits_for_every_policy(monkeypatch):
     """Episodes of the further policy here take three slices, those of the main one a single one."""
     monkeypatch.setattr(session, "SLICE_SECONDS", 0.0)
-    Play = namedtuple("Play", "alive returns lengths")
+    Play = namedtuple("Play", "alive returns lengths broken")
     left = {"": 1, "max_q": 3}
 
     def plays():
         shape, ones = (5, 2), np.ones((5, 2), int)
         return {
-            name: Play(np.full(shape, n > 0), np.full(shape, 0.0 if n else 7.0), ones)
+            name: Play(np.full(shape, n > 0), np.full(shape, 0.0 if n else 7.0), ones, ones[:, 0])
             for name, n in left.items()
         }
 
@@ -93,7 +93,8 @@ def breaking():
 def test_broken_steps_are_counted_and_said_once(tmp_path):
     flags = ["--env", "test_records:breaking", "--run-dir", str(tmp_path / "run")]
     _, said = run(*FLAGS, *flags)
-    assert said.count("steps had a reward or observation that is not finite") == 1
+    for where in ("training", "evaluation"):
+        assert said.count(f"steps of {where} had a reward or observation that is not finite") == 1
     counts = [x["health/env_nan"][0] for x in lines_of(tmp_path / "run") if "health/env_nan" in x]
     assert 80 < sum(counts) <= 100  # about every second of 192
 
@@ -101,7 +102,7 @@ def test_broken_steps_are_counted_and_said_once(tmp_path):
 def test_seconds_are_those_of_their_parts(tmp_path, monkeypatch):
     """Compilation takes 1000 s here, an update 10 s and a call of an evaluation half a second."""
     now, calls, left, compile_ahead = [0.0], [], [], session.compile_ahead
-    monkeypatch.setattr(session.time, "time", lambda: now[0])
+    monkeypatch.setattr(session.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(logs.Log, "evaluation", lambda log, *args: left.append(args[-1]))
 
     def slow(function, seconds):

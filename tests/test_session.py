@@ -17,11 +17,11 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from launching import FLAGS, checkpoint, content, events, run, session_of, start, strict_json
+from launching import FLAGS, checkpoint, content, run, session_of, start, strict_json
 from tiny import assert_same, lines_of
 
 from algos import ppo
-from algos.launch import cli, logs, policies, render, report, rows, rundir, session
+from algos.launch import cli, logs, policies, render, report, rundir, session
 
 pytestmark = [pytest.mark.usefixtures("signals"), pytest.mark.xdist_group("ppo")]
 
@@ -169,26 +169,6 @@ def test_resumed_after_a_crash_nothing_is_logged_twice(whole, copy):
     np.testing.assert_array_equal(rundir.read_run(copy).returns, rundir.read_run(whole[0]).returns)
 
 
-def test_a_crash_before_the_first_checkpoint_costs_the_start_only(whole, copy):
-    shutil.rmtree(copy / "checkpoints")
-    begun = session_of(verbose=0)
-    begun.run_dir, begun.rows = copy, rows.Rows(np.arange(2), {}, [""] * 2)
-    begun.restore()
-    assert not (copy / "eval.npz").exists()  # it would say more than the new start has done
-    crashed = logs.EventFile(copy / "tensorboard", -1)
-    crashed.write(0, {"eval/episodic_return": -1.0})
-    crashed.close()
-    (path,) = (copy / "tensorboard").iterdir()
-    path.rename(path.with_name("events.out.tfevents.0"))  # long ago
-    status, said = run("--resume", str(copy), "--tensorboard")
-    assert status == 0
-    assert f"{copy} has no checkpoint: it starts again" in said.splitlines()
-    assert_same(checkpoint(copy), checkpoint(whole[0]))
-    assert [x["global_step"] for x in lines_of(copy)] == [0, 96, 96, 192, 192, 192]
-    shown = [step for step, tag, _ in events(copy) if tag == "eval/episodic_return"]
-    assert shown == [0, 96, 192]
-
-
 def test_an_interrupted_run_is_not_resumed_with_fewer_steps_than_it_has(tmp_path, monkeypatch):
     """Its last evaluation would be of two policies."""
     run_dir = tmp_path / "run"
@@ -311,7 +291,7 @@ def test_before_training_a_signal_stops_at_once(tmp_path, monkeypatch, number):
 def test_second_interrupt_stops_at_once():
     """A shell that goes away hangs up twice: that is one wish to stop."""
     stopping = session_of(verbose=0)
-    stopping.compiled = True
+    stopping.unsaved = True
     stopping.on_signal(signal.SIGHUP, None)
     stopping.on_signal(signal.SIGHUP, None)
     stopping.on_signal(signal.SIGTERM, None)
@@ -325,6 +305,11 @@ def test_second_interrupt_stops_at_once():
     [
         (KeyboardInterrupt(), 130, r"stopped at once; go on with --resume \S+run\n"),
         (OSError(28, "No space left"), 1, r"error: .*No space left: .* --resume \S+run\n"),
+        (
+            MemoryError("Unable to allocate 9 TiB"),
+            1,
+            r"error: Unable to allocate 9 TiB: start .*\n",
+        ),
         (
             jax.errors.JaxRuntimeError("INTERNAL: Out of memory allocating 9 bytes.\nmore"),
             1,
@@ -385,16 +370,6 @@ def test_a_complete_run_without_pictures_has_nothing_left_to_do(tmp_path):
     (tmp_path / "done.json").touch()
     done = SimpleNamespace(run_dir=tmp_path, launch=SimpleNamespace(render=False))
     assert session.Session.advice.fget(done) == "the run is complete"
-
-
-def test_an_interrupt_of_the_pictures_says_that_the_rest_is_done(tmp_path, monkeypatch):
-    """The first ctrl-C ends them, as nothing is left to save."""
-    interrupt = lambda *_: signal.raise_signal(signal.SIGINT)
-    monkeypatch.setattr(session.render, "render_run", interrupt)
-    run_dir = tmp_path / "run"
-    status, said = run(*FLAGS, "--render", "--verbose", "0", "--run-dir", str(run_dir))
-    assert status == 130
-    assert said.endswith(f"complete: draw it with python experiments/render.py {run_dir}\n")
 
 
 def test_a_run_without_its_evaluations_is_not_resumed(copy):

@@ -23,8 +23,11 @@ from algos.launch import rundir
 
 
 def launchable(folder: Path) -> list[str]:
-    """Names of the files of a folder that end in a launch: other modules are no algorithms."""
-    return sorted(x.stem for x in folder.glob("*.py") if "launch.main(" in x.read_text())
+    """Names of the files of a folder that end in a launch: other modules are no algorithms.
+
+    Hidden files are left out: an editor's lock may be a link to nowhere.
+    """
+    return sorted(x.stem for x in folder.glob("[!.]*.py") if "launch.main(" in x.read_text())
 
 
 ALGOS = launchable(Path(__file__).parents[1])
@@ -37,7 +40,7 @@ class Launch:
     preset: tuple[str, ...] = ()
     """presets of the algorithm, applied from left to right after the task's own"""
     seed: NonNegativeInt = 0
-    """first seed; row i of the launch is the run --seed SEED+i --num-seeds 1"""
+    """first seed; seed i of the launch is the run --seed SEED+i --num-seeds 1"""
     num_seeds: PositiveInt = 1
     """seeds trained side by side in one program"""
     sweep: tuple[str, ...] = ()
@@ -93,7 +96,7 @@ class Launch:
 
 # What a resumed run may change. Anything else would contradict the steps that are trained already.
 RESUMABLE = {
-    *("total_timesteps", "num_evals", "final_episodes", "checkpoint_every", "preset", "resume"),
+    *("total_timesteps", "num_evals", "final_episodes", "checkpoint_every", "resume"),
     *("track", "wandb_project", "wandb_entity", "wandb_tags", "wandb_seeds", "tensorboard"),
     *("verbose", "render"),
     *("dataset", "behavior"),  # paths; `rundir.check_data` checks what is in them
@@ -159,7 +162,7 @@ def parse(name: str, config_type: type, presets: dict[str, dict], argv: list[str
         config = dataclasses.replace(config, env=chosen.env or config.env)
         config = dataclasses.replace(config, **task_values(config.env, presets))
     saved_config, task = config, config.env
-    for preset in chosen.preset:
+    for preset in chosen.preset if not chosen.resume else ():  # a resumed run has its values
         config = dataclasses.replace(config, **preset_values(preset, presets))
 
     class Arguments(NamedTuple):
@@ -213,7 +216,7 @@ def check_values(argv: list[str], config_type: type) -> None:
 
 
 def about_unknown(word: str, argv: list[str], fields: list[str]) -> str:
-    """What is wrong with a word of `argv` that is no flag and no value of one."""
+    """The error message for a word of `argv` that is neither a flag nor the value of one."""
     words = [part for x in argv for part in (x.split("=", 1) if x.startswith("--") else [x])]
     before = words[words.index(word) - 1] if word in words[1:] else ""
     if word.lower() in ("true", "false", "yes", "no") and before.startswith("--"):

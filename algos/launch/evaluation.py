@@ -22,6 +22,7 @@ class Play(NamedTuple):
     alive: jax.Array  # [R, K] the first episode has not ended
     returns: jax.Array  # [R, K] of the first episode, 0 until it ends
     lengths: jax.Array  # [R, K]
+    broken: jax.Array  # [R] steps of first episodes in which the physics broke
 
 
 def begin(env: envs.Env, keys: jax.Array) -> Play:
@@ -29,9 +30,14 @@ def begin(env: envs.Env, keys: jax.Array) -> Play:
     keys = jax.vmap(jax.random.split)(keys)
     obs, env_state = jax.vmap(env.reset)(keys[:, 0])
     shape = obs.shape[:2]
-    zero = jnp.zeros(shape)
     return Play(
-        keys[:, 1], obs, env_state, jnp.ones(shape, bool), zero, jnp.zeros(shape, jnp.int32)
+        key=keys[:, 1],
+        obs=obs,
+        env_state=env_state,
+        alive=jnp.ones(shape, bool),
+        returns=jnp.zeros(shape),
+        lengths=jnp.zeros(shape, jnp.int32),
+        broken=jnp.zeros(len(obs), jnp.int32),
     )
 
 
@@ -55,6 +61,7 @@ def advance(act: Callable, policies: Any, env: envs.Env, play: Play, num_steps) 
             alive=play.alive & ~info["returned"],
             returns=jnp.where(ended, info["episode_return"], play.returns),
             lengths=jnp.where(ended, info["episode_length"], play.lengths),
+            broken=play.broken + (play.alive & info["env_nan"]).sum(1),
         )
 
     unfinished = lambda carry: (carry[0] < num_steps) & carry[1].alive.any()

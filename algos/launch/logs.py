@@ -127,13 +127,16 @@ class Log:
     @contextlib.contextmanager
     def waiting(self, text: str):
         """Show `text` with a running clock while the block works, and how long it took."""
-        start, ended = time.time(), threading.Event()
+        start, ended = time.monotonic(), threading.Event()
         live = self.ticking = self.verbose >= 1 and self.console.isatty()
 
         def tick():
             while live and not ended.wait(1.0):
                 print(
-                    f"\r{text} {time.time() - start:.0f} s", end="", file=self.console, flush=True
+                    f"\r{text} {time.monotonic() - start:.0f} s",
+                    end="",
+                    file=self.console,
+                    flush=True,
                 )
 
         if not live:
@@ -147,7 +150,7 @@ class Log:
             thread.join()
             self.ticking = False
             print("\r" if live else "", end="", file=self.console)
-        self.say(f"{text} took {time.time() - start:.1f} s")
+        self.say(f"{text} took {time.monotonic() - start:.1f} s")
 
     @contextlib.contextmanager
     def progress(self, total: int, done: int):
@@ -182,7 +185,10 @@ class Log:
         speed: float,
         left: float | None,
     ) -> None:
-        """The mean returns [n] of the seeds, NaN where dead, by swept value; one line a value."""
+        """Print a line for each swept value: `returns` has the mean returns [n] of its seeds.
+
+        NaN where a seed is dead.
+        """
         # a resumed run may evaluate before it trains, and has no speed yet
         pace = f"{short(speed)} steps/s, all seeds | " if speed else ""
         pace = f"{pace}{clock(left)} left" if step else "start"
@@ -299,10 +305,11 @@ def print_warnings_once() -> None:
     printed: set[str] = set()
 
     def show(message, *_, **__):
-        if str(message) not in printed:
-            printed.add(str(message))
+        text = " ".join(str(message).split())
+        if text not in printed:
+            printed.add(text)
             with contextlib.suppress(OSError, ValueError):  # the console is gone
-                print(f"warning: {message}", file=sys.stderr)
+                print(f"warning: {text}", file=sys.stderr)
 
     warnings.showwarning = show
 
@@ -397,7 +404,7 @@ def aggregate(values: dict[str, Any], labels: list[str]) -> dict[str, float]:
             present = part[np.isfinite(part)]
             if present.size:
                 scalars[name] = float(present.mean())
-                if name.endswith("episodic_return"):
+                if name.endswith("_return"):
                     scalars[name + "_min"] = float(present.min())
                     scalars[name + "_max"] = float(present.max())
                     scalars[name + "_iqm"] = report.iqm(present)

@@ -75,7 +75,7 @@ def setup_jax(num_rows: int) -> None:
         # XLA prints three warnings for every compilation that it finds in the cache.
         jax.config.update("jax_logging_level", "CRITICAL")
     # Several devices on a CPU: rows run faster side by side than with shared threads. Their number
-    # divides that of the rows: physics shares the cores among all devices, and none is to be idle.
+    # divides the number of rows: physics gives each an equal share of the cores, and none may idle.
     if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # the backend is already up, as in tests
             count = largest_divisor(num_rows // num_hosts, envs.cores())
@@ -172,9 +172,9 @@ def make_program(algorithm: ModuleType, config: Any, launch: Launch, rows: Rows)
         return dict.fromkeys(acts, evaluation.begin(eval_env, keys))
 
     def play(state, plays, num_steps):
-        policies = jax.vmap(algo.policy_of, (axes,))(state)
+        params = jax.vmap(algo.policy_of, (axes,))(state)
         advance = lambda name: evaluation.advance(
-            acts[name], policies, eval_env, plays[name], num_steps
+            acts[name], params, eval_env, plays[name], num_steps
         )
         return {name: advance(name) for name in acts}
 

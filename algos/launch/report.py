@@ -49,14 +49,14 @@ def entries(runs: Iterable[rundir.Run]) -> list[Entry]:
     named = []
     for entry in found:
         same = [x.run.path for x in found if (x.label, x.task) == (entry.label, entry.task)]
-        part = own_part(entry.run.path, same) if len(same) > 1 else entry.run.algo
-        more = f" ({part})" if part != entry.run.algo else ""
+        part = own_part(entry.run.path, same)
+        more = f" ({part})" if len(same) > 1 and part != entry.run.algo else ""
         named.append(entry._replace(label=entry.label + more))
     return named
 
 
 def own_part(path: Path, paths: list[Path]) -> str:
-    """`path` without the folders with which all `paths` begin, and those with which all end."""
+    """The part of `path` between the folders that all `paths` share at their start and end."""
     parts = [x.absolute().parts for x in paths]
     begin = num_shared(parts)
     end = num_shared([x[begin:][::-1] for x in parts])
@@ -113,7 +113,7 @@ def iqm_interval(*x: np.ndarray, num_resamples: int = 2000) -> tuple[float, floa
     """
     rng = np.random.default_rng(0)
     drawn = np.concatenate([resampled(part, rng, num_resamples) for part in x], 1)
-    if np.isnan(drawn).any():  # sorting would put it last, and the mean cut it off as the highest
+    if np.isnan(drawn).any():  # sorting puts it last, where `middle_mean` cuts it off as if highest
         return float("nan"), float("nan")
     lo, hi = np.percentile(middle_mean(drawn), [2.5, 97.5])
     return float(lo), float(hi)

@@ -123,7 +123,7 @@ def write_atomic(path: Path, write: Callable) -> None:
 def check_new(paths: Iterable[Path | None], force: bool) -> None:
     """ValueError if a file that is to be written exists, unless `force`, or cannot be written.
 
-    None is no file.
+    Paths that are None are skipped.
     """
     for path in filter(None, paths):
         if path.exists() and not force:
@@ -226,7 +226,7 @@ def save_checkpoint(run_dir: Path, arrays: dict[str, Any], meta: dict[str, Any])
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = (run_dir / "checkpoints").glob("[0-9]*.npz")
+    found = [x for x in (run_dir / "checkpoints").glob("*.npz") if x.stem.isdecimal()]
     return sorted(found, key=lambda path: int(path.stem))  # from 10**9 on the names are longer
 
 
@@ -409,14 +409,17 @@ def write_evals(run_dir: Path, evals: dict[str, list]) -> None:
 
 
 def write_final(run_dir: Path, final: dict[str, np.ndarray]) -> None:
-    """Write final.npz: returns and lengths [R, F] of the last evaluation with all its episodes."""
+    """Write final.npz: returns and lengths [R, F] of the last evaluation with all its episodes.
+
+    Further policies of an algorithm have NAME_returns [R, F].
+    """
     write_atomic(run_dir / "final.npz", lambda file: np.savez(file, **final))  # type: ignore[arg-type]
 
 
 def rewind(run_dir: Path, num_rows: int, step: int, write: bool) -> dict[str, list]:
     """The evaluations up to `step`; if `write`, the files of the run keep none after it.
 
-    Nor do they keep the metrics of its last episodes, `final/...`, which it will play again.
+    Metrics of the last evaluation (`final/...`) go too: the resumed run plays it again.
     """
     path = run_dir / "metrics.jsonl"
     kept = [
@@ -436,7 +439,8 @@ def rewind(run_dir: Path, num_rows: int, step: int, write: bool) -> dict[str, li
 
 def evals_until(path: Path, num_rows: int, step: int) -> dict[str, list]:
     """The evaluations up to `step`, as `write_evals` takes them."""
-    if not path.exists():  # stopped before the first one
+    # Before the first one there is no file; with a negative step another host may delete it.
+    if step < 0 or not path.exists():
         return {}
     evals = read_evals(path, num_rows)
     keep = np.flatnonzero(evals["steps"] <= step)
@@ -448,7 +452,7 @@ def evals_until(path: Path, num_rows: int, step: int) -> dict[str, list]:
 def records_of(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """The lines of metrics.jsonl and what they say, without a last one that was cut short.
 
-    None without the file; ValueError that names another line that is damaged.
+    Empty without the file; ValueError that names a damaged line before the last one.
     """
     lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
     found = []
@@ -487,4 +491,5 @@ def check_data(run_dir: Path, digests: list[str]) -> None:
     if path.exists() and read_json(path, data=list)["data"] != digests:
         raise ValueError(
             f"cannot resume {run_dir}: the dataset or the clones are not those it learned from"
+            " (or, with clones, it ran on another number of hosts)"
         )

@@ -129,7 +129,8 @@ def end(launch: Launch | None, status: int, text: str) -> NoReturn:
 
 def out_of_memory(launch: Launch | None, error: Exception) -> NoReturn:
     """End in an `except` block: one line if the memory is full, else the error as it is."""
-    if not re.search("RESOURCE_EXHAUSTED|Out of memory", str(error)):
+    full = re.search("RESOURCE_EXHAUSTED|Out of memory", str(error))
+    if not full and not isinstance(error, MemoryError):
         raise
     reason = str(error).partition("\n")[0].rstrip(".")
     advice = (
@@ -155,10 +156,10 @@ class Session:
         self.speed = 0.0  # steps per second of all rows, in the last interval
         self.dead = np.zeros(len(rows.seeds), bool)
         self.restored: Any = None
-        self.compiled = False
+        self.unsaved = False  # there is something that ctrl-C must save
         self.stop = False
-        self.told_of_nan = False
-        self.started = time.time()
+        self.told_of_broken: set[str] = set()  # training, evaluation
+        self.started = time.monotonic()
 
     @property
     def step(self) -> int:
@@ -185,6 +186,10 @@ class Session:
             raise ValueError(f"{self.run_dir} is a file: choose another --run-dir")
         found = rundir.files(self.run_dir)
         if self.lead and not self.launch.resume and found:
+            if not (self.run_dir / "config.json").exists():
+                raise ValueError(
+                    f"{self.run_dir} is not empty ({found[0].name}): choose another --run-dir"
+                )
             saved = rundir.checkpoints(self.run_dir)
             again = "" if saved else ", which starts again, as it has no checkpoint,"
             raise ValueError(
@@ -249,6 +254,8 @@ class Session:
         if not saved:
             if done.exists():
                 raise ValueError(f"{self.run_dir} has no checkpoint to resume from")
+            if self.lead:
+                self.refuse_copy()
             self.log.say(f"{self.run_dir} has no checkpoint: it starts again")
             self.evals = rundir.rewind(self.run_dir, len(self.rows.seeds), -1, write=self.lead)
             return
@@ -297,6 +304,16 @@ class Session:
             for picture in render.files(self.run_dir):
                 picture.unlink()
 
+    def refuse_copy(self) -> None:
+        """ValueError if checkpoints are missing that this run has written: it is a copy."""
+        evals = rundir.evals_until(self.run_dir / "eval.npz", len(self.rows.seeds), sys.maxsize)
+        count, every = len(evals.get("steps", ())), self.launch.checkpoint_every
+        if every and count > every + 1:  # the one at step 0 has none
+            raise ValueError(
+                f"{self.run_dir} has {count} evaluations and no checkpoint, as a copy has: start a "
+                "new run, or delete its eval.npz to begin this one again"
+            )
+
     def devices(self) -> list[jax.Device]:
         """The devices of this host that train."""
         return row_devices(len(self.rows.seeds) // jax.process_count())
@@ -330,6 +347,8 @@ class Session:
             if not complete:
                 self.save(state)
                 self.log.say(f"stopped and saved; {self.advice}", 0)
+            elif self.launch.render and self.lead:
+                self.draw()
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -342,16 +361,16 @@ class Session:
         total = self.config.num_updates * self.config.steps_per_update * len(self.rows.seeds)
         with self.log.progress(total, self.step * len(self.rows.seeds)):
             for i, point in self.eval_points():
+                if self.dead.all():
+                    break
                 state = self.train_until(point, state)
                 if self.stopped() or not self.evaluate(state):
                     return state, False
                 self.export(state, self.partial_rows(), "partial", self.evals["returns"][-1])
                 every = self.launch.checkpoint_every
-                last = point == self.config.num_updates
+                last = point == self.config.num_updates or self.dead.all()
                 if last or (every and i % every == 0 and i > 0):
                     self.save(state)
-                if self.dead.all():
-                    break
         return state, True
 
     def stopped(self) -> bool:
@@ -360,7 +379,7 @@ class Session:
 
     def compile(self) -> Any:
         """Trace and compile the program; returns the state to go on from."""
-        start, rows = time.time(), local(self.rows)
+        start, rows = time.monotonic(), local(self.rows)
         with self.log.waiting("tracing"):
             traced = trace(self.program, rows)
         with self.log.waiting("compiling"):
@@ -368,12 +387,14 @@ class Session:
             check_memory(self.program, len(self.devices()))
             state = jax.block_until_ready(self.program.init(*inputs(rows)))
         self.log.say(memory_text(self.program, state))
-        self.seconds["compile"] += time.time() - start
-        self.compiled = True
+        self.seconds["compile"] += time.monotonic() - start
+        self.unsaved = True
         if self.restored is None:
             return state
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        del state  # a device may not have memory for two
         restored, self.restored = self.restored, None
-        return place(restored, state)
+        return place(restored, shardings)
 
     def eval_points(self):
         """Evaluations still to come: (number, finished updates).
@@ -394,17 +415,17 @@ class Session:
         # Hosts must stay in step, so several of them stop only where they meet: at evaluations.
         while self.update < point and not (self.stop and jax.process_count() == 1):
             length = min(length, point - self.update)
-            clock = time.time()
+            start = time.monotonic()
             state, sums = self.program.train(state, hparams, jnp.int32(length), *self.program.data)
             sums = jax.block_until_ready(sums)  # heeds ctrl-C, which np.asarray does not
             sums = {k: np.asarray(v, np.float64) for k, v in sums.items()}
-            clock = time.time() - clock
+            elapsed = time.monotonic() - start
             for k, x in sums.items():
                 totals[k] = reduction(k)(totals[k], x) if k in totals else x
             self.update += length
-            self.seconds["train"] += clock
+            self.seconds["train"] += elapsed
             self.log.advance(length * self.config.steps_per_update * len(self.rows.seeds))
-            length = max(1, int(length * SLICE_SECONDS / max(clock, 1e-6)))
+            length = max(1, int(length * SLICE_SECONDS / max(elapsed, 1e-6)))
         if totals and self.update == point:  # a run that was stopped goes on with its sums
             self.log_training()
         return state
@@ -422,14 +443,7 @@ class Session:
                 0,
             )
         self.dead |= died
-        broken = totals.get("health/env_nan", np.zeros(1)).sum()
-        if broken and not self.told_of_nan:
-            self.told_of_nan = True
-            self.log.say(
-                f"{broken:,.0f} steps had a reward or observation that is not finite: they end "
-                "their episodes\n  with reward 0 (health/env_nan in metrics.jsonl)",
-                0,
-            )
+        self.tell_of_broken("training", totals.get("health/env_nan", np.zeros(1)).sum())
         # A group with a count is averaged over what was counted, such as the episodes that ended.
         counts = {k.split("/")[0]: totals.pop(k) for k in [*totals] if k.endswith("/count")}
         values: dict[str, Any] = {}
@@ -445,20 +459,33 @@ class Session:
         values["charts/SPS"] = self.speed = steps / seconds
         self.write(values)
 
+    def tell_of_broken(self, where: str, count: float) -> None:
+        """Say once of training and once of evaluations that the physics broke in some steps."""
+        if count and where not in self.told_of_broken:
+            self.told_of_broken.add(where)
+            self.log.say(
+                f"{count:,.0f} steps of {where} had a reward or observation that is not finite: "
+                "they end their\n  episodes with reward 0",
+                0,
+            )
+
     def play(self, state: Any, part: int = 0) -> dict[str, Any] | None:
         """Returns and lengths [R, K] of a part of an evaluation, by name; None if interrupted."""
-        clock = time.time()
+        begun = time.monotonic()
         plays = self.program.begin(evaluation_keys(local(self.rows), self.update, part))
         length, alive = EVAL_STEPS, True
         while alive and not (self.stop and jax.process_count() == 1):
-            start = time.time()
+            start = time.monotonic()
             plays = self.program.play(state, plays, jnp.int32(length))
             plays = jax.block_until_ready(plays)  # raises errors, for which np.asarray waits
             alive = any(np.asarray(play.alive).any() for play in plays.values())
-            length = max(1, int(length * SLICE_SECONDS / max(time.time() - start, 1e-6)))
-        self.seconds["eval"] += time.time() - clock
+            elapsed = time.monotonic() - start
+            length = max(1, int(length * SLICE_SECONDS / max(elapsed, 1e-6)))
+        self.seconds["eval"] += time.monotonic() - begun
         if alive:
             return None
+        broken = np.stack([gather(np.asarray(play.broken)) for play in plays.values()])
+        self.tell_of_broken("evaluation", broken[:, ~self.dead].sum())
         of_live = lambda x: np.where(self.dead[:, None], np.nan, gather(np.asarray(x)))
         played = {rundir.returns_of(name): of_live(play.returns) for name, play in plays.items()}
         return played | {"lengths": of_live(plays[""].lengths)}
@@ -488,7 +515,7 @@ class Session:
 
     def times(self) -> dict[str, float]:
         """Seconds of all launches of the run, in parts and in all (`wall`)."""
-        return self.seconds | {"wall": time.time() - self.started}
+        return self.seconds | {"wall": time.monotonic() - self.started}
 
     def save(self, state: Any) -> None:
         """Write a checkpoint: the whole state, keys included, of all rows of all hosts.
@@ -572,20 +599,25 @@ class Session:
         times = ", ".join(f"{k} {v:.1f}" for k, v in seconds.items())
         self.log.say(f"seconds: {times}\ncurve: {curve}")
         self.log.attach(self.run_dir, [curve, *sorted(self.run_dir.glob("policy_s*.npz"))])
-        if self.launch.render and not self.stop:
-            self.stop = True  # nothing is left to save: ctrl-C ends the drawing at once
-            render.render_run(self.run_dir, self.log.say)
-            self.log.attach(self.run_dir, render.files(self.run_dir))
         return True
+
+    def draw(self) -> None:
+        """Draw the best, median and worst seed, unless a signal came before."""
+        self.unsaved = False  # from here on a signal stops at once
+        if self.stop:
+            self.log.say(f"stopped; {self.advice}", 0)
+            return
+        render.render_run(self.run_dir, self.log.say)
+        self.log.attach(self.run_dir, render.files(self.run_dir))
 
     def on_signal(self, number, frame) -> None:
         """First signal: stop after the slice. A further ctrl-C: at once, losing what is not saved.
 
         The others may come twice: shell and kernel both report that a terminal was closed. Before
-        training there is nothing to save, so one process stops at once.
+        training, and while pictures are drawn, nothing is unsaved, so one process stops at once.
         """
-        early = not self.compiled and jax.process_count() == 1
-        if early or (self.stop and number == signal.SIGINT):
+        at_once = not self.unsaved and jax.process_count() == 1
+        if at_once or (self.stop and number == signal.SIGINT):
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a third one kills, even inside XLA
             raise KeyboardInterrupt
         if not self.stop:
@@ -610,14 +642,14 @@ def default_run_dir(name: str, config: Any, launch: Launch) -> str:
     return f"runs/{env}/{name}/{stamp}_s{launch.seed}x{launch.num_seeds}_{digest[:6]}"
 
 
-def place(tree: Any, like: Any) -> Any:
-    """Put this host's rows of `tree` on the devices that hold those of `like`."""
+def place(tree: Any, shardings: Any) -> Any:
+    """Put this host's rows of `tree` on devices."""
     count, index = jax.process_count(), jax.process_index()
 
-    def put(x, y):
+    def put(x, sharding):
         if x.ndim:
             part = len(x) // count
             x = x[index * part : (index + 1) * part]
-        return jax.device_put(x, y.sharding)
+        return jax.device_put(x, sharding)
 
-    return jax.tree.map(put, tree, like)
+    return jax.tree.map(put, tree, shardings)
