@@ -5,8 +5,9 @@ So there is one pool per program (one seed at a time) and its state is in no che
 
 Preprocessing (Mnih et al. 2015, as in the usual benchmarks): 1 to 30 no-ops at the start of a game,
 every 4th frame, the maximum of the last two, grey and 84 x 84, 4 frames stacked; a lost life
-terminates, FIRE is pressed where a game or life needs it, actions are the game's own and do not
-stick. Rewards are clipped to their sign; the logged return is the score of the whole game.
+terminates. In games that have FIRE, the first action of each life is FIRE in place of the policy's.
+Actions are the game's own and do not stick. Rewards are clipped to their sign; the logged return is
+the score of the whole game.
 """
 
 import functools

@@ -145,8 +145,8 @@ class _Simulations:
     def __init__(self, physics: Physics, n: int, threads: int):
         self.physics = physics
         # mj_step does not compute cfrc_ext. mj_rnePostConstraint does, from a whole MjData, which
-        # only a persistent batch keeps. No task has equality constraints, so a simulation without
-        # contacts has no such forces.
+        # only a persistent batch keeps. No task that reads it has equality constraints,
+        # so a simulation without contacts has no such forces.
         self.forces = "cfrc_ext" in physics.reads
         self.batch = Batch(physics.model, n, threads, persistent=self.forces)
         fields = {"qpos", "qvel", "ctrl", *physics.inputs, *physics.reads} - {"cfrc_ext"}

@@ -166,9 +166,11 @@ def replace_physics(task: str, env, model, engine: str | None):
         state, fields, unstable = simulation.step(data.simulation, *given)
         return Data(state, fields | {"unstable": unstable})
 
-    def step(model, data, ctrl, num_substeps=1):
+    def step(model, data, ctrl, n_substeps=1):
+        if n_substeps % env.n_substeps:
+            raise ValueError(f"{n_substeps} substeps are no multiple of {env.n_substeps}")
         data = advance(data, ctrl)
-        more = num_substeps // env.n_substeps - 1  # some tasks settle in their reset
+        more = n_substeps // env.n_substeps - 1  # some tasks settle in their reset
         return jax.lax.fori_loop(0, more, lambda _, x: advance(x, ctrl), data) if more else data
 
     substitute(env, make_data, forward, step)
@@ -199,7 +201,7 @@ def trace_fields(env) -> tuple[tuple[str, ...], tuple[str, ...]]:
         env,
         make_data=lambda model, qpos=None, qvel=None, **fields: Recorder().replace(**fields),
         forward=lambda model, data: data,
-        step=lambda model, data, ctrl, num_substeps=1: data,
+        step=lambda model, data, ctrl, n_substeps=1: data,
     )
     jax.eval_shape(play, jax.random.key(0))
     env.reset, env.step = own

@@ -25,42 +25,39 @@ class ProbeState(NamedTuple):
 def make(task: str) -> RawEnv:
     """Build the probe of this name."""
     base = task.removesuffix("-continuous")
-    return PROBES[base](task, discrete=base == task)
+    return PROBES[base](discrete=base == task)
 
 
-def _value(name, discrete):
+def _value(discrete):
     """One step, reward 1 whatever is done: V = 1."""
-    return _probe(name, discrete, lambda state, action: (1.0, True, state.obs))
+    return _probe(discrete, lambda state, action: (1.0, True, state.obs))
 
 
-def _observation(name, discrete):
+def _observation(discrete):
     """One step, reward equal to the observation, +1 or -1 with equal chance: V(s) = s."""
-    return _probe(
-        name, discrete, lambda state, action: (state.obs[0], True, state.obs), start=_sign
-    )
+    return _probe(discrete, lambda state, action: (state.obs[0], True, state.obs), start=_sign)
 
 
-def _discount(name, discrete):
+def _discount(discrete):
     """Two steps, observations 0 then 1, reward 1 at the end only: V(0) = gamma, V(1) = 1."""
     return _probe(
-        name,
         discrete,
         lambda state, action: (state.t == 1, state.t == 1, jnp.ones(1)),
         start=lambda key: jnp.zeros(1),
     )
 
 
-def _action(name, discrete):
+def _action(discrete):
     """One step, reward from the action. Two actions: +1 for 1, -1 for 0; the best V = 1.
 
     Continuous: reward -(a - 0.5)^2; the best action is 0.5, with V = 0.
     """
     if discrete:
-        return _probe(name, True, lambda state, action: (2.0 * action - 1.0, True, state.obs))
-    return _probe(name, False, lambda state, action: (-((action[0] - 0.5) ** 2), True, state.obs))
+        return _probe(True, lambda state, action: (2.0 * action - 1.0, True, state.obs))
+    return _probe(False, lambda state, action: (-((action[0] - 0.5) ** 2), True, state.obs))
 
 
-def _both(name, discrete):
+def _both(discrete):
     """One step, observation +1 or -1. Two actions: +1 for `action == (obs > 0)`, else -1; the best
     V = 1.
 
@@ -71,30 +68,28 @@ def _both(name, discrete):
     else:
         reward = lambda obs, action: -((action[0] - obs / 2) ** 2)
     return _probe(
-        name,
         discrete,
         lambda state, action: (reward(state.obs[0], action), True, state.obs),
         start=_sign,
     )
 
 
-def _truncation(name, discrete):
+def _truncation(discrete):
     """Reward 1 for ever, stopped by a time limit of 8 that the constant observation does not show.
 
     V = 1 / (1 - gamma), 10 for gamma 0.9. An algorithm that treats truncation as
     termination learns less than half of it.
     """
-    return _probe(name, discrete, lambda state, action: (1.0, False, state.obs), max_steps=8)
+    return _probe(discrete, lambda state, action: (1.0, False, state.obs), max_steps=8)
 
 
-def _termination(name, discrete):
+def _termination(discrete):
     """Reward 1, terminates after 8 steps; the observation is the step, one-hot [8].
 
     V(s_t) = (1 - gamma^(8 - t)) / (1 - gamma): termination taken for truncation gives 1 / (1 -
     gamma) in its place.
     """
     return _probe(
-        name,
         discrete,
         lambda state, action: (1.0, state.t == 7, jax.nn.one_hot(state.t + 1, 8)),
         obs_size=8,
@@ -102,13 +97,13 @@ def _termination(name, discrete):
     )
 
 
-def _rare(name, discrete):
+def _rare(discrete):
     """One step, two actions, reward 1 for action 1 and 0 for action 0: V under a policy is pi(1).
 
     Meant for tests that start from, or sample with, an old policy of known small pi(1): action 1
     then has advantage 1 - pi(1) and ratios far from 1, so that a wrong sign, clip or weight shows.
     """
-    return _probe(name, discrete, lambda state, action: (1.0 * action, True, state.obs))
+    return _probe(discrete, lambda state, action: (1.0 * action, True, state.obs))
 
 
 PROBES = {
@@ -127,7 +122,7 @@ def _sign(key):
     return 2.0 * jax.random.bernoulli(key, shape=(1,)) - 1.0
 
 
-def _probe(name, discrete, transition, obs_size=1, start=lambda key: jnp.ones(1), max_steps=LONG):
+def _probe(discrete, transition, obs_size=1, start=lambda key: jnp.ones(1), max_steps=LONG):
     """Probe of transition(state, action) -> reward, terminated, next_obs; start(key) -> obs."""
 
     def reset(key):

@@ -7,8 +7,10 @@
 Each case runs in processes of its own, with a time limit. The first one starts with an empty
 compilation cache (cold), the second one with the cache that the first one left (warm). Both say how
 many seconds passed from the command to the end of the first update; the second one goes on and
-times, in turn, the environments under random actions and the whole update, from the middle of a run
-on, so that replay buffers are full. Rates are environment steps per second of all seeds together.
+times, in turn, the environments under random actions and the whole update. The update counter is
+that of the middle of a run, so schedules and the number of gradient steps are those of a run, but
+networks are untrained and most of a replay buffer is zeros. Rates are environment steps per second
+of all seeds together.
 
 With --peer, PPO or the environments are timed beside another library instead, which has a Python of
 its own: the two work in turn, at the same sizes (`experiments/peers.py`).
@@ -17,7 +19,6 @@ its own: the two work in turn, at the same sizes (`experiments/peers.py`).
 import argparse
 import functools
 import importlib
-import importlib.util
 import itertools
 import json
 import os

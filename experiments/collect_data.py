@@ -171,8 +171,9 @@ def actor_of(parts: list[Part], env: envs.Env) -> Callable:
 def make_collect(env: envs.Env, act: Callable) -> Callable:
     """collect(part, count, key, advance) -> Dataset of `count` steps of a part.
 
-    They are cut into streams of about STREAM steps, each of one environment and with an end as its
-    last row. A part that needs fewer streams than there are environments keeps the first of them.
+    They are streams of about STREAM steps, each of one environment, whose last row is terminated or
+    truncated. If a part needs fewer streams than there are environments, the steps of the others
+    are thrown away.
     The action at the end of an episode is the policy's at the true successor, and is not taken.
     Steps of broken physics are left out, and the step before such a step is marked as truncated.
     """
@@ -382,6 +383,7 @@ def run(args: argparse.Namespace, held: contextlib.ExitStack) -> None:
         for part, numbers, found in zip(plan["parts"], returns, collected, strict=True)
     ]
     meta = plan | {"parts": listed, "commit": logs.commit(), "versions": logs.versions()}
+    check_absent(out)  # again: collecting may take hours
     if args.format == "minari":
         write_minari(args.out, out, dataset, meta, env)
     else:

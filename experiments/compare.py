@@ -6,8 +6,8 @@
     python experiments/compare.py RUN_DIR ... --normalise scores.json
 
 The table has a row for each run, and for each value of a swept run: the interquartile mean over
-seeds of the last greedy evaluation, with its 95 % bootstrap interval. Seconds are of the whole
-launch, all of its rows together. A second table has the difference of each row to the first one of
+seeds of the last greedy evaluation, with its 95 % bootstrap interval. Seconds are those of
+all rows of the run together. A second table has the difference of each row to the first one of
 its task. The figure of --out has a panel for each task. RUN_DIR_s8, a launch that adds seeds to
 RUN_DIR, is merged with it if both are given.
 

@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     """Diagnose from the command line."""
     parser = cli.Parser(__doc__)
     parser.add_argument(
-        "--run-dir", type=cli.path, required=True, help="finished run of algos/bnpo.py"
+        "--run-dir", type=cli.path, required=True, help="run of algos/bnpo.py with a checkpoint"
     )
     parser.add_argument("--num-envs", type=cli.integer, default=200, help="episodes of each actor")
     parser.add_argument("--num-rows", type=cli.integer, default=4096, help="rows of the replay")

@@ -42,7 +42,7 @@ def evaluate_run(run: rundir.Run, episodes: int, seed: int) -> rundir.Run:
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *trees)
     play = jax.jit(lambda keys: evaluation.begin(env, keys))(keys)
     advance = jax.jit(partial(evaluation.advance, algo.act, env=env, num_steps=SLICE))
-    with tqdm.tqdm(total=env.max_steps, unit=" steps of all episodes") as bar:
+    with tqdm.tqdm(total=env.max_steps, unit=" steps") as bar:
         while play.alive.any():
             play = advance(stacked, play=play)
             bar.update(min(SLICE, env.max_steps - bar.n))

@@ -1,7 +1,8 @@
 """Speed beside other libraries, for `experiments/benchmark.py --peer`.
 
-PurePO and the peer each have a process in their own Python. The two do the same amount of work in
-turn: one warms up, then each round times one call of each side. Neither evaluates.
+PurePO and the peer each have a process in their own Python, and work in turn: after one call of
+each to warm up, each round times one call of each. A call may be longer on one side, as rates are
+compared. Neither evaluates.
 
     rejax     PPO on CartPole, at small sizes and at rejax's defaults
     sbx, cleanrl

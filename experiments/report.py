@@ -249,13 +249,14 @@ def sections(
         *section(
             "Final returns",
             "The last evaluation. n: seeds that are alive, of all. Episodes are those of a seed, "
-            "seconds those of the whole launch.",
+            "seconds those of all seeds together.",
             table("returns", *report.summary_table(summaries)),
         ),
         *section(
             "Differences",
             "Final returns minus those of the first run of the task: the difference of the IQMs "
-            "and its 95 % bootstrap interval. Seeds whose interval contains 0 show no difference.",
+            "and its 95 % bootstrap interval. If that contains 0, the seeds do not show which run "
+            "is better.",
             *([table("differences", *report.difference_table(compared))] if compared else []),
         ),
         *section("Seeds", "Final return of each seed.", seeds(entries, summaries)),

@@ -6,16 +6,16 @@
 Without --run-dir: the exact variance on a task of two states, by dynamic programming, for value
 targets without clipping and with lambda = 1.
 
-With --run-dir: a Monte Carlo estimate on the task of a finished run of `algos/bpo.py`. Pi plays
---num-steps from the start of an episode. From each state that it reaches, pi and the behaviour
-policies play --num-steps again, --repeats times. Every rollout gives one value target by the run's
-own estimator and by two others, and one policy gradient of its first action,
-ratio A grad log pi(a | s), with and without the clipping of the surrogate loss. The variance of a
-gradient is the trace of its covariance, and its mean the norm of the mean. Rewards are normalised
-if the run normalises them, advantages are not. The closed form of mu exists for discrete actions
-only, and leaves out the bounds used in training. The number after a variance is its standard error
-over states. The last column compares with pi in the same states: geometric mean of the ratio of the
-two variances [95 % interval over states].
+With --run-dir: a Monte Carlo estimate on the task of a run of `algos/bpo.py`, at its last
+checkpoint. In each of --starts environments, pi plays --num-steps from the start of an episode.
+From the state where it is then, pi and the behaviour policies play --num-steps again, --repeats
+times. Every rollout gives one value target by the run's own estimator and by two others, and one
+policy gradient of its first action, ratio A grad log pi(a | s), with and without the clipping of
+the surrogate loss. The variance of a gradient is the trace of its covariance, and its mean the norm
+of the mean. Rewards are normalised if the run normalises them, advantages are not. The closed form
+of mu exists for discrete actions only, and leaves out the bounds used in training. The number after
+a variance is its standard error over states. The last column compares with pi in the same states:
+geometric mean of the ratio of the two variances [95 % interval over states].
 """
 
 import sys
@@ -231,27 +231,27 @@ def read_networks(run: rundir.Run, config: bpo.Config, algo: Any, env: envs.Env,
             if config.symlog_targets:
                 q, qhat = bpo.symexp(q), bpo.symexp(qhat)
             moment = bpo.centred_moment(qhat, q, value(obs)[:, None]) if centred else qhat
-            log_pi = policies["pi"](obs).logits
+            log_pi = acting["pi"](obs).logits
             return common.Categorical(bpo.mu_target(log_pi, jnp.maximum(moment, 1e-6)))
 
         return policy
 
-    policies = {"pi": network("actor"), "mu as trained": network("mu")}
+    acting = {"pi": network("actor"), "mu as trained": network("mu")}
     if env.discrete:
-        policies |= {"mu in closed form": closed_form(False), "mu centred": closed_form(True)}
+        acting |= {"mu in closed form": closed_form(False), "mu centred": closed_form(True)}
     scale = reward_scale.factor() if config.normalize_reward else 1.0
-    return Networks(policies, value, score, scale)
+    return Networks(acting, value, score, scale)
 
 
 def sampled_rows(run_dir: Path, row: int, starts: int, repeats: int, num_steps: int) -> list[dict]:
     """Variance of estimates over `repeats` rollouts of `num_steps`, averaged over start states.
 
-    Pi reaches the start states in `num_steps`. Raises ValueError if this is not a finished run of
-    BPO, or if it holds noise, clips trajectories or sweeps a field.
+    Pi reaches the start states in `num_steps`. Raises ValueError if this is no run of BPO with a
+    checkpoint, or if it holds noise, clips trajectories or sweeps a field.
     """
     run = rundir.read_run(run_dir)
     if run.algo != "bpo" or not rundir.checkpoints(run.path):
-        raise ValueError(f"{run_dir} is not a finished run of bpo")
+        raise ValueError(f"{run_dir} is not a run of bpo with a checkpoint")
     config = rundir.from_json(bpo.Config, run.config)
     _, algo = policies.load_algo("bpo", run.config)
     if config.noise_interval > 1 or config.clip_traj or any(run.labels):

@@ -144,9 +144,11 @@ def name_missing_seeds(run_dir: Path, path: Path, seeds: range) -> None:
     """
     found = [rundir.read_description(x)["rows"]["seeds"] for x in launches(run_dir, "config.json")]
     missing = sorted({*seeds}.difference(*found))
+    # those that follow one another: a launch has no others
+    count = sum(seed == missing[0] + i for i, seed in enumerate(missing))
     if missing:
-        flags = f"--seed {missing[0]} --num-seeds {len(missing)}"
-        print(f"{path} is complete: {flags} adds {len(missing)} seeds", file=sys.stderr)
+        flags = f"--seed {missing[0]} --num-seeds {count}"
+        print(f"{path} is complete: {flags} adds {count} seeds", file=sys.stderr)
 
 
 def launch_dir(run_dir: Path, seed: int) -> Path:
@@ -237,11 +239,15 @@ def run(argv: list[str]) -> None:
     ctrl-C in a terminal reaches both; sent to this program alone, it ends it after the launch.
     """
     print(f"$ {shlex.join(['python', *argv[1:]])}", flush=True)
-    child = subprocess.Popen(argv)
-    pass_on = lambda number, frame: child.send_signal(number)
+    child, interrupted = subprocess.Popen(argv), False
+
+    def pass_on(number, frame):
+        nonlocal interrupted
+        interrupted = True
+        child.send_signal(number)
+
     numbers = [x for x in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(x) != signal.SIG_IGN]
     handlers = {number: signal.signal(number, pass_on) for number in numbers}
-    interrupted = False
     try:
         while True:
             try:

@@ -346,6 +346,17 @@ def test_a_task_that_has_changed_is_refused(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["policy_s000.npz"]
 
 
+def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mixture.json").write_text("[{}]")
+    out = tmp_path / "data.npz"
+    monkeypatch.setattr(datasets, "check", lambda *_: out.write_text("of another program"))
+    argv = ["--mixture", tmp_path / "mixture.json", "--env", "tiny:counter", "--steps", 8]
+    with pytest.raises(SystemExit):
+        run(*argv, "--out", out)
+    assert "data.npz exists already" in capsys.readouterr().err
+    assert out.read_text() == "of another program"
+
+
 def test_parts_that_cannot_be_put_together_are_deleted(tmp_path, monkeypatch, capsys):
     """The same command, after the task was mended, collects them again."""
 

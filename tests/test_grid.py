@@ -231,6 +231,30 @@ def test_ctrl_c_ends_it_though_the_launch_is_complete(status, capsys, signals):
     assert capsys.readouterr().err == said
 
 
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_signal_ends_it_though_the_launch_is_complete(status, capsys, signals):
+    """The launch gets it too, and had nothing left to save."""
+    launch = f"""
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit({status}))
+os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(60)
+"""
+    with pytest.raises(SystemExit, match="130"):
+        runner.run([sys.executable, "-c", launch])
+    assert capsys.readouterr().err == "stopped: the same command goes on\n"
+
+
+def test_missing_seeds_are_named_as_one_launch_takes_them(tmp_path, monkeypatch, capsys):
+    """Of 0 to 31 there are 0 to 7 and 16 to 23."""
+    seeds = {"run": [*range(8)], "run_s16": [*range(16, 24)]}
+    monkeypatch.setattr(runner, "launches", lambda run_dir, name: [*seeds])
+    monkeypatch.setattr(rundir, "read_description", lambda x: {"rows": {"seeds": seeds[x]}})
+    runner.name_missing_seeds(tmp_path, tmp_path, range(32))
+    message = f"{tmp_path} is complete: --seed 8 --num-seeds 8 adds 8 seeds\n"
+    assert capsys.readouterr().err == message
+
+
 def heeds_ctrl_c(job, argv):
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         raise ValueError("heeds it")
