@@ -55,7 +55,7 @@ def load(source: str, env: envs.Env) -> Dataset:
             middle, half = middle_and_half(env)
             scaled = [(x - middle) / half for x in (dataset.action, dataset.next_action)]
             dataset = dataset._replace(action=scaled[0], next_action=scaled[1])
-        source += ", without the last steps of truncated episodes"  # so rows are counted
+        source += ", without the last steps of truncated episodes"  # as rows are counted
     else:
         dataset, meta = read(path)
         if canonical(str(meta["env"])) != env.name:
