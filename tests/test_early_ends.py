@@ -46,6 +46,17 @@ def test_a_copy_without_checkpoints_keeps_its_curve(copy):
     assert content(copy) == before
 
 
+def test_a_run_that_saves_only_at_its_end_begins_again(copy):
+    """After a crash it has evaluations and no checkpoint, and is no copy."""
+    shutil.rmtree(copy / "checkpoints")
+    described = rundir.read_json(copy / "config.json")
+    described["launch"]["checkpoint_every"] = 0
+    rundir.write_json(copy / "config.json", described)
+    status, said = run("--resume", str(copy))
+    assert status == 0
+    assert "has no checkpoint: it starts again" in said
+
+
 def test_a_folder_with_other_arrays_is_not_written_to(tmp_path):
     np.savez(tmp_path / "mine.npz", x=np.ones(1))
     before = content(tmp_path)

@@ -88,3 +88,30 @@ def test_evaluations_are_returns_of_whole_episodes():
     play = program.play(program.init(keys, hparams), plays, jnp.int32(100))[""]
     np.testing.assert_array_equal(play.returns, np.full((2, 2), 12.0))
     np.testing.assert_array_equal(play.lengths, np.full((2, 2), 4))
+
+
+def fragile():
+    """`counter`, in which every other episode breaks at its first step."""
+    raw = tiny.counter(discrete=True)
+
+    def step(key, state, action):
+        t, breaks = state
+        obs, t, *rest, info = raw.step(key, t, action)
+        return obs, (t, breaks), *rest, info | {"env_nan": breaks & (t == 1)}
+
+    def reset(key):
+        obs, t = raw.reset(key)
+        return obs, (t, jax.random.bernoulli(key))
+
+    return raw._replace(reset=reset, step=step)
+
+
+def test_broken_steps_are_those_of_first_episodes():
+    """What broke at once starts again, and breaks again, while the others play their 4 steps."""
+    env = envs.make("test_evaluation:fragile", 20, stagger=False)
+    act = lambda policy, obs, key, greedy: jnp.zeros(20, jnp.int32)
+    play = evaluation.begin(env, jax.random.split(jax.random.key(0), 2))
+    play = jax.jit(lambda play: evaluation.advance(act, jnp.zeros(2), env, play, 100))(play)
+    broke = np.asarray(play.lengths == 1).sum(1)
+    assert set(np.unique(play.lengths)) == {1, 4}
+    np.testing.assert_array_equal(play.broken, broke)

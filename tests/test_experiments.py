@@ -252,6 +252,15 @@ def test_what_cannot_be_evaluated_is_one_line(tmp_path, capsys, monkeypatch):
     assert "need ale-py" in capsys.readouterr().err
 
 
+def test_broken_physics_is_said(tmp_path, capsys):
+    """`breaking` breaks in the second step of every episode, which ends it."""
+    run = write_run(tmp_path / "run", env="test_records:breaking", seeds=(0, 1))
+    write_policies(run, range(2), env="test_records:breaking")
+    evaluate.main([str(run), "--episodes", "5"])
+    said = capsys.readouterr().err
+    assert "\n10 steps had a reward or observation that is not finite" in f"\n{said}"
+
+
 def test_a_task_that_has_changed_is_refused(tmp_path, capsys):
     """By its sizes, before anything compiles: policies of CartPole in a run of another task."""
     run = write_run(tmp_path / "run")

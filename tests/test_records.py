@@ -79,6 +79,19 @@ def test_an_evaluation_waits_for_every_policy(monkeypatch):
     assert (launched.play(None)["max_q_returns"] == 7).all()
 
 
+def test_dead_seeds_break_no_physics(capsys):
+    """Their actions may be NaN, and what follows is of no interest."""
+    ones = np.ones((5, 2), int)
+    plays = {
+        "": namedtuple("Play", "alive returns lengths broken")(0 * ones, ones, ones, ones[:, 0])
+    }
+    launched = session_of(verbose=0)
+    launched.dead[:2] = True
+    launched.program = SimpleNamespace(begin=lambda keys: plays, play=lambda *_: plays)
+    launched.play(None)
+    assert capsys.readouterr().err.startswith("3 steps of evaluation had a reward or")
+
+
 def breaking():
     """A task whose second step is broken."""
     raw = tiny.counter(discrete=True)
