@@ -9,8 +9,9 @@ groups:
             ppo_bpo_zero, and with other clips on Hopper. BPO trains on each step 140 times: about
             1,000 steps/s on 2 CPU cores
   default   1.5M steps of Hopper and Walker2d: PPO and BPO with the authors' general configuration
-            for MuJoCo. The secondary source of their numbers names it for one row of Walker2d,
-            and none for the other row and for Hopper
+            for MuJoCo, and with other clips on Walker2d. The secondary source of their numbers
+            names it for one row of Walker2d, and none for the other row and for Hopper; it says
+            that zero1.0_traj is best on Walker2d
   normalized
             PPO and BPO on Hopper with normalised observations and rewards. The RL Zoo has the
             authors' settings of PPO for another task, and normalises there
@@ -70,6 +71,7 @@ GROUPS: dict[str, list[Job]] = {
     "default": [
         *(ppo(v5(task), "mujoco_ppo") for task in ("Hopper", "Walker2d")),
         *(bpo(v5(task), "mujoco_ppo", "_zero") for task in ("Hopper", "Walker2d")),
+        *(bpo(v5("Walker2d"), "mujoco_ppo", end) for end in (*CLIPS, "_zero1.0_traj")),
     ],
     "normalized": [
         ppo(v5("Hopper"), GSDE, NORMALIZED),
