@@ -207,7 +207,20 @@ def test_the_legend_says_what_the_band_is(tmp_path, drawn, num_seeds, band):
     run = write_run(tmp_path / "run", seeds=(*range(num_seeds), None))
     compare.main([str(run), "--out", str(tmp_path / "x.png")])
     (legend,) = drawn[0][0].figure.legends
-    assert legend.get_title().get_text() == f"line: IQM over seeds; band: {band}"
+    text = f"line: IQM over seeds; band: {band}; thin lines: single seeds"
+    assert legend.get_title().get_text() == text
+
+
+@pytest.mark.parametrize(("num_seeds", "lines"), [(1, 1), (2, 3), (16, 17), (17, 1)])
+def test_up_to_16_seeds_have_a_thin_line_each_and_the_legend_says_so(
+    tmp_path, drawn, num_seeds, lines
+):
+    run = write_run(tmp_path / "run", seeds=range(num_seeds))
+    compare.main([str(run), "--out", str(tmp_path / "x.png")])
+    axis = drawn[0][0]
+    assert len(axis.lines) == lines
+    (legend,) = axis.figure.legends
+    assert ("thin lines" in legend.get_title().get_text()) == (lines > 1)
 
 
 def test_dollars_are_no_formulas(tmp_path, drawn):
@@ -480,7 +493,7 @@ def test_the_band_of_a_sweep_is_that_of_one_value(tmp_path, drawn):
     run = write_run(tmp_path / "run", **SWEPT, seeds=range(4))
     compare.main([str(run), "--out", str(tmp_path / "x.png")])
     (legend,) = drawn[0][0].figure.legends
-    assert legend.get_title().get_text() == "line: IQM over seeds; band: lowest and highest seed"
+    assert "; band: lowest and highest seed" in legend.get_title().get_text()
 
 
 def test_a_label_is_one_cell(tmp_path, capsys):

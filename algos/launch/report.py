@@ -312,6 +312,8 @@ def plot_curves(
     columns = len(xs) if len(xs) > 1 else int(width / 1.6)
     alive = [int(np.isfinite(run.final[rows]).all(-1).sum()) for _, run, rows in entries]
     legend = f"line: IQM over seeds; band: {interval_name(*alive)}"
+    if any(map(shows_seeds, tasks.values())):
+        legend += "; thin lines: single seeds"
     with figure(path, len(panels), columns, width, title, legend) as axes:
         columns = axes[0].get_gridspec().ncols
         for i, (axis, (task, x)) in enumerate(zip(axes, panels, strict=True)):
@@ -325,6 +327,11 @@ def plot_curves(
             axis.locator_params(axis="x", nbins=int(2 * width / columns))
 
 
+def shows_seeds(entries: list[Entry]) -> bool:
+    """Whether a panel has a thin line for each seed: it has several, and no more than MAX_THIN."""
+    return len(entries) < sum(len(entry.rows) for entry in entries) <= MAX_THIN
+
+
 def draw_curves(
     axis: Any,
     entries: list[Entry],
@@ -334,12 +341,12 @@ def draw_curves(
 ) -> None:
     """Draw the entries of one task against `x`, of X_LABELS, with `looks` and names by label.
 
-    Line: IQM over seeds; band: 95 % bootstrap interval; thin lines: the seeds, if there are no
-    more than MAX_THIN. Nothing is smoothed.
+    Line: IQM over seeds; band: 95 % bootstrap interval; thin lines: see `shows_seeds`. Nothing is
+    smoothed.
     """
     from matplotlib.ticker import EngFormatter
 
-    thin = sum(len(entry.rows) for entry in entries) <= MAX_THIN
+    thin = shows_seeds(entries)
     for label, run, rows in entries:
         color, style = look[label]
         along = getattr(run, x)
