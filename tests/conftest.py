@@ -35,8 +35,10 @@ gc.set_threshold(200_000, 50, 100)
 @pytest.fixture
 def signals():
     """Put back the handlers that a launch in this process replaces."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    handlers = {number: signal.getsignal(number) for number in numbers}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite started with & ignores it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
